@@ -1,0 +1,241 @@
+"""Attention over bytes and patches: spans of keys for self-attention, and the two linear cross attentions.
+
+Dimension letters: `B` rows, `S` queries, `T` keys, `P` patches, `K` latents a patch, `H` heads, `D` head size.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def repeat_kv_heads(states: Tensor, groups: int, dim: int) -> Tensor:
+    """Repeats each key/value head `groups` times along `dim`."""
+    return states if groups == 1 else states.repeat_interleave(groups, dim=dim)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Plain softmax attention, in the form of transformers' attention interface.
+
+    Args:
+        query: `(B, H, S, D)`; key, value: `(B, H_kv, T, D)`.
+        attention_mask: bool, broadcastable to `(B, H, S, T)`; True where a query sees a key. None: all.
+        scaling: factor of the scores.
+    Returns:
+        output `(B, S, H, D)` and weights `(B, H, S, T)`.
+    """
+    key = repeat_kv_heads(key, module.num_key_value_groups, dim=1)
+    value = repeat_kv_heads(value, module.num_key_value_groups, dim=1)
+    scores = (query @ key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class AttentionSpan:
+    """Which keys each query sees, for every self-attention of one stack in one forward.
+
+    Keys are `[past | chunk]` along the sequence; query `i` of the chunk sees the keys of one interval that ends at
+    itself. A window bounds the interval's length; `first_key` bounds its start where rows are ragged or documents
+    begin. No other mask exists in this model, so none is ever built for the common cases (one byte; pure causal), and
+    a long window attention runs block by block: `window + block` keys for each block of queries.
+
+    Args:
+        num_past: keys before the chunk that the cache gives back.
+        num_queries: `S`.
+        window: keys a query sees at most, itself included; None: no limit.
+        first_key: int64 `(B, S)`, index into `[past | chunk]` of the first key that a query may see. None: 0.
+        implementation: name in transformers' attention interface.
+        wants_weights: keep the attention in one piece, so that weights `(B, H, S, T)` can be returned.
+        last_key: int64 `(B, S)`, index of each query's own key, where rows have different pasts (then `num_past` is
+            the longest). None: `num_past + i`.
+    """
+
+    def __init__(
+        self,
+        num_past: int,
+        num_queries: int,
+        window: int | None,
+        first_key: Tensor | None,
+        implementation: str,
+        wants_weights: bool = False,
+        last_key: Tensor | None = None,
+    ):
+        self.num_past, self.num_queries, self.window = num_past, num_queries, window
+        self.first_key, self.last_key = first_key, last_key
+        self.implementation = implementation
+        self.block = 0
+        if window is not None and num_queries > 2 * window and not wants_weights and implementation in ("eager", "sdpa"):
+            self.block = max(window, 64)
+        self._masks: dict[str, object] = {}
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0):
+        """Attention output `(B, S, H, D)` and weights (None but for `eager`); shapes as [`eager_attention_forward`]."""
+        if self.block:
+            return self._attend_in_blocks(module, query, key, value, dropout), None
+        return self._call(module, query, key, value, self._mask(query), dropout)
+
+    def _call(self, module, query, key, value, mask, dropout):
+        interface = eager_attention_forward
+        if self.implementation != "eager":
+            interface = ALL_ATTENTION_FUNCTIONS[self.implementation]
+        return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling)
+
+    def _mask(self, query: Tensor):
+        """What the attention interface takes as `attention_mask`, built once a forward."""
+        if "whole" not in self._masks:
+            self._masks["whole"] = self._build_mask(query)
+        return self._masks["whole"]
+
+    def _build_mask(self, query: Tensor):
+        num_keys = self.num_past + self.num_queries
+        window_bounds = self.window is not None and num_keys > self.window
+        if self.first_key is None and self.last_key is None and self.implementation != "flex_attention":
+            if self.num_queries == 1 and not window_bounds:
+                return None
+            if self.num_past == 0 and not window_bounds and self.implementation != "eager":
+                return None  # the interface applies plain causality by itself
+        window = self.window if self.window is not None else num_keys
+        if self.implementation == "flex_attention":
+            return self._build_block_mask(query, num_keys, window)
+        device = query.device
+        keys = torch.arange(num_keys, device=device)
+        queries = torch.arange(self.num_past, num_keys, device=device)[:, None]
+        if self.last_key is not None:
+            queries = self.last_key[:, :, None]
+        visible = (keys <= queries) & (keys > queries - window)  # (S, T) or (B, S, T)
+        if self.first_key is not None:
+            visible = visible & (keys >= self.first_key[:, :, None])
+        return visible[None, None] if visible.dim() == 2 else visible[:, None]
+
+    def _build_block_mask(self, query: Tensor, num_keys: int, window: int):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        num_past, first_key, last_key = self.num_past, self.first_key, self.last_key
+
+        def visible(row, head, query_index, key_index):
+            position = query_index + num_past if last_key is None else last_key[row, query_index]
+            seen = (key_index <= position) & (key_index > position - window)
+            if first_key is not None:
+                seen = seen & (key_index >= first_key[row, query_index])
+            return seen
+
+        rows = None if first_key is None and last_key is None else query.shape[0]
+        return create_block_mask(visible, rows, None, self.num_queries, num_keys, device=query.device)
+
+    def _attend_in_blocks(self, module, query, key, value, dropout):
+        """Blocks of queries become rows of a batch; each takes its own keys and the `window - 1` before them."""
+        rows, heads, length, size = query.shape
+        block, history = self.block, self.window - 1
+        num_blocks = -(-length // block)
+        tail = num_blocks * block - length
+        query = nn.functional.pad(query, (0, 0, 0, tail))
+        # Past keys beyond the window are not needed; missing ones are padding that the mask hides.
+        key, value = (
+            nn.functional.pad(states[:, :, max(self.num_past - history, 0) :], (0, 0, max(history - self.num_past, 0), tail))
+            for states in (key, value)
+        )
+        query = query.view(rows, heads, num_blocks, block, size).transpose(1, 2).reshape(-1, heads, block, size)
+        key, value = (
+            states.unfold(2, history + block, block).permute(0, 2, 1, 4, 3).flatten(0, 1) for states in (key, value)
+        )
+        if "blocks" not in self._masks:
+            self._masks["blocks"] = self._build_blocks_mask(query, rows, num_blocks)
+        output, _ = self._call(module, query, key, value, self._masks["blocks"], dropout)
+        return output.reshape(rows, num_blocks * block, heads, size)[:, :length]
+
+    def _build_blocks_mask(self, query: Tensor, rows: int, num_blocks: int) -> Tensor:
+        block, history = self.block, self.window - 1
+        keys = torch.arange(history + block, device=query.device)
+        queries = torch.arange(block, device=query.device)[:, None]
+        visible = (keys >= queries) & (keys <= queries + history)  # the same for every block
+        # Index into `[past | chunk]` of a block's first key; negative where that key is padding.
+        offset = self.num_past - history + torch.arange(num_blocks, device=query.device) * block
+        if self.first_key is None:
+            exists = keys >= -offset[:, None]
+            return (visible & exists[:, None]).repeat(rows, 1, 1)[:, None]
+        first_key = self.first_key.clamp_min(0)
+        tail = num_blocks * block - self.num_queries
+        # Queries of the padding see themselves, so that no softmax is empty.
+        first_key = nn.functional.pad(first_key, (0, tail)).view(rows, num_blocks, block, 1)
+        return (visible & (keys >= first_key - offset[:, None, None])).flatten(0, 1)[:, None]
+
+
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, segment: Tensor, weight_mask: Tensor, scaling: float
+) -> Tensor:
+    """Cross attention in which each key is read by the queries of one patch: a softmax over each patch's bytes.
+
+    Linear in bytes: scores exist for the pairs (byte, its patch's `K` queries) alone.
+
+    Args:
+        query: `(B, P, K, H, D)`.
+        key, value: `(B, T, H, D)`, key/value heads already repeated to `H`.
+        segment: int64 `(B, T)`, patch in `[0, P)` that reads each byte.
+        weight_mask: bool `(B, T)`, False for bytes that no patch reads.
+        scaling: factor of the scores.
+    Returns:
+        `(B, P, K, H, D)`; 0 for a patch that reads no byte.
+    """
+    rows, num_patches, latents, heads, size = query.shape
+    num_keys = key.shape[1]
+    flat = (segment + torch.arange(rows, device=segment.device)[:, None] * num_patches).flatten()  # (B*T,)
+    queries_of_bytes = query.flatten(0, 1).index_select(0, flat)  # (B*T, K, H, D)
+    scores = (queries_of_bytes * key.flatten(0, 1)[:, None]).sum(dim=-1).float() * scaling  # (B*T, K, H)
+    scores = scores.masked_fill(~weight_mask.flatten()[:, None, None], float("-inf"))
+    index = flat[:, None, None].expand_as(scores)
+    peak = scores.new_full((rows * num_patches, latents, heads), float("-inf"))
+    peak = peak.scatter_reduce(0, index, scores.detach(), "amax", include_self=True)
+    peak = peak.clamp_min(torch.finfo(peak.dtype).min)  # a patch without bytes would give inf - inf
+    weights = (scores - peak.index_select(0, flat)).exp()
+    total = torch.zeros_like(peak).index_add(0, flat, weights)
+    weights = weights / total.index_select(0, flat).clamp_min(torch.finfo(total.dtype).tiny)
+    mixed = weights.to(value.dtype)[..., None] * value.flatten(0, 1)[:, None]  # (B*T, K, H, D)
+    output = mixed.new_zeros(rows * num_patches, latents, heads, size).index_add(0, flat, mixed)
+    return output.view(rows, num_patches, latents, heads, size)
+
+
+def gathered_attention(query: Tensor, key: Tensor, value: Tensor, patch: Tensor, first: Tensor | None, window: int, scaling: float) -> Tensor:
+    """Cross attention in which each byte reads the latents of `window` patches, the last of them `patch`.
+
+    Args:
+        query: `(B, S, H, D)`.
+        key, value: `(B, P, K, H_kv, D)`.
+        patch: int64 `(B, S)`, index in `[0, P)`.
+        first: int64 `(B, S)`, first patch that a byte may read (only asked for `window > 1`).
+        window: patches a byte reads.
+        scaling: factor of the scores.
+    Returns:
+        `(B, S, H, D)`.
+    """
+    rows, length, heads, size = query.shape
+    num_patches, latents, kv_heads = key.shape[1:4]
+    index = patch[..., None]
+    if window > 1:
+        index = index - torch.arange(window, device=patch.device)
+        hidden = index < first[..., None]  # (B, S, W)
+        index = index.clamp_min(0)
+    flat = (index + torch.arange(rows, device=patch.device)[:, None, None] * num_patches).flatten()
+    key, value = (
+        states.flatten(0, 1).flatten(1).index_select(0, flat).view(rows, length, window * latents, kv_heads, 1, size)
+        for states in (key, value)
+    )
+    query = query.view(rows, length, 1, kv_heads, heads // kv_heads, size)
+    scores = (query * key).sum(dim=-1).float() * scaling  # (B, S, W*K, H_kv, H/H_kv)
+    if window > 1:
+        scores = scores.masked_fill(hidden.repeat_interleave(latents, dim=-1)[..., None, None], float("-inf"))
+    weights = scores.softmax(dim=2).to(value.dtype)
+    return (weights[..., None] * value).sum(dim=2).reshape(rows, length, heads, size)
+
+
+__all__ = ["AttentionSpan", "eager_attention_forward", "gathered_attention", "segment_attention"]

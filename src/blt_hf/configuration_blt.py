@@ -1,0 +1,440 @@
+"""Configuration of the Byte Latent Transformer: same `model_type`s, fields and defaults as transformers' in-tree classes."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+PATCHING_MODES = ("entropy", "space", "static", "byte")
+PATCH_POOLING_MODES = ("max", "mean", "min")
+
+# Keys of real files that carry no information for us. `norm_eps` is not here: it is renamed to `rms_norm_eps`.
+_LEGACY_KEYS = {
+    "pm_size": "size of a patching model that no released checkpoint has",
+    "realtime_patching": "patches are always computed by the model unless `patch_lengths` is passed",
+    "patching_device": "tensors stay on the device of the input",
+    "patching_model_device": "tensors stay on the device of the input",
+    "device": "tensors stay on the device of the input",
+    "attn_impl": "the attention kernel is chosen by `attn_implementation` when a model is loaded",
+    "attn_bias_type": "masks follow from the windows and from `mask_documents`",
+    "hidden_size": "derived from `decoder_config`",
+    "num_hidden_layers": "derived from `decoder_config`",
+    "num_attention_heads": "derived from `decoder_config`",
+    "num_key_value_heads": "derived from `decoder_config`",
+    "head_dim": "derived from `decoder_config`",
+    "intermediate_size": "derived from `decoder_config`",
+}
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+class _BltComponentConfig(PreTrainedConfig):
+    """What the four transformer stacks have in common: derived sizes and their validation."""
+
+    def __post_init__(self, **kwargs):
+        if (norm_eps := kwargs.pop("norm_eps", None)) is not None:
+            self.rms_norm_eps = norm_eps
+        name = type(self).__name__
+        _check(
+            self.hidden_size > 0 and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0,
+            f"`{name}.hidden_size` must be a positive multiple of `num_attention_heads`; got "
+            f"{self.hidden_size} and {self.num_attention_heads}.",
+        )
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.hidden_size // self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or int(8 * self.hidden_size / 3)
+        self.tie_word_embeddings = False
+        kwargs.pop("head_dim", None)
+        _check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"`{name}.num_attention_heads` must be a multiple of `num_key_value_heads`; got "
+            f"{self.num_attention_heads} and {self.num_key_value_heads}.",
+        )
+        _check(
+            self.head_dim % 2 == 0,
+            f"`{name}`: rotary embeddings rotate pairs, so the head size must be even; got {self.head_dim} "
+            f"(`hidden_size` {self.hidden_size} / `num_attention_heads` {self.num_attention_heads}).",
+        )
+        window = getattr(self, "sliding_window", None)
+        _check(
+            window is None or window >= 1,
+            f"`{name}.sliding_window` must be None or at least 1 byte; got {window}.",
+        )
+        if hasattr(self, "cross_attn_k"):
+            self._validate_cross_attention(name)
+        super().__post_init__(**kwargs)
+
+    def _validate_cross_attention(self, name: str) -> None:
+        heads, kv_heads = self.cross_attention_heads
+        _check(
+            self.cross_attn_k is not None and self.cross_attn_k >= 1,
+            f"`{name}.cross_attn_k` must be at least 1 latent a patch; got {self.cross_attn_k}.",
+        )
+        _check(
+            heads > 0 and self.hidden_size % heads == 0 and kv_heads > 0 and heads % kv_heads == 0,
+            f"`{name}`: the cross-attention heads must divide `hidden_size` and be a multiple of their key/value "
+            f"heads; got {heads} heads and {kv_heads} key/value heads for width {self.hidden_size}.",
+        )
+        _check(
+            self.cross_attn_window is None or self.cross_attn_window >= 1,
+            f"`{name}.cross_attn_window` must be None or at least 1 patch; got {self.cross_attn_window}.",
+        )
+
+    @property
+    def cross_attention_heads(self) -> tuple[int, int]:
+        """`(heads, key/value heads)` of the cross attention, after the defaults are applied."""
+        if self.num_cross_attention_heads is None:
+            return self.num_attention_heads, self.num_cross_key_value_heads or self.num_key_value_heads
+        return self.num_cross_attention_heads, self.num_cross_key_value_heads or self.num_cross_attention_heads
+
+
+@strict
+class BltLocalEncoderConfig(_BltComponentConfig):
+    """Bytes to patches.
+
+    Fields as in transformers' `BltLocalEncoderConfig`; in addition:
+        num_cross_attention_heads: heads of the cross attention; None: `num_attention_heads`.
+        num_cross_key_value_heads: its key/value heads; None: `num_key_value_heads`, or as many as
+            `num_cross_attention_heads` when that is given.
+        cross_attn_window: patches whose bytes a patch reads, itself and those before; None: 1.
+        patch_pooling: how the bytes of a patch become its first query: `max`, `mean` or `min`.
+    """
+
+    model_type = "blt_local_encoder"
+    default_theta = 500000.0
+
+    vocab_size: int = 260
+    cross_attn_all_layers: bool | None = False
+    cross_attn_k: int | None = 2
+    hidden_size_global: int | None = 2048
+    hidden_size: int = 1024
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    num_hidden_layers: int = 1
+    rms_norm_eps: float = 1e-5
+    dropout: float | int | None = 0.0
+    max_position_embeddings: int = 24576
+    rope_parameters: dict | None = None
+    hidden_act: str = "silu"
+    intermediate_size: int | None = None
+    initializer_range: float = 0.02
+    sliding_window: int | None = None
+    num_cross_attention_heads: int | None = None
+    num_cross_key_value_heads: int | None = None
+    cross_attn_window: int | None = None
+    patch_pooling: str = "max"
+
+    def __post_init__(self, **kwargs):
+        _check(
+            self.patch_pooling in PATCH_POOLING_MODES,
+            f"`patch_pooling` must be one of {PATCH_POOLING_MODES}; got {self.patch_pooling!r}.",
+        )
+        super().__post_init__(**kwargs)
+
+
+@strict
+class BltLocalDecoderConfig(_BltComponentConfig):
+    """Patches to bytes.
+
+    Fields as in transformers' `BltLocalDecoderConfig`; in addition `num_cross_attention_heads`,
+    `num_cross_key_value_heads` and `cross_attn_window` (patches a byte reads, the last closed one and those before),
+    as in [`BltLocalEncoderConfig`].
+    """
+
+    model_type = "blt_local_decoder"
+    default_theta = 500000.0
+
+    vocab_size: int = 260
+    cross_attn_all_layers: bool | None = True
+    cross_attn_k: int | None = 2
+    hidden_size_global: int | None = 2048
+    hidden_size: int = 1024
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    num_hidden_layers: int = 9
+    rms_norm_eps: float = 1e-5
+    dropout: float | int | None = 0.0
+    max_position_embeddings: int = 24576
+    rope_parameters: dict | None = None
+    hidden_act: str = "silu"
+    intermediate_size: int = 2816
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    num_cross_attention_heads: int | None = None
+    num_cross_key_value_heads: int | None = None
+    cross_attn_window: int | None = None
+
+
+@strict
+class BltGlobalTransformerConfig(_BltComponentConfig):
+    """The transformer over patches; fields as in transformers' `BltGlobalTransformerConfig`."""
+
+    model_type = "blt_global_transformer"
+    default_theta = 500000.0
+
+    hidden_size: int = 2048
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    num_hidden_layers: int = 25
+    rms_norm_eps: float = 1e-5
+    dropout: float | int | None = 0.0
+    max_position_embeddings: int = 4096
+    rope_parameters: dict | None = None
+    hidden_act: str = "silu"
+    intermediate_size: int = 5632
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+
+@strict
+class BltPatcherConfig(_BltComponentConfig):
+    """The entropy model, a causal byte LM.
+
+    Fields as in transformers' `BltPatcherConfig`; in addition `use_cache` (for its own generation),
+    `mask_documents` (an `eos` ends a document, later bytes do not see it) and the special ids.
+    """
+
+    model_type = "blt_patcher"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 260
+    hidden_size: int = 768
+    num_hidden_layers: int = 14
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-5
+    dropout: float | int | None = 0.0
+    intermediate_size: int = 2048
+    rope_parameters: dict | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = 512
+    use_cache: bool = True
+    mask_documents: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.hidden_act = "silu"
+        kwargs.pop("hidden_act", None)
+        super().__post_init__(**kwargs)
+
+
+@strict
+class BltConfig(PreTrainedConfig):
+    """Configuration of a Byte Latent Transformer.
+
+    Fields, defaults and file format are those of transformers' in-tree `BltConfig`. The fields that it does not have
+    default to what it does:
+
+        patching_mode (default `"entropy"`): `"entropy"`, `"space"`, `"static"` (every `patch_size` bytes) or `"byte"`.
+        monotonicity (default False): a patch starts where the entropy rises by more than `patching_threshold`.
+        patching_threshold_add (default None): nats; a patch starts where the entropy is above `patching_threshold` and
+            rises by more than this.
+        max_patch_length (default None): bytes; longer patches are split.
+        patching_newline_reset (default False): the entropy model forgets what came before each newline byte.
+        mask_documents (default False): an `eos` inside a row ends a document; attention does not cross it, while
+            hashes and patch starts run on (as Meta's reference does in training).
+
+    `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim` and
+    `intermediate_size` answer with the local decoder's values (`last_hidden_state` and `hidden_states` are its
+    states); they are never written to `config.json`.
+
+    Raises:
+        ValueError: at construction, for values and combinations that no model can be built from.
+    """
+
+    model_type = "blt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 500000.0
+    # transformers 5.17 reads `sub_configs`, 5.23 `sub_configs_defaults`.
+    sub_configs = {
+        "patcher_config": BltPatcherConfig,
+        "encoder_config": BltLocalEncoderConfig,
+        "decoder_config": BltLocalDecoderConfig,
+        "global_config": BltGlobalTransformerConfig,
+    }
+    sub_configs_defaults = dict(sub_configs)
+
+    vocab_size: int = 260
+    max_position_embeddings: int = 4096
+    patch_in_forward: bool | None = True
+    patch_size: int | float | None = 4
+    patching_mode: str | None = "entropy"
+    patching_threshold: float | int | None = 1.335442066192627
+    patching_batch_size: int | None = 1
+    max_patch_length: int | None = None
+    local_attention_window_len: int | None = 512
+    cross_attn_k: int | None = 2
+    encoder_hash_byte_group_size: list[int] | None = None
+    encoder_hash_byte_group_vocab: int | None = 500002
+    encoder_hash_byte_group_nb_functions: int | None = 1
+    patcher_config: dict | PreTrainedConfig | None = None
+    encoder_config: dict | PreTrainedConfig | None = None
+    decoder_config: dict | PreTrainedConfig | None = None
+    global_config: dict | PreTrainedConfig | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    initializer_range: float = 0.02
+    rope_parameters: dict | None = None
+    monotonicity: bool = False
+    patching_threshold_add: float | int | None = None
+    patching_newline_reset: bool = False
+    mask_documents: bool = False
+
+    def __post_init__(self, **kwargs):
+        for key in _LEGACY_KEYS:
+            kwargs.pop(key, None)
+        kwargs.pop("norm_eps", None)  # each component has its own `rms_norm_eps`
+        for name, config_class in self.sub_configs.items():
+            component = getattr(self, name)
+            if component is None or isinstance(component, dict):
+                component = {"initializer_range": self.initializer_range, **(component or {})}
+                component.pop("model_type", None)
+                setattr(self, name, config_class(**component))
+            elif not isinstance(component, config_class):
+                # In-tree configuration objects hold the same fields.
+                if getattr(component, "model_type", None) != config_class.model_type:
+                    raise ValueError(f"`{name}` must be a dict or a {config_class.__name__}; got {type(component)}.")
+                setattr(self, name, config_class.from_dict(component.to_dict()))
+        self.encoder_hash_byte_group_size = self.encoder_hash_byte_group_size or [3, 4, 5, 6, 7, 8]
+        self.encoder_config.sliding_window = self.local_attention_window_len
+        pooled_size = self.encoder_config.hidden_size * self.cross_attn_k
+        self.global_config.encoder_cross_output_size = (
+            pooled_size if pooled_size != self.global_config.hidden_size else None
+        )
+        self.patcher_config.mask_documents = self.mask_documents
+        super().__post_init__(**kwargs)
+        self._validate_components()
+        self.validate_patching()
+
+    def _validate_components(self) -> None:
+        encoder, decoder = self.encoder_config, self.decoder_config
+        _check(
+            self.cross_attn_k == encoder.cross_attn_k == decoder.cross_attn_k,
+            "`cross_attn_k` must be the same in the three places that hold it; got "
+            f"{self.cross_attn_k} at the top, {encoder.cross_attn_k} in `encoder_config` and "
+            f"{decoder.cross_attn_k} in `decoder_config`.",
+        )
+        _check(
+            encoder.hidden_size == decoder.hidden_size,
+            "the local decoder starts from the encoder's byte states, so `encoder_config.hidden_size` and "
+            f"`decoder_config.hidden_size` must agree; got {encoder.hidden_size} and {decoder.hidden_size}.",
+        )
+        _check(
+            decoder.hidden_size_global == self.global_config.hidden_size,
+            "`decoder_config.hidden_size_global` must equal `global_config.hidden_size`; got "
+            f"{decoder.hidden_size_global} and {self.global_config.hidden_size}.",
+        )
+        _check(
+            self.local_attention_window_len is None or self.local_attention_window_len >= 1,
+            f"`local_attention_window_len` must be None or at least 1 byte; got {self.local_attention_window_len}.",
+        )
+        sizes = self.encoder_hash_byte_group_size
+        _check(
+            all(isinstance(size, int) and size >= 1 for size in sizes),
+            f"`encoder_hash_byte_group_size` must hold n-gram sizes of at least 1; got {sizes}.",
+        )
+        _check(
+            self.encoder_hash_byte_group_vocab is not None and self.encoder_hash_byte_group_vocab >= 1,
+            f"`encoder_hash_byte_group_vocab` must be at least 1 row; got {self.encoder_hash_byte_group_vocab}.",
+        )
+        _check(
+            self.encoder_hash_byte_group_nb_functions is not None and self.encoder_hash_byte_group_nb_functions >= 0,
+            "`encoder_hash_byte_group_nb_functions` must be 0 (no hash embeddings) or more; got "
+            f"{self.encoder_hash_byte_group_nb_functions}.",
+        )
+
+    def validate_patching(self) -> None:
+        """Checks the patching rule.
+
+        Raises:
+            ValueError: names the field, its value and what is accepted.
+        """
+        _check(
+            self.patching_mode in PATCHING_MODES,
+            f"`patching_mode` must be one of {PATCHING_MODES}; got {self.patching_mode!r}.",
+        )
+        if self.patching_mode == "entropy":
+            _check(
+                self.patching_threshold is not None,
+                "`patching_mode='entropy'` needs `patching_threshold` (nats); got None.",
+            )
+            _check(
+                not (self.monotonicity and self.patching_threshold_add is not None),
+                "`monotonicity` and `patching_threshold_add` are two different rules; set one of them, got "
+                f"monotonicity=True and patching_threshold_add={self.patching_threshold_add}.",
+            )
+        else:
+            for name, off in (("monotonicity", False), ("patching_threshold_add", None), ("patching_newline_reset", False)):
+                _check(
+                    getattr(self, name) == off,
+                    f"`{name}` belongs to `patching_mode='entropy'`; got {name}={getattr(self, name)} with "
+                    f"patching_mode={self.patching_mode!r}.",
+                )
+        if self.patching_mode == "static":
+            _check(
+                self.patch_size is not None and self.patch_size >= 1 and int(self.patch_size) == self.patch_size,
+                f"`patching_mode='static'` needs a whole `patch_size` of at least 1 byte; got {self.patch_size}.",
+            )
+        _check(
+            self.max_patch_length is None or self.max_patch_length >= 1,
+            f"`max_patch_length` must be None or at least 1 byte; got {self.max_patch_length}.",
+        )
+
+    @property
+    def uses_patcher(self) -> bool:
+        """Whether patch starts come from the entropy model."""
+        return self.patching_mode == "entropy"
+
+    @property
+    def hidden_size(self) -> int:
+        return self.decoder_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.decoder_config.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.decoder_config.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.decoder_config.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.decoder_config.head_dim
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.decoder_config.intermediate_size
+
+
+__all__ = [
+    "BltConfig",
+    "BltGlobalTransformerConfig",
+    "BltLocalDecoderConfig",
+    "BltLocalEncoderConfig",
+    "BltPatcherConfig",
+]

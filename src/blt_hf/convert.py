@@ -1,0 +1,1198 @@
+"""Meta's BLT checkpoints to transformers checkpoints and back.
+
+Both directions copy tensors in pieces of a few megabytes, from file to file, so memory does not depend on the size of
+the model. Facts about Meta's format: facebookresearch/blt (`bytelatent/model/blt.py`, `local_models.py`,
+`entropy_model.py`, `hf.py`), and the recorded vectors that `tests/conformance/test_meta_reference.py` runs.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import struct
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .configuration_blt import BltConfig
+
+
+META_ARGS_FILE = "meta_args.json"
+"""Kept beside a converted checkpoint: Meta's arguments, those without a counterpart here included."""
+
+_CHUNK_BYTES = 32 * 2**20
+_DTYPE_CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_CODES.items()}
+_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+_HUB_FILES = ["*.json", "*.safetensors", "consolidated.pth", "entropy_model/*", "README.md", "LICENSE*"]
+
+# ---- Meta's arguments. Every key is mapped to a config field, checked against what is supported, or ignored. ----
+
+# Defaults of `ByteLatentTransformerArgs`, for keys that a file leaves out. `attn_impl` is the exception: files without
+# it are older than that field and were run with xformers.
+_MODEL_DEFAULTS = {
+    "vocab_size": -1, "max_seqlen": 1024, "max_encoder_seq_length": None, "patch_in_forward": False,
+    "dim_global": 512, "dim_local_encoder": 512, "dim_local_decoder": 512, "dim_token": None, "head_dim": None,
+    "n_layers_global": 8, "n_layers_local_encoder": 8, "n_layers_local_decoder": 8,
+    "n_heads_global": 8, "n_heads_local_encoder": 8, "n_heads_local_decoder": 8,
+    "n_kv_heads": None, "n_kv_heads_global": None, "multiple_of": 256, "ffn_dim_multiplier": 1.0,
+    "norm_eps": 1e-5, "rope_theta": 10000.0, "dropout": 0.0, "local_attention_window_len": None,
+    "patch_size": None, "patching_mode": None, "patching_threshold": None, "patching_threshold_add": None,
+    "monotonicity": False, "max_patch_length": None, "patching_batch_size": 1, "downsampling_by_pooling": None,
+    "cross_attn_k": None, "cross_attn_nheads": None, "cross_attn_encoder": False, "cross_attn_decoder": False,
+    "cross_attn_window_encoder": None, "cross_attn_window_decoder": None, "cross_attn_init_by_pooling": False,
+    "cross_attn_all_layers_encoder": False, "cross_attn_all_layers_decoder": False,
+    "encoder_hash_byte_group_size": None, "encoder_hash_byte_group_vocab": 30000,
+    "encoder_hash_byte_group_nb_functions": 3, "eos_id": 2, "pm_size": 0, "output_size": -1,
+    "use_local_encoder_transformer": False, "attn_impl": "xformers", "attn_bias_type": "causal", "attn_to_keep": "all",
+    "weight_tying": False, "tie_local_encoder_decoder": False, "tie_local_encoder_decoder_logits": False,
+    "encoder_enable_byte_ngrams": False, "entropy_model_is_ngram_model": False, "tokenize_with_bpe_delimiter": False,
+    "non_linearity": "swiglu", "use_rope": True, "norm_type": "rmsnorm", "norm_affine": True, "pre_norm": True,
+    "alpha_depth": "disabled", "architecture": "vanilla", "conv_kernel_size": None, "patching_thresholds_str": None,
+    "global_local_decoder_residual_layer": None, "encoder_lm_loss": False,
+    "encoder_preds_low_entropy_toks": None, "encoder_preds_random_toks": None,
+    "dim": 512, "n_layers": 8, "n_heads": 8, "dim_token_emb": None, "dim_patch_emb": None,
+    "share_encoder_decoder_emb": True, "encoder_ngram_table_dir": None, "encoder_ngram_to_size_str": None,
+    "ngram_vocab_sizes": None, "encoder_enable_byte_group_hash": False, "cross_attn_use_flex_attention": True,
+    "rope_use_fp32_in_outer_product": False, "patching_device": "cuda", "entropy_model_checkpoint_dir": None,
+    "pad_to_max_length": False, "max_length": 2048, "seed": 42, "init_base_std": None, "init_std_factor": "disabled",
+    "init_use_gaussian": True, "init_use_depth": "current", "recompute_fc1_out": False, "recompute_fc3_out": False,
+    "recompute_attn": True, "custom_bwd": False, "layer_ckpt": "all", "sequence_parallel": False,
+    "loss_parallel": False, "fuse_sequence_parallel": False, "use_fsdp": True, "log_patch_lengths": False,
+    "full_logging_n_layers": 4,
+}  # fmt: skip
+
+# The first accepted value is the one that an export writes.
+_MODEL_CHECKED = {
+    "vocab_size": ((260,), "256 bytes and 4 special ids"),
+    "eos_id": ((2,), "documents end at id 2"),
+    "pm_size": ((0,), "parameter mixing adds ids"),
+    "output_size": ((-1, 260), ""),
+    "cross_attn_encoder": ((True,), "cross attention off is another architecture"),
+    "cross_attn_decoder": ((True,), "cross attention off is another architecture"),
+    "cross_attn_init_by_pooling": ((True,), "without it the reference has no first patch states"),
+    "use_local_encoder_transformer": ((True,), ""),
+    "downsampling_by_pooling": (
+        ("max", "mean", "avg", "min"),
+        "with cross attention the reference itself fails on combinations: the pools are concatenated, and its patch "
+        "projection takes one",
+    ),
+    "attn_impl": (
+        ("xformers",),
+        "the other kernels leave the windows or the document masks out; if the model was trained with them, set "
+        "`attn_impl` to 'xformers' in the file",
+    ),
+    "attn_bias_type": (("block_causal", "causal", None), ""),
+    "attn_to_keep": (("all",), ""),
+    "weight_tying": ((False,), ""),
+    "tie_local_encoder_decoder": ((False,), ""),
+    "tie_local_encoder_decoder_logits": ((False,), ""),
+    "encoder_enable_byte_ngrams": ((False,), "n-gram tables are not part of the checkpoint"),
+    "entropy_model_is_ngram_model": ((False,), "the entropy model must be a transformer"),
+    "tokenize_with_bpe_delimiter": ((False,), "there is no delimiter tokenizer here"),
+    "non_linearity": (("swiglu",), ""),
+    "use_rope": ((True,), ""),
+    "norm_type": (("rmsnorm",), ""),
+    "norm_affine": ((True,), ""),
+    "pre_norm": ((True,), ""),
+    "alpha_depth": (("disabled",), ""),
+    "architecture": (("vanilla",), ""),
+    "conv_kernel_size": ((None,), ""),
+    "global_local_decoder_residual_layer": ((None,), ""),
+    "patching_thresholds_str": ((None,), "one threshold"),
+}
+
+# Why each ignored key cannot change a number.
+_MODEL_IGNORED = {
+    "overwritten by the reference when it builds each part": "dim n_layers n_heads dim_token_emb dim_patch_emb",
+    "no effect: encoder and decoder are equally wide": "share_encoder_decoder_emb",
+    "no effect without `encoder_enable_byte_ngrams`": "encoder_ngram_table_dir encoder_ngram_to_size_str "
+    "ngram_vocab_sizes",
+    "never read by the reference": "encoder_enable_byte_group_hash max_length",
+    "the same numbers": "cross_attn_use_flex_attention rope_use_fp32_in_outer_product",
+    "training only": "encoder_lm_loss encoder_preds_low_entropy_toks encoder_preds_random_toks seed init_base_std "
+    "init_std_factor init_use_gaussian init_use_depth recompute_fc1_out recompute_fc3_out recompute_attn custom_bwd "
+    "layer_ckpt sequence_parallel loss_parallel fuse_sequence_parallel use_fsdp log_patch_lengths "
+    "full_logging_n_layers",
+    "runtime only": "patching_device entropy_model_checkpoint_dir pad_to_max_length init_device init_dtype "
+    "realtime_patching data_loader_patching device",
+}
+_MODEL_MAPPED = set(_MODEL_DEFAULTS) - set(_MODEL_CHECKED) - set(" ".join(_MODEL_IGNORED.values()).split())
+
+# `LMTransformerArgs` and `PatcherArgs`. Meta's loader of `params.json` takes six values from the file; the rest is
+# fixed there (`_ENTROPY_FIXED`), sliding window 512 included, which the file's value replaces here.
+_ENTROPY_DEFAULTS = {
+    "dim": 512, "n_layers": 8, "n_heads": None, "n_kv_heads": None, "head_dim": None, "ffn_dim_multiplier": None,
+    "multiple_of": 256, "norm_eps": 1e-5, "rope_theta": 10000.0, "max_seqlen": 1024, "vocab_size": -1,
+    "sliding_window": None, "weight_tying": False, "eos_id": 2, "attn_impl": "xformers",
+    "attn_bias_type": "local_block_causal", "seed": 42, "init_base_std": None, "init_std_factor": "disabled",
+    "rope_use_fp32_in_outer_product": False,
+}  # fmt: skip
+_ENTROPY_FIXED = {
+    "multiple_of": 256,
+    "norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "attn_impl": "xformers",
+    "attn_bias_type": "local_block_causal",
+}
+_ENTROPY_CHECKED = {
+    "vocab_size": ((260,), "256 bytes and 4 special ids"),
+    "eos_id": ((2,), "documents end at id 2"),
+    "weight_tying": ((False,), ""),
+    "attn_impl": (("xformers",), ""),
+    "attn_bias_type": (("local_block_causal",), ""),
+}
+_ENTROPY_IGNORED = "seed init_base_std init_std_factor rope_use_fp32_in_outer_product init_device init_dtype"
+_PATCHER_DEFAULTS = {
+    "patching_mode": "entropy", "threshold": 1.335442066192627, "threshold_add": None, "max_patch_length": None,
+    "patch_size": 4.5, "patching_batch_size": 1, "monotonicity": False, "patching_device": "cuda", "device": "cuda",
+    "entropy_model_checkpoint_dir": None, "realtime_patching": False, "log_time": False,
+}  # fmt: skip
+_PATCHER_CHECKED = {"patching_mode": (("entropy", "space", "static", "byte"), "")}
+_PATCHER_IGNORED = (
+    "patching_device device entropy_model_checkpoint_dir realtime_patching log_time data_loader_patching entropy_model"
+)
+
+
+def _fill(given: dict, where: str, defaults: dict, checked: dict, ignored: str) -> dict:
+    """`given` over `defaults`, every value checked; raises ValueError that names the key and what is supported."""
+    for key in given.keys() - defaults.keys() - set(ignored.split()):
+        if given[key] not in (None, False):
+            raise ValueError(f"`{where}.{key}` = {given[key]!r} is not known here; supported: null or false.")
+    values = {**defaults, **given}
+    for key, (accepted, why) in checked.items():
+        if values[key] not in accepted:
+            listed = ", ".join("null" if value is None else repr(value) for value in accepted)
+            raise ValueError(f"`{where}.{key}` = {values[key]!r} is not supported; supported: {listed}. {why}".strip())
+    return values
+
+
+def _ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    width = int(8 * dim / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * math.ceil(width / multiple_of)
+
+
+def _check_head_dim(where: str, args: dict, dim: int, heads: int | None) -> None:
+    if not heads:
+        raise ValueError(f"`{where}`: the number of heads is needed; got {heads}.")
+    if args["head_dim"] not in (None, dim // heads):
+        raise ValueError(
+            f"`{where}.head_dim` = {args['head_dim']} is not supported; supported: null or {dim // heads} "
+            f"(width {dim} / {heads} heads)."
+        )
+
+
+def config_from_meta_args(
+    args: dict, patcher_args: dict, entropy_args: dict | None, entropy_fixed: bool = True
+) -> tuple[BltConfig, list[str]]:
+    """The [`BltConfig`] that Meta's arguments describe.
+
+    Args:
+        args: arguments of the byte latent transformer (`config.json`, key `args`).
+        patcher_args: `data.patcher_args` of `train_args.json` or `params.json`.
+        entropy_args: arguments of the entropy model; None: there is none, and the patching mode must not be `entropy`.
+        entropy_fixed: multiple_of, epsilon, rope theta and masks are those that Meta's loader of `params.json` fixes,
+            whatever `entropy_args` say.
+    Returns:
+        the config and notes about what the reader should know.
+    Raises:
+        ValueError: names the argument, its value and what is supported.
+    """
+    notes = []
+    a = _fill(args, "args", _MODEL_DEFAULTS, _MODEL_CHECKED, " ".join(_MODEL_IGNORED.values()))
+    patcher = _fill(patcher_args, "patcher_args", _PATCHER_DEFAULTS, _PATCHER_CHECKED, _PATCHER_IGNORED)
+    mode = patcher["patching_mode"]
+    if a["patching_mode"] == "":
+        raise ValueError("`args.patching_mode` = '' (patches that begin with boe ids) is not supported.")
+    if mode == "entropy" and patcher["threshold"] is None:
+        raise ValueError(
+            "`patcher_args.threshold` = null is not supported: top-k patching needs the whole text and cannot generate; "
+            "supported: a threshold in nats."
+        )
+    for key in ("cross_attn_k", "cross_attn_nheads", "local_attention_window_len"):
+        if not a[key]:
+            raise ValueError(f"`args.{key}` = {a[key]!r} is not supported; supported: a whole number of at least 1.")
+    if a["dim_token"] not in (None, a["dim_local_encoder"]):
+        raise ValueError(
+            f"`args.dim_token` = {a['dim_token']} is not supported; supported: null or `dim_local_encoder` "
+            f"({a['dim_local_encoder']})."
+        )
+    if a["dim_global"] == a["dim_local_decoder"]:
+        raise ValueError(
+            f"`args.dim_global` = `args.dim_local_decoder` = {a['dim_global']} is not supported: the reference then has "
+            "no patch projection in the decoder."
+        )
+    sizes = a["encoder_hash_byte_group_size"] or []
+    if isinstance(sizes, str):
+        sizes = [int(size) for size in sizes.split(",") if size]
+    functions = a["encoder_hash_byte_group_nb_functions"] if sizes else 0
+    if functions > 11:
+        raise ValueError(
+            f"`args.encoder_hash_byte_group_nb_functions` = {functions} is not supported; supported: at most 11."
+        )
+    if a["attn_bias_type"] != "block_causal":
+        notes.append(
+            f"`args.attn_bias_type` is {a['attn_bias_type']!r}: Meta's global transformer then reads across documents, "
+            "while its local parts do not. The converted model separates documents everywhere; rows without `eos` "
+            "inside have the same numbers."
+        )
+    if mode == "static":
+        notes.append("Static patching: the first patch here is 1 byte, since Meta's model rejects any other length.")
+
+    def component(part: str, kv_heads: int | None, positions: int) -> dict:
+        dim, heads = a[f"dim_{part}"], a[f"n_heads_{part}"]
+        _check_head_dim("args", a, dim, heads)
+        return {
+            "hidden_size": dim,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads or heads,
+            "num_hidden_layers": a[f"n_layers_{part}"],
+            "intermediate_size": _ffn_width(dim, a["multiple_of"], a["ffn_dim_multiplier"]),
+            "rms_norm_eps": a["norm_eps"],
+            "dropout": a["dropout"],
+            "max_position_embeddings": positions,
+            "rope_parameters": {"rope_type": "default", "rope_theta": float(a["rope_theta"])},
+        }
+
+    def local(part: str, side: str) -> dict:
+        config = component(part, a["n_kv_heads"], a["max_encoder_seq_length"] or a["max_seqlen"])
+        heads = a["cross_attn_nheads"]
+        same = heads == config["num_attention_heads"] == config["num_key_value_heads"]
+        return config | {
+            "vocab_size": a["vocab_size"],
+            "hidden_size_global": a["dim_global"],
+            "cross_attn_k": a["cross_attn_k"],
+            "cross_attn_all_layers": a[f"cross_attn_all_layers_{side}"],
+            "cross_attn_window": a[f"cross_attn_window_{side}"],
+            "num_cross_attention_heads": None if same else heads,
+        }
+
+    pooling = {"avg": "mean"}.get(a["downsampling_by_pooling"], a["downsampling_by_pooling"])
+    patch_size = patcher["patch_size"]
+    # Read in static mode only. Elsewhere Meta's files say 4.5, which the in-tree config refuses to load.
+    if patch_size is not None and (mode != "static" or int(patch_size) == patch_size):
+        patch_size = int(patch_size)
+    # The reference reads these two in entropy mode only, and `monotonicity` first.
+    monotonic = mode == "entropy" and bool(patcher["monotonicity"])
+    threshold_add = patcher["threshold_add"] if mode == "entropy" and not monotonic else None
+    patcher_config = None
+    if entropy_args is not None:
+        patcher_config, entropy_notes = _patcher_config(entropy_args, entropy_fixed)
+        notes += entropy_notes
+    elif mode == "entropy":
+        raise ValueError("`patcher_args.patching_mode` = 'entropy' needs an entropy model; none was found.")
+    config = BltConfig(
+        vocab_size=a["vocab_size"],
+        max_position_embeddings=a["max_encoder_seq_length"] or a["max_seqlen"],
+        patch_in_forward=patcher_config is not None,
+        patch_size=patch_size,
+        patching_mode=mode,
+        patching_threshold=_PATCHER_DEFAULTS["threshold"] if patcher["threshold"] is None else patcher["threshold"],
+        patching_threshold_add=threshold_add,
+        monotonicity=monotonic,
+        max_patch_length=patcher["max_patch_length"],
+        patching_batch_size=patcher["patching_batch_size"],
+        local_attention_window_len=a["local_attention_window_len"],
+        cross_attn_k=a["cross_attn_k"],
+        encoder_hash_byte_group_size=sizes,
+        encoder_hash_byte_group_vocab=a["encoder_hash_byte_group_vocab"],
+        encoder_hash_byte_group_nb_functions=functions,
+        encoder_config=local("local_encoder", "encoder") | {"patch_pooling": pooling},
+        decoder_config=local("local_decoder", "decoder"),
+        global_config=component("global", a["n_kv_heads_global"], a["max_seqlen"]),
+        patcher_config=patcher_config,
+        mask_documents=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return config, notes
+
+
+def _patcher_config(entropy_args: dict, fixed: bool) -> tuple[dict, list[str]]:
+    given = {**entropy_args, **_ENTROPY_FIXED} if fixed else entropy_args
+    e = _fill(given, "entropy_model", _ENTROPY_DEFAULTS, _ENTROPY_CHECKED, _ENTROPY_IGNORED)
+    _check_head_dim("entropy_model", e, e["dim"], e["n_heads"])
+    notes = [
+        f"`entropy_model.{key}` = {entropy_args[key]!r} in the file is ignored, as in Meta's loader, which uses {value}."
+        for key, value in _ENTROPY_FIXED.items()
+        if fixed and isinstance(value, float) and entropy_args.get(key, value) != value
+    ]
+    config = {
+        "vocab_size": e["vocab_size"],
+        "hidden_size": e["dim"],
+        "num_hidden_layers": e["n_layers"],
+        "num_attention_heads": e["n_heads"],
+        "num_key_value_heads": e["n_kv_heads"] or e["n_heads"],
+        "intermediate_size": _ffn_width(e["dim"], e["multiple_of"], e["ffn_dim_multiplier"]),
+        "rms_norm_eps": e["norm_eps"],
+        "max_position_embeddings": e["max_seqlen"],
+        "sliding_window": e["sliding_window"] or 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(e["rope_theta"])},
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return config, notes
+
+
+def _ffn_args(widths: dict[int, int], multiples: tuple[int, ...]) -> tuple[int, float]:
+    """`(multiple_of, ffn_dim_multiplier)` that give each `width -> intermediate size`, multiplier 1 preferred."""
+    for multiple_of in multiples:
+        low = max((inner - multiple_of + 1) / int(8 * dim / 3) for dim, inner in widths.items())
+        high = min((inner + 1) / int(8 * dim / 3) for dim, inner in widths.items())
+        # Short decimals first: 1.3 reads better than the midpoint.
+        candidates = [1.0] + [round((low + high) / 2, digits) for digits in range(1, 10)] + [(low + high) / 2]
+        for multiplier in candidates:
+            if all(_ffn_width(dim, multiple_of, multiplier) == inner for dim, inner in widths.items()):
+                return multiple_of, multiplier
+    raise ValueError(
+        f"`intermediate_size`: no `multiple_of` of {multiples} and `ffn_dim_multiplier` of Meta's format give "
+        f"{widths} (width: intermediate size)."
+    )
+
+
+def meta_args_from_config(config: BltConfig) -> tuple[dict, dict, dict | None]:
+    """Inverse of [`config_from_meta_args`]: `(args, patcher_args, entropy_args)`, mapped and checked keys only.
+
+    Raises:
+        ValueError: names the field that Meta's format cannot express.
+    """
+    encoder, decoder, global_ = config.encoder_config, config.decoder_config, config.global_config
+    multiple_of, multiplier = _ffn_args(
+        {part.hidden_size: part.intermediate_size for part in (global_, encoder, decoder)},
+        (256, 128, 64, 32, 16, 8, 4, 2, 1),
+    )
+
+    def kv_heads(part):
+        return None if part.num_key_value_heads == part.num_attention_heads else part.num_key_value_heads
+
+    args = {key: accepted[0] for key, (accepted, _) in _MODEL_CHECKED.items()} | {
+        "max_seqlen": global_.max_position_embeddings,
+        "max_encoder_seq_length": encoder.max_position_embeddings,
+        "n_kv_heads": kv_heads(encoder),
+        "n_kv_heads_global": kv_heads(global_),
+        "multiple_of": multiple_of,
+        "ffn_dim_multiplier": multiplier,
+        "norm_eps": encoder.rms_norm_eps,
+        "rope_theta": encoder.rope_parameters["rope_theta"],
+        "dropout": encoder.dropout,
+        "local_attention_window_len": config.local_attention_window_len,
+        "patch_size": config.patch_size,
+        "patching_mode": config.patching_mode,
+        "patching_threshold": config.patching_threshold,
+        "patching_threshold_add": config.patching_threshold_add,
+        "monotonicity": config.monotonicity,
+        "max_patch_length": config.max_patch_length,
+        "downsampling_by_pooling": encoder.patch_pooling,
+        "cross_attn_k": config.cross_attn_k,
+        "cross_attn_nheads": encoder.cross_attention_heads[0],
+        "encoder_hash_byte_group_size": list(config.encoder_hash_byte_group_size),
+        "encoder_hash_byte_group_vocab": config.encoder_hash_byte_group_vocab,
+        "encoder_hash_byte_group_nb_functions": config.encoder_hash_byte_group_nb_functions,
+        "vocab_size": config.vocab_size,
+    }
+    if not config.encoder_hash_byte_group_nb_functions:
+        args["encoder_hash_byte_group_size"] = []
+    for part, name in ((global_, "global"), (encoder, "local_encoder"), (decoder, "local_decoder")):
+        args |= {
+            f"dim_{name}": part.hidden_size,
+            f"n_layers_{name}": part.num_hidden_layers,
+            f"n_heads_{name}": part.num_attention_heads,
+        }
+    for part, name in ((encoder, "encoder"), (decoder, "decoder")):
+        args |= {
+            f"cross_attn_all_layers_{name}": bool(part.cross_attn_all_layers),
+            f"cross_attn_window_{name}": part.cross_attn_window,
+        }
+    patcher_args = {
+        "patching_mode": config.patching_mode,
+        "threshold": config.patching_threshold,
+        "threshold_add": config.patching_threshold_add,
+        "max_patch_length": config.max_patch_length,
+        "patch_size": config.patch_size,
+        "monotonicity": config.monotonicity,
+        "patching_batch_size": config.patching_batch_size,
+    }
+    entropy_args = None
+    if config.patch_in_forward:
+        p = config.patcher_config
+        entropy_args = {
+            "dim": p.hidden_size,
+            "n_layers": p.num_hidden_layers,
+            "n_heads": p.num_attention_heads,
+            "n_kv_heads": kv_heads(p),
+            "ffn_dim_multiplier": _ffn_args({p.hidden_size: p.intermediate_size}, (256,))[1],
+            "max_seqlen": p.max_position_embeddings,
+            "vocab_size": p.vocab_size,
+            "sliding_window": p.sliding_window,
+            **_ENTROPY_FIXED,
+        }
+    return args, patcher_args, entropy_args
+
+
+_ESSENCE = (
+    "patch_in_forward patching_mode patching_threshold patching_threshold_add monotonicity max_patch_length "
+    "patching_newline_reset local_attention_window_len cross_attn_k encoder_hash_byte_group_size "
+    "encoder_hash_byte_group_vocab encoder_hash_byte_group_nb_functions vocab_size"
+).split()
+_PART_ESSENCE = (
+    "hidden_size num_attention_heads num_key_value_heads num_hidden_layers intermediate_size rms_norm_eps "
+    "rope_parameters hidden_act sliding_window cross_attention_heads cross_attn_window cross_attn_all_layers "
+    "cross_attn_k hidden_size_global patch_pooling dropout"
+).split()
+
+
+def _essence(config: BltConfig) -> dict:
+    """What decides numbers, as `field -> value`."""
+    essence = {name: getattr(config, name) for name in _ESSENCE}
+    if config.patching_mode == "static":
+        essence["patch_size"] = config.patch_size
+    if not config.encoder_hash_byte_group_nb_functions:
+        del essence["encoder_hash_byte_group_size"], essence["encoder_hash_byte_group_vocab"]
+    parts = ["encoder_config", "decoder_config", "global_config"] + ["patcher_config"] * bool(config.patch_in_forward)
+    for part in parts:
+        component = getattr(config, part)
+        essence |= {f"{part}.{name}": getattr(component, name) for name in _PART_ESSENCE if hasattr(component, name)}
+    return essence
+
+
+def _merge_kept(config: BltConfig, kept: dict | None) -> dict:
+    """Meta's argument files for `config`: `{"args", "train_args", "entropy_params"}`.
+
+    Kept arguments stay as they are, except where the config now says something else than they do.
+    """
+    args, patcher_args, entropy_args = meta_args_from_config(config)
+    _check_expressible(config, args, patcher_args, entropy_args)
+    if kept is None:
+        args = {**_MODEL_DEFAULTS, **args}
+        data = {"patcher_args": {**_PATCHER_DEFAULTS, **patcher_args}, "tokenizer_args": {"name": "blt"}}
+        files = {"args": args, "train_args": {"name": "blt_hf", "data": data, "model": args}, "entropy_params": None}
+        if entropy_args is not None:
+            model = {**_ENTROPY_DEFAULTS, **entropy_args}
+            files["entropy_params"] = {"name": "entropy_model", "data": data, "entropy_model": model}
+        return files
+
+    files = json.loads(json.dumps({key: kept.get(key) for key in ("args", "train_args", "entropy_params")}))
+    kept_patcher, _ = _choose_patcher_args(files, kept.get("patching", "auto"))
+    kept_entropy = (files["entropy_params"] or {}).get("entropy_model")
+    kept_config, _ = config_from_meta_args(files["args"], kept_patcher, kept_entropy, kept.get("entropy_fixed", True))
+    old_args, old_patcher, old_entropy = meta_args_from_config(kept_config)
+
+    def update(target: dict | None, new: dict | None, old: dict | None) -> None:
+        if target is not None and new is not None:
+            target |= {key: value for key, value in new.items() if old is None or old[key] != value}
+
+    train, params = files["train_args"] or {}, files["entropy_params"] or {}
+    for target in (files["args"], train.get("model")):
+        update(target, args, old_args)
+    for target in (train, params):
+        update((target.get("data") or {}).get("patcher_args"), patcher_args, old_patcher)
+    update(kept_entropy, entropy_args, old_entropy)
+    if entropy_args is None:
+        files["entropy_params"] = None
+    return files
+
+
+def _check_expressible(config: BltConfig, args: dict, patcher_args: dict, entropy_args: dict | None) -> None:
+    meta = _essence(config_from_meta_args(args, patcher_args, entropy_args)[0])
+    for name, value in _essence(config).items():
+        if meta[name] != value:
+            raise ValueError(f"`{name}` = {value!r} has no counterpart in Meta's format, which would read {meta[name]!r}.")
+
+
+# ---- Tensor names ----
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """One tensor of ours and the tensor of Meta's that holds it, or several that follow each other along dimension 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    in_patcher: bool = False
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        return (self.shape[0] // max(len(self.sources), 1), *self.shape[1:])
+
+
+def tensor_specs(config: BltConfig) -> list[_Spec]:
+    """Every tensor of a checkpoint, with its shape and its name in Meta's files."""
+    specs = []
+
+    def add(name, shape, *sources, in_patcher=False):
+        specs.append(_Spec(name, shape, sources, in_patcher))
+
+    def add_layers(ours, meta, part, in_patcher=False):
+        width, inner = part.hidden_size, part.intermediate_size
+        kv_width = part.num_key_value_heads * part.head_dim
+        for layer in range(part.num_hidden_layers):
+            for ours_name, meta_name, shape in (
+                ("self_attn.q_proj", "attention.wq", (width, width)),
+                ("self_attn.k_proj", "attention.wk", (kv_width, width)),
+                ("self_attn.v_proj", "attention.wv", (kv_width, width)),
+                ("self_attn.o_proj", "attention.wo", (width, width)),
+                ("mlp.gate_proj", "feed_forward.w1", (inner, width)),
+                ("mlp.up_proj", "feed_forward.w3", (inner, width)),
+                ("mlp.down_proj", "feed_forward.w2", (width, inner)),
+                ("input_layernorm", "attention_norm", (width,)),
+                ("post_attention_layernorm", "ffn_norm", (width,)),
+            ):
+                names = f"{ours}layers.{layer}.{ours_name}.weight", f"{meta}layers.{layer}.{meta_name}.weight"
+                add(names[0], shape, names[1], in_patcher=in_patcher)
+
+    def add_cross_attention(part_name, part):
+        width = part.hidden_size
+        heads, kv_heads = part.cross_attention_heads
+        kv_width = width // heads * kv_heads
+        for layer in range(part.num_hidden_layers if part.cross_attn_all_layers else 1):
+            for ours_name, meta_name, shape in (
+                ("q_proj", "wq", (width, width)),
+                ("k_proj", "wk", (kv_width, width)),
+                ("v_proj", "wv", (kv_width, width)),
+                ("o_proj", "wo", (width, width)),
+                ("q_norm", "cross_attn_norm_q", (width,)),
+                ("k_norm", "cross_attn_norm_kv", (width,)),
+            ):
+                stem = f"{part_name}.cross_attn_layers.{layer}."
+                add(f"model.{stem}{ours_name}.weight", shape, f"{stem}{meta_name}.weight")
+
+    encoder, decoder, global_ = config.encoder_config, config.decoder_config, config.global_config
+    width, pooled = encoder.hidden_size, encoder.hidden_size * config.cross_attn_k
+    num_tables = config.encoder_hash_byte_group_nb_functions * len(config.encoder_hash_byte_group_size)
+    add(
+        "model.encoder_hash_tok_embedding.weight",
+        (num_tables * config.encoder_hash_byte_group_vocab, width),
+        *(f"encoder_hash_tok_embedding.{table}.weight" for table in range(num_tables)),
+    )
+    name = "local_encoder.tok_embeddings.weight"
+    add("model.local_encoder.embed_tokens.weight", (config.vocab_size, width), name)
+    name = "local_encoder.patch_embedding_projection.weight"
+    add(f"model.{name}", (pooled, width), name)
+    add_layers("model.local_encoder.", "local_encoder.", encoder)
+    add_cross_attention("local_encoder", encoder)
+    if pooled != global_.hidden_size:
+        name = "global_transformer.token_embedding_projection.weight"
+        add(f"model.{name}", (global_.hidden_size, pooled), name)
+    add_layers("model.global_transformer.", "global_transformer.", global_)
+    name = "local_decoder.patch_embedding_projection.weight"
+    add(f"model.{name}", (pooled, global_.hidden_size), name)
+    add_layers("model.local_decoder.", "local_decoder.", decoder)
+    add_cross_attention("local_decoder", decoder)
+    add("model.local_decoder.norm.weight", (width,), "local_decoder.norm.weight")
+    add("lm_head.weight", (config.vocab_size, width), "local_decoder.output.weight")
+    if config.patch_in_forward:
+        patcher = config.patcher_config
+        table = (patcher.vocab_size, patcher.hidden_size)
+        add("model.patcher.embed_tokens.weight", table, "tok_embeddings.weight", in_patcher=True)
+        add_layers("model.patcher.", "", patcher, in_patcher=True)
+        add("model.patcher.norm.weight", (patcher.hidden_size,), "norm.weight", in_patcher=True)
+        add("model.patcher.lm_head.weight", table, "output.weight", in_patcher=True)
+    return specs
+
+
+# ---- Reading and writing tensors, piece by piece ----
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file: where its bytes are (safetensors), or a memory-mapped tensor (`.pth`)."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int = 0
+    tensor: Tensor | None = field(default=None, repr=False)
+
+    def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Elements `start` to `stop` in order, as flat tensors of at most `_CHUNK_BYTES`."""
+        stop = math.prod(self.shape) if stop is None else stop
+        step = _CHUNK_BYTES // self.dtype.itemsize
+        if self.tensor is not None:
+            flat = self.tensor.reshape(-1)
+            yield from (flat[first : min(first + step, stop)] for first in range(start, stop, step))
+            return
+        # Reading instead of mapping: mapped pages count as memory of the process until the system drops them.
+        with open(self.path, "rb") as file:
+            file.seek(self.offset + start * self.dtype.itemsize)
+            for first in range(start, stop, step):
+                buffer = bytearray((min(first + step, stop) - first) * self.dtype.itemsize)
+                file.readinto(buffer)
+                yield torch.frombuffer(buffer, dtype=self.dtype)
+
+
+def _open_safetensors(path: Path) -> dict[str, _Stored]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
+        if 8 + length > size:
+            raise ValueError(f"{path} is not a whole safetensors file: {size} bytes, header of {length} bytes.")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    stored = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPE_CODES:
+            raise ValueError(f"{path}: `{name}` is {entry['dtype']}; supported: {', '.join(_DTYPE_CODES)}.")
+        first, last = entry["data_offsets"]
+        if 8 + length + last > size:
+            raise ValueError(f"{path} is not a whole safetensors file: `{name}` ends after its {size} bytes.")
+        dtype = _DTYPE_CODES[entry["dtype"]]
+        stored[name] = _Stored(path, dtype, tuple(entry["shape"]), 8 + length + first)
+    return stored
+
+
+def _open_pth(path: Path) -> dict[str, _Stored]:
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files older than torch's zip format cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a file of tensors (weights_only): {error}") from error
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    # Rotary tables are computed, not learned; older files carry them.
+    return {
+        name: _Stored(path, value.dtype, tuple(value.shape), tensor=value)
+        for name, value in tensors.items()
+        if not name.endswith("freqs_cis")
+    }
+
+
+def _open_weights(folder: Path) -> dict[str, _Stored]:
+    """All tensors of `folder`: sharded or single safetensors, or `consolidated.pth`."""
+    index, single, pth = (
+        folder / name for name in ("model.safetensors.index.json", "model.safetensors", "consolidated.pth")
+    )
+    if index.is_file():
+        stored = {}
+        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing; {index.name} names it.")
+            stored |= _open_safetensors(folder / name)
+        return stored
+    if single.is_file():
+        return _open_safetensors(single)
+    if pth.is_file():
+        return _open_pth(pth)
+    raise ValueError(f"{folder} has no weights: expected {single.name}, {index.name} or {pth.name}.")
+
+
+def _check_tensors(stored: dict[str, _Stored], expected: dict[str, tuple[int, ...]], where: str) -> None:
+    def listed(names):
+        return ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    missing, unexpected = (sorted(a - b) for a, b in ((expected.keys(), stored.keys()), (stored.keys(), expected.keys())))
+    if missing or unexpected:
+        problems = [f"missing: {listed(missing)}"] * bool(missing) + [f"unexpected: {listed(unexpected)}"] * bool(unexpected)
+        raise ValueError(f"{where} does not hold the tensors that its arguments describe; {'; '.join(problems)}.")
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise ValueError(
+                f"{where}: `{name}` has shape {list(stored[name].shape)}; its arguments say {list(shape)}."
+            )
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A tensor to write: pieces of stored tensors, one after the other."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: tuple[tuple[_Stored, int, int | None], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[Tensor]:
+        for stored, start, stop in self.parts:
+            for piece in stored.pieces(start, stop):
+                cast = piece.to(self.dtype)
+                if cast.dtype != piece.dtype and not torch.equal(cast.isfinite(), piece.isfinite()):
+                    raise ValueError(
+                        f"`{self.name}` holds values that {self.dtype} cannot; choose another dtype, such as bfloat16."
+                    )
+                yield cast
+
+
+def _write_safetensors(path: Path, outputs: list[_Output], advance) -> None:
+    """Writes the safetensors format by hand, since its library wants whole tensors in memory.
+
+    Source: https://github.com/huggingface/safetensors#format (length of the header, JSON header, bytes).
+    """
+    # Wide dtypes first keeps every tensor aligned to its element size.
+    outputs = sorted(outputs, key=lambda output: -output.dtype.itemsize)
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for output in outputs:
+        entry = {"dtype": _CODE_OF_DTYPE[output.dtype], "shape": list(output.shape)}
+        header[output.name] = entry | {"data_offsets": [end, end + output.num_bytes]}
+        end += output.num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for output in outputs:
+            for piece in output.pieces():
+                file.write(piece.contiguous().view(torch.uint8).numpy())
+                advance(piece.numel() * piece.element_size())
+
+
+def _write_shards(folder: Path, outputs: list[_Output], max_shard_bytes: int, advance) -> None:
+    shards, size = [[]], 0
+    for output in outputs:
+        if shards[-1] and size + output.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(output)
+        size += output.num_bytes
+    if len(shards) == 1:
+        _write_safetensors(folder / "model.safetensors", shards[0], advance)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(folder / name, shard, advance)
+        weight_map |= {output.name: name for output in shard}
+    total = sum(output.num_bytes for output in outputs)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}.")
+    return content
+
+
+@contextmanager
+def _whole_or_nothing(out: Path, overwrite: bool, sources: list[Path]) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` at the end, or disappears if anything fails."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"OUT {out} is a file; give a folder.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"OUT {out} is not empty; choose another folder or pass --overwrite (overwrite=True).")
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"OUT {out} would replace the source {source}; choose another folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.{kind}" for kind in ("partial", "old"))
+    partial.mkdir()
+    try:
+        yield partial
+        if out.is_dir():
+            out.rename(old)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.is_dir() and not out.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _progress_bar(total: int, label: str, show: bool, folder: Path):
+    """Yields `advance(num_bytes)`; first makes sure that the disk has room for `total` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        raise ValueError(f"{folder.parent} has {free / 1e9:.1f} GB free; {total / 1e9:.1f} GB are needed.")
+    if not show:
+        yield lambda num_bytes: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda num_bytes: progress.advance(task, num_bytes)
+
+
+# ---- Sources ----
+
+
+@dataclass
+class _Source:
+    """A checkpoint in Meta's layout, opened."""
+
+    label: str
+    folder: Path
+    files: dict  # as in META_ARGS_FILE: args, train_args, entropy_params, entropy_fixed
+    weights: dict[str, _Stored]
+    entropy_weights: dict[str, _Stored] | None = None
+
+
+def _locate(source: str | os.PathLike, revision: str | None) -> Path:
+    """A folder as it is, a Hub id downloaded."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise ValueError(f"{source} is neither a folder nor a Hub id such as facebook/blt-1b.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:  # every error of huggingface_hub is one of the two
+        raise ValueError(f"{source} is not a folder, and cannot be downloaded from the Hub: {error}") from error
+
+
+def _open_meta(source: str | os.PathLike, entropy_model: str | os.PathLike | None, revision: str | None) -> _Source:
+    folder = _locate(source, revision)
+    train_args = None
+    if (folder / "config.json").is_file():
+        content = _read_json(folder / "config.json")
+        if "args" not in content:
+            kind = f"a transformers checkpoint of type {content['model_type']!r}" if "model_type" in content else "unknown"
+            raise ValueError(f"{folder}: config.json has no `args`, so this is not Meta's layout ({kind}).")
+        args = content["args"]
+        if (folder / "train_args.json").is_file():
+            train_args = _read_json(folder / "train_args.json")
+    elif (folder / "params.json").is_file():  # as Meta's trainer consolidates a run
+        train_args = _read_json(folder / "params.json")
+        args = train_args.get("model")
+        if not args:
+            raise ValueError(f"{folder}: params.json has no `model`; is this the entropy model of a BLT?")
+    else:
+        raise ValueError(f"{folder / 'config.json'} is missing (or params.json, for a run of Meta's trainer).")
+    files = {"args": args, "train_args": train_args, "entropy_params": None, "entropy_fixed": True}
+    opened = _Source(str(source), folder, files, _open_weights(folder))
+
+    entropy_folder = folder / "entropy_model" if entropy_model is None else _locate(entropy_model, None)
+    if entropy_folder.is_dir():
+        if (entropy_folder / "params.json").is_file():
+            files["entropy_params"] = _read_json(entropy_folder / "params.json")
+            if not files["entropy_params"].get("entropy_model"):
+                raise ValueError(f"{entropy_folder / 'params.json'} has no `entropy_model`.")
+        else:  # facebook/blt-entropy: the arguments of the loaded model, all of them honoured
+            content = _read_json(entropy_folder / "config.json")
+            if "args" not in content:
+                raise ValueError(f"{entropy_folder / 'config.json'} has no `args`, so this is not Meta's layout.")
+            files["entropy_params"] = {"entropy_model": content["args"]}
+            files["entropy_fixed"] = False
+        opened.entropy_weights = _open_weights(entropy_folder)
+    return opened
+
+
+def _choose_patcher_args(files: dict, choice: str) -> tuple[dict, list[str]]:
+    """The patching settings of a checkpoint, and a note where its files disagree about them."""
+    found = {}
+    for name, file in (("train_args", files["train_args"]), ("entropy_model", files["entropy_params"])):
+        if patcher_args := ((file or {}).get("data") or {}).get("patcher_args"):
+            found[name] = patcher_args
+    args = {**_MODEL_DEFAULTS, **files["args"]}
+    names = {"threshold": "patching_threshold", "threshold_add": "patching_threshold_add", "patching_mode": None}
+    found["args"] = {
+        key: args[names.get(key) or key]
+        for key in ("patching_mode", "threshold", "threshold_add", "monotonicity", "max_patch_length", "patch_size")
+    }
+    if choice == "auto":
+        choice = next(iter(found))
+    if choice not in found:
+        raise ValueError(f"`patching` = {choice!r}: this checkpoint has settings in {', '.join(found)} (or 'auto').")
+
+    def rule(patcher_args):
+        given = {**_PATCHER_DEFAULTS, **patcher_args}
+        keys = {"entropy": ["threshold", "threshold_add", "monotonicity"], "static": ["patch_size"]}
+        return {
+            key: given[key]
+            for key in ("patching_mode", "max_patch_length", *keys.get(given["patching_mode"], []))
+        }
+
+    notes = []
+    for other in found.keys() - {choice, "args"}:
+        if rule(found[other]) != rule(found[choice]):
+            notes.append(
+                f"Patching settings disagree: {choice} says {rule(found[choice])} (used), {other} says "
+                f"{rule(found[other])}. Choose with --patching {choice} or --patching {other}."
+            )
+    return found[choice], notes
+
+
+# ---- The model card ----
+
+
+def _licence(source: _Source) -> tuple[dict, str]:
+    """Metadata and one sentence about the licence, from what the source says."""
+    from huggingface_hub import metadata_load
+
+    known = {}
+    if (source.folder / "README.md").is_file():
+        metadata = metadata_load(source.folder / "README.md") or {}
+        known = {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}
+    if known:
+        name = known.get("license_name") or known["license"]
+        link = f" ({known['license_link']})" if "license_link" in known else ""
+        return known, f"The source's own card states the licence `{name}`{link}; it applies to these weights as well."
+    if re.fullmatch(r"facebook/blt[\w.-]*", source.label):
+        link = f"https://huggingface.co/{source.label}/blob/main/LICENSE"
+        known = {"license": "other", "license_name": "fair-noncommercial-research-license", "license_link": link}
+        return known, f"Meta publishes its BLT weights under the FAIR Noncommercial Research License ({link})."
+    return {}, (
+        "The source states no licence, so none is given here. Weights derived from Meta's BLT releases stay under their "
+        "licence (see https://huggingface.co/facebook/blt-1b)."
+    )
+
+
+def _write_card(folder: Path, source: _Source, config: BltConfig, dtype: torch.dtype, notes: list[str]) -> None:
+    from huggingface_hub import ModelCardData
+
+    licence, sentence = _licence(source)
+    on_hub = not Path(source.label).expanduser().is_dir()
+    base = {"base_model": source.label} if on_hub else {}
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["blt"], **base, **licence)
+    origin = f"[{source.label}](https://huggingface.co/{source.label})" if on_hub else f"`{source.folder.name}`"
+    rule = {name: getattr(config, name) for name in ("patching_threshold", "patching_threshold_add", "monotonicity")}
+    settings = {"mode": config.patching_mode, **(rule if config.patching_mode == "entropy" else {})}
+    settings |= {"patch_size": config.patch_size} if config.patching_mode == "static" else {}
+    settings["max_patch_length"] = config.max_patch_length
+    always = [
+        "Patching: " + ", ".join(f"{key.removeprefix('patching_')} {value}" for key, value in settings.items()) + ".",
+        "An `eos` inside a row ends a document, and attention does not cross it, as in Meta's code "
+        "(`mask_documents: true` in `config.json`).",
+        f"Meta's arguments, those without a counterpart in `config.json` included, are in `{META_ARGS_FILE}`.",
+    ]
+    bullets = "\n".join(f"- {note}" for note in always + notes)
+    (folder / "README.md").write_text(
+        f"""---
+{metadata.to_yaml()}
+---
+
+# Byte Latent Transformer, converted
+
+Converted from {origin} in Meta's format by `blt-hf convert`; tensors are in {str(dtype).removeprefix("torch.")}.
+
+```python
+import blt_hf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+## Licence
+
+{sentence}
+
+## About this conversion
+
+{bullets}
+
+Architecture: [Byte Latent Transformer: Patches Scale Better Than Tokens](https://arxiv.org/abs/2412.09871);
+Meta's code: [facebookresearch/blt](https://github.com/facebookresearch/blt).
+""",
+        encoding="utf-8",
+    )
+    for path in source.folder.glob("LICENSE*"):
+        shutil.copyfile(path, folder / path.name)
+
+
+# ---- The two directions ----
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if dtype in _DTYPE_NAMES.values():
+        return dtype
+    if dtype != "auto" and dtype not in _DTYPE_NAMES:
+        raise ValueError(f"`dtype` = {dtype!r} is not supported; supported: auto, {', '.join(_DTYPE_NAMES)}.")
+    return _DTYPE_NAMES.get(dtype)
+
+
+def _parse_size(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", str(size).upper())
+    if not match or int(match[1]) == 0:
+        raise ValueError(f"`max_shard_size` = {size!r} is not a size; give bytes or something like 500MB or 5GB.")
+    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
+
+
+def _main_dtype(outputs: list[_Output]) -> torch.dtype:
+    """The dtype of most of the bytes of the byte latent transformer."""
+    counts = {}
+    for output in outputs:
+        if not output.name.startswith("model.patcher."):
+            counts[output.dtype] = counts.get(output.dtype, 0) + output.num_bytes
+    return max(counts, key=counts.get)
+
+
+def convert_meta_checkpoint(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    entropy_model: str | os.PathLike | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str = "5GB",
+    patching: str = "auto",
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Converts a checkpoint of Meta's code to a transformers checkpoint.
+
+    Args:
+        source: folder or Hub id. Either `config.json` (`{"args": ...}`) with `model.safetensors`, or a consolidated run
+            of Meta's trainer (`params.json` with `consolidated.pth`).
+        out: folder to make. It appears when everything is written, or not at all.
+        entropy_model: folder or Hub id of the entropy model (`params.json` with `consolidated.pth`, or `config.json`
+            with `model.safetensors`); None: `entropy_model/` in `source`.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` to keep each tensor's own.
+        max_shard_size: bytes, or a text such as `5GB`. A larger tensor gets a file of its own.
+        patching: whose patching settings to use where the files disagree: `train_args`, `entropy_model`, `args`, or
+            `auto`, the first of these that exists (as Meta's own loading code does).
+        revision: branch, tag or commit of `source` on the Hub.
+        overwrite: replace `out` if it exists and is not empty.
+        progress: show a progress bar.
+    Returns:
+        `out`.
+    Raises:
+        ValueError: a missing file or tensor, an unexpected tensor, a wrong shape, or an option of Meta's architecture
+            that is not supported (named, with its value and what is supported).
+    Warns:
+        UserWarning: something that the files say about numbers and that the reader should decide.
+    """
+    from transformers import GenerationConfig
+
+    target_dtype, max_shard_bytes, out = _parse_dtype(dtype), _parse_size(max_shard_size), Path(out).expanduser()
+    opened = _open_meta(source, entropy_model, revision)
+    files = opened.files
+    patcher_args, notes = _choose_patcher_args(files, patching)
+    entropy_args = files["entropy_params"]["entropy_model"] if files["entropy_params"] else None
+    config, more_notes = config_from_meta_args(files["args"], patcher_args, entropy_args, files["entropy_fixed"])
+    notes += more_notes
+    specs = tensor_specs(config)
+    for in_patcher, stored in ((False, opened.weights), (True, opened.entropy_weights)):
+        if stored is not None:
+            expected = {name: spec.source_shape for spec in specs if spec.in_patcher == in_patcher for name in spec.sources}
+            _check_tensors(stored, expected, "the entropy model" if in_patcher else opened.label)
+    outputs = []
+    for spec in specs:
+        stored = opened.entropy_weights if spec.in_patcher else opened.weights
+        parts = tuple((stored[name], 0, None) for name in spec.sources)
+        kept_dtype = parts[0][0].dtype if parts else torch.float32
+        outputs.append(_Output(spec.name, target_dtype or kept_dtype, spec.shape, parts))
+    main_dtype = _main_dtype(outputs)
+    config.architectures = ["BltForCausalLM"]
+    config.dtype = main_dtype
+
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    sources = [opened.folder] + ([] if entropy_model is None else [Path(entropy_model)])
+    with _whole_or_nothing(out, overwrite, sources) as folder:
+        total = sum(output.num_bytes for output in outputs)
+        with _progress_bar(total, "Converting", progress, folder) as advance:
+            _write_shards(folder, outputs, max_shard_bytes, advance)
+        from .tokenization_blt import BltTokenizer
+
+        BltTokenizer().save_pretrained(folder)
+        config.save_pretrained(folder)
+        GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0).save_pretrained(folder)
+        _write_json(folder / META_ARGS_FILE, {"source": opened.label, "patching": patching, **files})
+        _write_card(folder, opened, config, main_dtype, notes)
+    return out
+
+
+def export_meta_checkpoint(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    meta_args: str | os.PathLike | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Converts a transformers checkpoint of a BLT to Meta's layout, so that their code can go on with it.
+
+    Writes `config.json`, `model.safetensors`, `train_args.json` and `entropy_model/` with `params.json` and
+    `consolidated.pth`. Arguments of Meta's that have no counterpart in `config.json` come from `meta_args.json`; without
+    one they are the defaults of Meta's code.
+
+    Args:
+        source: folder or Hub id of a BLT in transformers' layout (ours or the in-tree one's).
+        out: folder to make. It appears when everything is written, or not at all.
+        meta_args: the `meta_args.json` that a conversion left; None: the one in `source`, if there is one.
+        dtype, revision, overwrite, progress: as in [`convert_meta_checkpoint`].
+    Returns:
+        `out`.
+    Raises:
+        ValueError: a missing file or tensor, a wrong shape, or a config that Meta's format cannot express (the field is
+            named).
+    """
+    target_dtype, out = _parse_dtype(dtype), Path(out).expanduser()
+    folder_in = _locate(source, revision)
+    content = _read_json(folder_in / "config.json")
+    if content.get("model_type") != "blt":
+        raise ValueError(f"{folder_in}: config.json is of type {content.get('model_type')!r}; expected 'blt'.")
+    config = BltConfig.from_dict(content)
+    kept_path = folder_in / META_ARGS_FILE if meta_args is None else Path(meta_args)
+    kept = _read_json(kept_path) if meta_args is not None or kept_path.is_file() else None
+    files = _merge_kept(config, kept)
+    if not config.mask_documents:
+        warnings.warn(
+            "`mask_documents` is False, and Meta's code always separates documents at `eos`: rows with an `eos` inside "
+            "will have other numbers there.",
+            stacklevel=2,
+        )
+    if config.patch_in_forward and config.patcher_config.sliding_window != 512:
+        warnings.warn(
+            f"`patcher_config.sliding_window` is {config.patcher_config.sliding_window}; Meta's loader ignores the value in "
+            "params.json and uses 512.",
+            stacklevel=2,
+        )
+    specs, stored = tensor_specs(config), _open_weights(folder_in)
+    _check_tensors(stored, {spec.name: spec.shape for spec in specs}, str(source))
+    outputs, entropy_outputs = [], []
+    for spec in specs:
+        size = math.prod(spec.source_shape)
+        for position, name in enumerate(spec.sources):
+            part = (stored[spec.name], position * size, (position + 1) * size)
+            output = _Output(name, target_dtype or stored[spec.name].dtype, spec.source_shape, (part,))
+            (entropy_outputs if spec.in_patcher else outputs).append(output)
+
+    sources = [folder_in] + ([] if meta_args is None else [Path(meta_args)])
+    with _whole_or_nothing(out, overwrite, sources) as folder:
+        total = sum(output.num_bytes for output in outputs)
+        with _progress_bar(total, "Exporting", progress, folder) as advance:
+            _write_safetensors(folder / "model.safetensors", outputs, advance)
+        _write_json(folder / "config.json", {"args": files["args"]})
+        if files["train_args"] is not None:
+            _write_json(folder / "train_args.json", files["train_args"])
+        if entropy_outputs:
+            (folder / "entropy_model").mkdir()
+            _write_json(folder / "entropy_model" / "params.json", files["entropy_params"])
+            # Small beside the rest, and torch's own format: whole in memory.
+            state = {output.name: torch.cat(list(output.pieces())).reshape(output.shape) for output in entropy_outputs}
+            torch.save({"model": state}, folder / "entropy_model" / "consolidated.pth")
+    return out
+
+
+__all__ = [
+    "META_ARGS_FILE",
+    "config_from_meta_args",
+    "convert_meta_checkpoint",
+    "export_meta_checkpoint",
+    "meta_args_from_config",
+    "tensor_specs",
+]

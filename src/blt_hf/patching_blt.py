@@ -1,0 +1,307 @@
+"""From entropies or bytes to patches: pure tensor functions, the same for a whole text and for one byte at a time.
+
+A patching rule is told by its *ends*: byte `i` ends its patch iff position `i + 1` starts one, which every rule here
+knows as soon as byte `i` is there. Positions 0 and 1 of a text always start a patch, so byte 0 always ends one.
+
+Dimension letters: `B` rows, `S` bytes, `P` patches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+BYTE_OFFSET = 4
+"""Byte `b` has id `b + BYTE_OFFSET`; smaller ids are special."""
+NEWLINE_ID = ord("\n") + BYTE_OFFSET
+
+
+@dataclass(frozen=True)
+class PatchingRule:
+    """Where patches start.
+
+    Attributes:
+        mode: `"entropy"`, `"space"`, `"static"` or `"byte"`.
+        threshold: nats (entropy mode).
+        threshold_add: nats; the entropy must also rise by more than this (entropy mode).
+        monotonicity: the entropy must rise by more than `threshold` (entropy mode).
+        patch_size: bytes (static mode).
+        max_patch_length: bytes; longer patches are split, whatever the mode. None: no limit.
+    """
+
+    mode: str = "entropy"
+    threshold: float = 1.335442066192627
+    threshold_add: float | None = None
+    monotonicity: bool = False
+    patch_size: int = 4
+    max_patch_length: int | None = None
+
+    @classmethod
+    def from_config(cls, config) -> "PatchingRule":
+        """The rule that a [`BltConfig`] describes."""
+        return cls(
+            mode=config.patching_mode,
+            threshold=config.patching_threshold,
+            threshold_add=config.patching_threshold_add,
+            monotonicity=config.monotonicity,
+            patch_size=int(config.patch_size or 1),
+            max_patch_length=config.max_patch_length,
+        )
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Entropy of the next byte in nats, fp32 `(...)`, from logits `(..., vocabulary)` of any floating dtype."""
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
+def shift_right(values: Tensor, first: Tensor) -> Tensor:
+    """`values` `(B, S)` moved one byte later along the row, with `first` `(B,)` in front; same shape and dtype."""
+    return torch.cat([first[:, None].to(values.dtype), values[:, :-1]], dim=1)
+
+
+def entropy_patch_ends(rule: PatchingRule, entropies: Tensor, previous_entropies: Tensor, positions: Tensor) -> Tensor:
+    """Ends by the entropy rules.
+
+    Args:
+        entropies: `(B, S)` nats, of the byte after each byte.
+        previous_entropies: `(B, S)` the same, one byte earlier; ignored at the first byte of a text.
+        positions: int64 `(B, S)`, index of each byte in its text.
+    Returns:
+        bool `(B, S)`.
+    Source: arXiv 2412.09871 section 2.3; exact edges from the recorded vectors of Meta's code: with a rule on
+        differences position 2 always starts a patch, and with `threshold_add` position 3 never does.
+    """
+    if rule.monotonicity:
+        ends = (entropies - previous_entropies > rule.threshold) | (positions == 1)
+    elif rule.threshold_add is not None:
+        ends = (entropies - previous_entropies > rule.threshold_add) & (entropies > rule.threshold)
+        ends = (ends & (positions != 2)) | (positions == 1)
+    else:
+        ends = entropies > rule.threshold
+    return ends | (positions == 0)
+
+
+def space_patch_ends(input_ids: Tensor, previous_ids: Tensor, positions: Tensor) -> Tensor:
+    """Ends after space-like bytes that follow one that is not, and after every special id; bool `(B, S)`.
+
+    Space-like is every byte but `0-9`, `A-Z`, `a-z` and UTF-8 continuation bytes (0x80-0xBF).
+
+    Args:
+        input_ids, previous_ids: int64 `(B, S)`, ids and the ids before them (ignored at the first byte of a text).
+        positions: int64 `(B, S)`, index of each byte in its text.
+    """
+
+    def is_special(ids):
+        return (ids < BYTE_OFFSET) | (ids >= 256 + BYTE_OFFSET)
+
+    def is_word(ids):
+        byte = ids - BYTE_OFFSET
+        digit = (byte >= ord("0")) & (byte <= ord("9"))
+        letter = ((byte | 0x20) >= ord("a")) & ((byte | 0x20) <= ord("z")) & (byte < 0x80)
+        return digit | letter | ((byte >= 0x80) & (byte < 0xC0))
+
+    special = is_special(input_ids)
+    previous_breaks = is_special(previous_ids) | ~is_word(previous_ids)
+    return special | (~special & ~is_word(input_ids) & ~previous_breaks) | (positions == 0)
+
+
+def split_long_patches(ends: Tensor, text_starts: Tensor, open_bytes: Tensor, max_patch_length: int) -> Tensor:
+    """Adds an end wherever a patch has reached `max_patch_length` bytes.
+
+    Args:
+        ends: bool `(B, S)`.
+        text_starts: bool `(B, S)`, where a text begins inside the row.
+        open_bytes: int64 `(B,)`, bytes of the patch that was still open before these.
+    Returns:
+        bool `(B, S)`. Lengths `L > m` become `m, m, ..., remainder`.
+    """
+    index = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
+    follows_end = shift_right(ends, torch.zeros_like(open_bytes))
+    starts = torch.where(follows_end | text_starts, index, -open_bytes[:, None])
+    patch_start = starts.cummax(dim=1).values
+    return ends | ((index - patch_start + 1) % max_patch_length == 0)
+
+
+def open_patch_bytes(ends: Tensor, open_bytes: Tensor) -> Tensor:
+    """Bytes in the open patch after each byte, int64 `(B, S)`; 0 where the byte ends its patch. Arguments as above."""
+    index = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
+    last_end = torch.where(ends, index, -1 - open_bytes[:, None])
+    return index - last_end.cummax(dim=1).values
+
+
+def patch_lengths_from_ends(ends: Tensor, num_bytes: Tensor | None = None) -> Tensor:
+    """Patch lengths as Meta's patcher gives them: they include the next, not yet known byte.
+
+    Args:
+        ends: bool `(B, S)`; the bytes of a row stand at its beginning.
+        num_bytes: int64 `(B,)`, bytes of each row; None: `S`.
+    Returns:
+        int64 `(B, P)`, zeros on the right; row `b` sums to `num_bytes[b] + 1` (0 for an empty row).
+        `ends [T, F, T, F] -> [[1, 2, 2]]`.
+    """
+    num_rows, length = ends.shape
+    if num_bytes is None:
+        num_bytes = ends.new_full((num_rows,), length, dtype=torch.int64)
+    index = torch.arange(length, device=ends.device)
+    ends = ends & (index < num_bytes[:, None])
+    starts = torch.cat([num_bytes[:, None] > 0, ends], dim=1)
+    patch_ids = (starts.long().cumsum(dim=1) - 1).clamp_min(0)
+    exists = torch.arange(length + 1, device=ends.device) <= num_bytes[:, None]
+    exists = exists & (num_bytes[:, None] > 0)
+    num_patches = max(int(starts.sum(dim=1).max()), 1)
+    lengths = torch.zeros(num_rows, num_patches, dtype=torch.int64, device=ends.device)
+    # Positions past the row's end add 0 to its last patch.
+    return lengths.scatter_add_(1, patch_ids, exists.long())
+
+
+def patch_ends_from_lengths(patch_lengths: Tensor, num_bytes: int) -> Tensor:
+    """The inverse of [`patch_lengths_from_ends`].
+
+    Args:
+        patch_lengths: int `(B, P)`, zeros on the right. A row that sums to the bytes of its text plus 1 says whether
+            the last byte ends a patch; one that sums to the bytes alone leaves the last patch open, for nothing says
+            that the next byte starts another.
+        num_bytes: `S`, bytes to label.
+    Returns:
+        bool `(B, S)`.
+    """
+    starts = patch_lengths.cumsum(dim=1) - patch_lengths  # (B, P), of each patch
+    is_end = (patch_lengths > 0) & (starts >= 1) & (starts <= num_bytes)
+    ends = torch.zeros(patch_lengths.shape[0], num_bytes + 1, dtype=torch.int64, device=patch_lengths.device)
+    return ends.scatter_add_(1, starts.clamp(0, num_bytes).long(), is_end.long())[:, 1:] > 0
+
+
+def patch_ids_from_lengths(patch_lengths: Tensor, num_bytes: int) -> Tensor:
+    """Index of the patch that holds each byte.
+
+    Args:
+        patch_lengths: int64 `(B, P)`, zeros on the right; each row sums to at least `num_bytes`.
+        num_bytes: how many byte positions to label.
+    Returns:
+        int64 `(B, num_bytes)`, never decreasing along a row. `[1, 1, 3, 0] -> [0, 1, 2, 2, 2]`.
+    """
+    patch_stops = patch_lengths.cumsum(dim=-1)
+    positions = torch.arange(num_bytes, device=patch_stops.device).expand(patch_stops.shape[0], -1)
+    return torch.searchsorted(patch_stops, positions.contiguous(), right=True)
+
+
+def find_patch_ends(
+    rule: PatchingRule,
+    input_ids: Tensor | None,
+    entropies: Tensor | None,
+    positions: Tensor,
+    previous_ids: Tensor,
+    previous_entropy: Tensor,
+    open_bytes: Tensor,
+) -> Tensor:
+    """Applies `rule` to the next bytes of each row, given what is known of the bytes before.
+
+    Args:
+        rule: the patching rule.
+        input_ids: int64 `(B, S)`; needed in space mode.
+        entropies: `(B, S)` nats; needed in entropy mode.
+        positions: int64 `(B, S)`, index of each byte in its text; 0 begins a text.
+        previous_ids: int64 `(B,)`, id before the first byte; any value at the start of a text.
+        previous_entropy: fp32 `(B,)`, entropy there; likewise.
+        open_bytes: int64 `(B,)`, bytes of the open patch; 0 at the start of a text.
+    Returns:
+        bool `(B, S)`: byte `i` is the last of its patch.
+    """
+    if rule.mode == "entropy":
+        ends = entropy_patch_ends(rule, entropies, shift_right(entropies, previous_entropy), positions)
+    elif rule.mode == "space":
+        ends = space_patch_ends(input_ids, shift_right(input_ids, previous_ids), positions)
+    elif rule.mode == "static":
+        ends = positions % rule.patch_size == 0
+    else:
+        ends = torch.ones_like(positions, dtype=torch.bool)
+    if rule.max_patch_length is not None:
+        ends = split_long_patches(ends, positions == 0, open_bytes, rule.max_patch_length)
+    return ends
+
+
+def compute_patch_lengths(
+    rule: PatchingRule,
+    input_ids: Tensor | None = None,
+    entropies: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Patch lengths of whole texts, one a row.
+
+    Args:
+        rule: the patching rule.
+        input_ids: int64 `(B, S)`; needed in space mode.
+        entropies: `(B, S)` nats; needed in entropy mode.
+        attention_mask: `(B, S)`, 0 where there is no text; any padding side. None: no padding.
+    Returns:
+        int64 `(B, P)` as [`patch_lengths_from_ends`] describes it.
+    Raises:
+        ValueError: the tensor that the rule reads is missing.
+    """
+    needed = {"space": ("input_ids", input_ids), "entropy": ("entropies", entropies)}.get(rule.mode)
+    if needed is not None and needed[1] is None:
+        raise ValueError(f"patching mode {rule.mode!r} needs `{needed[0]}`; got None.")
+    if input_ids is None and entropies is None:
+        raise ValueError(f"patching mode {rule.mode!r} needs `input_ids` (or `entropies`) for the shape; got neither.")
+    shape_of = input_ids if input_ids is not None else entropies
+    num_bytes = None
+    if attention_mask is not None:
+        layout = RowLayout.from_mask(attention_mask)
+        num_bytes = layout.num_bytes
+        input_ids = None if input_ids is None else layout.pack(input_ids)
+        entropies = None if entropies is None else layout.pack(entropies)
+    positions = torch.arange(shape_of.shape[1], device=shape_of.device).expand(shape_of.shape)
+    zeros = torch.zeros(shape_of.shape[0], dtype=torch.int64, device=shape_of.device)
+    ends = find_patch_ends(rule, input_ids, entropies, positions, zeros, zeros.float(), zeros)
+    return patch_lengths_from_ends(ends, num_bytes)
+
+
+@dataclass
+class RowLayout:
+    """Where the bytes of padded rows stand, so that each row can be worked on from its first byte.
+
+    Attributes:
+        source: int64 `(B, S)`, column of the i-th byte of each row (columns without text come last).
+        rank: int64 `(B, S)`, the inverse of `source`.
+        num_bytes: int64 `(B,)`.
+    """
+
+    source: Tensor
+    rank: Tensor
+    num_bytes: Tensor
+
+    @classmethod
+    def from_mask(cls, attention_mask: Tensor) -> "RowLayout":
+        """From an attention mask `(B, S)`; nonzero means text. Zeros may stand anywhere."""
+        is_text = attention_mask != 0
+        source = torch.argsort((~is_text).to(torch.uint8), dim=1, stable=True)
+        return cls(source, torch.argsort(source, dim=1), is_text.sum(dim=1))
+
+    def _gather(self, values: Tensor, index: Tensor) -> Tensor:
+        index = index.view(*index.shape, *[1] * (values.dim() - 2)).expand(values.shape)
+        return values.gather(1, index)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Moves the bytes of `values` `(B, S, ...)` to the beginning of their rows."""
+        return self._gather(values, self.source)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Moves them back; 0 where there is no text."""
+        is_text = self.rank < self.num_bytes[:, None]
+        is_text = is_text.view(*is_text.shape, *[1] * (values.dim() - 2))
+        return torch.where(is_text, self._gather(values, self.rank), torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+__all__ = [
+    "BYTE_OFFSET",
+    "PatchingRule",
+    "RowLayout",
+    "compute_patch_lengths",
+    "entropy_from_logits",
+    "find_patch_ends",
+    "patch_ends_from_lengths",
+    "patch_ids_from_lengths",
+    "patch_lengths_from_ends",
+]
