@@ -40,5 +40,17 @@ def _register() -> None:
     AutoModelForSequenceClassification.register(BltConfig, BltForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(BltConfig, BltForTokenClassification, exist_ok=True)
 
+    # Makes `save_pretrained` ship the code, for processes that do not have this package.
+    for config_class in (BltConfig, BltPatcherConfig):
+        config_class.register_for_auto_class()
+    for auto_class, model_class in (
+        ("AutoModel", BltModel),
+        ("AutoModelForCausalLM", BltForCausalLM),
+        ("AutoModelForCausalLM", BltPatcher),
+        ("AutoModelForSequenceClassification", BltForSequenceClassification),
+        ("AutoModelForTokenClassification", BltForTokenClassification),
+    ):
+        model_class.register_for_auto_class(auto_class)
+
 
 _register()

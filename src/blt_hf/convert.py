@@ -72,32 +72,26 @@ _MODEL_DEFAULTS = {
 
 # The first accepted value is the one that an export writes.
 _MODEL_CHECKED = {
-    "vocab_size": ((260,), "256 bytes and 4 special ids"),
-    "eos_id": ((2,), "documents end at id 2"),
-    "pm_size": ((0,), "parameter mixing adds ids"),
+    "vocab_size": ((260,), "256 bytes and 4 special ids."),
+    "eos_id": ((2,), "Documents end at id 2."),
+    "pm_size": ((0,), "Parameter mixing adds ids."),
     "output_size": ((-1, 260), ""),
-    "cross_attn_encoder": ((True,), "cross attention off is another architecture"),
-    "cross_attn_decoder": ((True,), "cross attention off is another architecture"),
-    "cross_attn_init_by_pooling": ((True,), "without it the reference has no first patch states"),
+    "cross_attn_encoder": ((True,), "Cross attention off is another architecture."),
+    "cross_attn_decoder": ((True,), "Cross attention off is another architecture."),
+    "cross_attn_init_by_pooling": ((True,), "Without it the reference has no first patch states."),
     "use_local_encoder_transformer": ((True,), ""),
-    "downsampling_by_pooling": (
-        ("max", "mean", "avg", "min"),
-        "with cross attention the reference itself fails on combinations: the pools are concatenated, and its patch "
-        "projection takes one",
-    ),
-    "attn_impl": (
-        ("xformers",),
-        "the other kernels leave the windows or the document masks out; if the model was trained with them, set "
-        "`attn_impl` to 'xformers' in the file",
-    ),
+    # The reference concatenates the pools of a combination, which its own patch projection then rejects.
+    "downsampling_by_pooling": (("max", "mean", "avg", "min"), "Combinations do not run in the reference either."),
+    # The other kernels leave out the windows, the document masks or both.
+    "attn_impl": (("xformers",), "If the model was trained with windows and document masks, set it so in the file."),
     "attn_bias_type": (("block_causal", "causal", None), ""),
     "attn_to_keep": (("all",), ""),
     "weight_tying": ((False,), ""),
     "tie_local_encoder_decoder": ((False,), ""),
     "tie_local_encoder_decoder_logits": ((False,), ""),
-    "encoder_enable_byte_ngrams": ((False,), "n-gram tables are not part of the checkpoint"),
-    "entropy_model_is_ngram_model": ((False,), "the entropy model must be a transformer"),
-    "tokenize_with_bpe_delimiter": ((False,), "there is no delimiter tokenizer here"),
+    "encoder_enable_byte_ngrams": ((False,), "N-gram tables are not supported."),
+    "entropy_model_is_ngram_model": ((False,), "The entropy model must be a transformer."),
+    "tokenize_with_bpe_delimiter": ((False,), "There is no delimiter tokenizer here."),
     "non_linearity": (("swiglu",), ""),
     "use_rope": ((True,), ""),
     "norm_type": (("rmsnorm",), ""),
@@ -107,7 +101,7 @@ _MODEL_CHECKED = {
     "architecture": (("vanilla",), ""),
     "conv_kernel_size": ((None,), ""),
     "global_local_decoder_residual_layer": ((None,), ""),
-    "patching_thresholds_str": ((None,), "one threshold"),
+    "patching_thresholds_str": ((None,), "One threshold, in nats."),
 }
 
 # Why each ignored key cannot change a number.
@@ -144,8 +138,8 @@ _ENTROPY_FIXED = {
     "attn_bias_type": "local_block_causal",
 }
 _ENTROPY_CHECKED = {
-    "vocab_size": ((260,), "256 bytes and 4 special ids"),
-    "eos_id": ((2,), "documents end at id 2"),
+    "vocab_size": ((260,), "256 bytes and 4 special ids."),
+    "eos_id": ((2,), "Documents end at id 2."),
     "weight_tying": ((False,), ""),
     "attn_impl": (("xformers",), ""),
     "attn_bias_type": (("local_block_causal",), ""),
@@ -171,7 +165,9 @@ def _fill(given: dict, where: str, defaults: dict, checked: dict, ignored: str) 
     for key, (accepted, why) in checked.items():
         if values[key] not in accepted:
             listed = ", ".join("null" if value is None else repr(value) for value in accepted)
-            raise ValueError(f"`{where}.{key}` = {values[key]!r} is not supported; supported: {listed}. {why}".strip())
+            raise ValueError(
+                f"`{where}.{key}` = {values[key]!r} is not supported; supported: {listed}. {why}".rstrip()
+            )
     return values
 
 
@@ -216,7 +212,7 @@ def config_from_meta_args(
         raise ValueError("`args.patching_mode` = '' (patches that begin with boe ids) is not supported.")
     if mode == "entropy" and patcher["threshold"] is None:
         raise ValueError(
-            "`patcher_args.threshold` = null is not supported: top-k patching needs the whole text and cannot generate; "
+            "`patcher_args.threshold` = null (top-k patching, which needs the whole text) is not supported; "
             "supported: a threshold in nats."
         )
     for key in ("cross_attn_k", "cross_attn_nheads", "local_attention_window_len"):
@@ -229,8 +225,8 @@ def config_from_meta_args(
         )
     if a["dim_global"] == a["dim_local_decoder"]:
         raise ValueError(
-            f"`args.dim_global` = `args.dim_local_decoder` = {a['dim_global']} is not supported: the reference then has "
-            "no patch projection in the decoder."
+            f"`args.dim_global` = `args.dim_local_decoder` = {a['dim_global']} is not supported: the reference then "
+            "has no patch projection in the decoder."
         )
     sizes = a["encoder_hash_byte_group_size"] or []
     if isinstance(sizes, str):
@@ -242,9 +238,9 @@ def config_from_meta_args(
         )
     if a["attn_bias_type"] != "block_causal":
         notes.append(
-            f"`args.attn_bias_type` is {a['attn_bias_type']!r}: Meta's global transformer then reads across documents, "
-            "while its local parts do not. The converted model separates documents everywhere; rows without `eos` "
-            "inside have the same numbers."
+            f"`args.attn_bias_type` is {a['attn_bias_type']!r}: Meta's global transformer then reads across "
+            "documents, its local parts do not. The converted model separates documents everywhere; rows without an "
+            "`eos` inside have the same numbers."
         )
     if mode == "static":
         notes.append("Static patching: the first patch here is 1 byte, since Meta's model rejects any other length.")
@@ -324,7 +320,7 @@ def _patcher_config(entropy_args: dict, fixed: bool) -> tuple[dict, list[str]]:
     e = _fill(given, "entropy_model", _ENTROPY_DEFAULTS, _ENTROPY_CHECKED, _ENTROPY_IGNORED)
     _check_head_dim("entropy_model", e, e["dim"], e["n_heads"])
     notes = [
-        f"`entropy_model.{key}` = {entropy_args[key]!r} in the file is ignored, as in Meta's loader, which uses {value}."
+        f"`entropy_model.{key}` = {entropy_args[key]!r} is ignored, as in Meta's loader, which uses {value}."
         for key, value in _ENTROPY_FIXED.items()
         if fixed and isinstance(value, float) and entropy_args.get(key, value) != value
     ]
@@ -346,6 +342,9 @@ def _patcher_config(entropy_args: dict, fixed: bool) -> tuple[dict, list[str]]:
     return config, notes
 
 
+_MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+
+
 def _ffn_args(widths: dict[int, int], multiples: tuple[int, ...]) -> tuple[int, float]:
     """`(multiple_of, ffn_dim_multiplier)` that give each `width -> intermediate size`, multiplier 1 preferred."""
     for multiple_of in multiples:
@@ -362,16 +361,18 @@ def _ffn_args(widths: dict[int, int], multiples: tuple[int, ...]) -> tuple[int, 
     )
 
 
-def meta_args_from_config(config: BltConfig) -> tuple[dict, dict, dict | None]:
+def meta_args_from_config(config: BltConfig, entropy_fixed: bool = True) -> tuple[dict, dict, dict | None]:
     """Inverse of [`config_from_meta_args`]: `(args, patcher_args, entropy_args)`, mapped and checked keys only.
 
+    Args:
+        entropy_fixed: write the entropy model's arguments so that Meta's loader of `params.json` understands them.
     Raises:
         ValueError: names the field that Meta's format cannot express.
     """
     encoder, decoder, global_ = config.encoder_config, config.decoder_config, config.global_config
     multiple_of, multiplier = _ffn_args(
         {part.hidden_size: part.intermediate_size for part in (global_, encoder, decoder)},
-        (256, 128, 64, 32, 16, 8, 4, 2, 1),
+        _MULTIPLES,
     )
 
     def kv_heads(part):
@@ -427,88 +428,106 @@ def meta_args_from_config(config: BltConfig) -> tuple[dict, dict, dict | None]:
     entropy_args = None
     if config.patch_in_forward:
         p = config.patcher_config
+        multiple_of, multiplier = _ffn_args(
+            {p.hidden_size: p.intermediate_size}, (256,) if entropy_fixed else _MULTIPLES
+        )
         entropy_args = {
             "dim": p.hidden_size,
             "n_layers": p.num_hidden_layers,
             "n_heads": p.num_attention_heads,
             "n_kv_heads": kv_heads(p),
-            "ffn_dim_multiplier": _ffn_args({p.hidden_size: p.intermediate_size}, (256,))[1],
+            "multiple_of": multiple_of,
+            "ffn_dim_multiplier": multiplier,
+            "norm_eps": p.rms_norm_eps,
+            "rope_theta": p.rope_parameters["rope_theta"],
             "max_seqlen": p.max_position_embeddings,
             "vocab_size": p.vocab_size,
             "sliding_window": p.sliding_window,
-            **_ENTROPY_FIXED,
+            "attn_impl": "xformers",
+            "attn_bias_type": "local_block_causal",
         }
     return args, patcher_args, entropy_args
 
 
-_ESSENCE = (
-    "patch_in_forward patching_mode patching_threshold patching_threshold_add monotonicity max_patch_length "
-    "patching_newline_reset local_attention_window_len cross_attn_k encoder_hash_byte_group_size "
-    "encoder_hash_byte_group_vocab encoder_hash_byte_group_nb_functions vocab_size"
-).split()
-_PART_ESSENCE = (
-    "hidden_size num_attention_heads num_key_value_heads num_hidden_layers intermediate_size rms_norm_eps "
-    "rope_parameters hidden_act sliding_window cross_attention_heads cross_attn_window cross_attn_all_layers "
-    "cross_attn_k hidden_size_global patch_pooling dropout"
-).split()
+# The fields that decide numbers, at the top and in the parts.
+_ESSENCE = """
+    patch_in_forward patching_mode patching_threshold patching_threshold_add monotonicity max_patch_length
+    patching_newline_reset local_attention_window_len cross_attn_k encoder_hash_byte_group_size
+    encoder_hash_byte_group_vocab encoder_hash_byte_group_nb_functions vocab_size
+"""
+_PART_ESSENCE = """
+    hidden_size num_attention_heads num_key_value_heads num_hidden_layers intermediate_size rms_norm_eps
+    rope_parameters hidden_act sliding_window cross_attention_heads cross_attn_window cross_attn_all_layers
+    cross_attn_k hidden_size_global patch_pooling dropout
+"""
 
 
 def _essence(config: BltConfig) -> dict:
     """What decides numbers, as `field -> value`."""
-    essence = {name: getattr(config, name) for name in _ESSENCE}
+    essence = {name: getattr(config, name) for name in _ESSENCE.split()}
     if config.patching_mode == "static":
         essence["patch_size"] = config.patch_size
     if not config.encoder_hash_byte_group_nb_functions:
         del essence["encoder_hash_byte_group_size"], essence["encoder_hash_byte_group_vocab"]
-    parts = ["encoder_config", "decoder_config", "global_config"] + ["patcher_config"] * bool(config.patch_in_forward)
-    for part in parts:
-        component = getattr(config, part)
-        essence |= {f"{part}.{name}": getattr(component, name) for name in _PART_ESSENCE if hasattr(component, name)}
+    parts = ["encoder_config", "decoder_config", "global_config"]
+    for part in parts + (["patcher_config"] if config.patch_in_forward else []):
+        values = getattr(config, part)
+        essence |= {f"{part}.{name}": getattr(values, name) for name in _PART_ESSENCE.split() if hasattr(values, name)}
     return essence
 
 
-def _merge_kept(config: BltConfig, kept: dict | None) -> dict:
-    """Meta's argument files for `config`: `{"args", "train_args", "entropy_params"}`.
+def _entropy_is_fixed(config: BltConfig) -> bool:
+    """Whether Meta's loader of `params.json`, which fixes some values, can build the patcher."""
+    patcher = config.patcher_config
+    try:
+        _ffn_args({patcher.hidden_size: patcher.intermediate_size}, (256,))
+    except ValueError:
+        return False
+    theta, eps = patcher.rope_parameters["rope_theta"], patcher.rms_norm_eps
+    return (theta, eps) == (_ENTROPY_FIXED["rope_theta"], _ENTROPY_FIXED["norm_eps"])
+
+
+def _argument_files(config: BltConfig, kept: dict | None) -> dict:
+    """Meta's argument files for `config`: `args`, `train_args`, `entropy_params` and `entropy_fixed`.
 
     Kept arguments stay as they are, except where the config now says something else than they do.
     """
-    args, patcher_args, entropy_args = meta_args_from_config(config)
-    _check_expressible(config, args, patcher_args, entropy_args)
+    fixed = _entropy_is_fixed(config) if kept is None else kept.get("entropy_fixed", True)
+    args, patcher_args, entropy_args = meta_args_from_config(config, fixed)
+    meta = _essence(config_from_meta_args(args, patcher_args, entropy_args, fixed)[0])
+    for name, value in _essence(config).items():
+        if meta[name] != value:
+            raise ValueError(
+                f"`{name}` = {value!r} has no counterpart in Meta's format, which would say {meta[name]!r}."
+            )
     if kept is None:
         args = {**_MODEL_DEFAULTS, **args}
         data = {"patcher_args": {**_PATCHER_DEFAULTS, **patcher_args}, "tokenizer_args": {"name": "blt"}}
-        files = {"args": args, "train_args": {"name": "blt_hf", "data": data, "model": args}, "entropy_params": None}
+        params = None
         if entropy_args is not None:
-            model = {**_ENTROPY_DEFAULTS, **entropy_args}
-            files["entropy_params"] = {"name": "entropy_model", "data": data, "entropy_model": model}
-        return files
+            params = {"name": "entropy_model", "data": data, "entropy_model": {**_ENTROPY_DEFAULTS, **entropy_args}}
+        train_args = {"name": "blt_hf", "data": data, "model": args}
+        return {"args": args, "train_args": train_args, "entropy_params": params, "entropy_fixed": fixed}
 
     files = json.loads(json.dumps({key: kept.get(key) for key in ("args", "train_args", "entropy_params")}))
-    kept_patcher, _ = _choose_patcher_args(files, kept.get("patching", "auto"))
-    kept_entropy = (files["entropy_params"] or {}).get("entropy_model")
-    kept_config, _ = config_from_meta_args(files["args"], kept_patcher, kept_entropy, kept.get("entropy_fixed", True))
-    old_args, old_patcher, old_entropy = meta_args_from_config(kept_config)
+    train_args, params = files["train_args"] or {}, files["entropy_params"] or {}
+    kept_entropy = params.get("entropy_model")
+    kept_rule, _ = _choose_patcher_args(files, kept.get("patching", "auto"))
+    kept_config, _ = config_from_meta_args(files["args"], kept_rule, kept_entropy, fixed)
+    old_args, old_patcher_args, old_entropy_args = meta_args_from_config(kept_config, fixed)
 
     def update(target: dict | None, new: dict | None, old: dict | None) -> None:
         if target is not None and new is not None:
             target |= {key: value for key, value in new.items() if old is None or old[key] != value}
 
-    train, params = files["train_args"] or {}, files["entropy_params"] or {}
-    for target in (files["args"], train.get("model")):
-        update(target, args, old_args)
-    for target in (train, params):
-        update((target.get("data") or {}).get("patcher_args"), patcher_args, old_patcher)
-    update(kept_entropy, entropy_args, old_entropy)
-    if entropy_args is None:
-        files["entropy_params"] = None
-    return files
-
-
-def _check_expressible(config: BltConfig, args: dict, patcher_args: dict, entropy_args: dict | None) -> None:
-    meta = _essence(config_from_meta_args(args, patcher_args, entropy_args)[0])
-    for name, value in _essence(config).items():
-        if meta[name] != value:
-            raise ValueError(f"`{name}` = {value!r} has no counterpart in Meta's format, which would read {meta[name]!r}.")
+    update(files["args"], args, old_args)
+    update(train_args.get("model"), args, old_args)
+    for file in (train_args, params):
+        update((file.get("data") or {}).get("patcher_args"), patcher_args, old_patcher_args)
+    update(kept_entropy, entropy_args, old_entropy_args)
+    if entropy_args is not None and kept_entropy is None:
+        raise ValueError("the kept arguments have no entropy model, and this model has one; leave `meta_args` out.")
+    return files | {"entropy_fixed": fixed}
 
 
 # ---- Tensor names ----
@@ -516,7 +535,7 @@ def _check_expressible(config: BltConfig, args: dict, patcher_args: dict, entrop
 
 @dataclass(frozen=True)
 class _Spec:
-    """One tensor of ours and the tensor of Meta's that holds it, or several that follow each other along dimension 0."""
+    """One tensor of ours and Meta's tensor that holds it, or several that follow each other along dimension 0."""
 
     name: str
     shape: tuple[int, ...]
@@ -661,7 +680,7 @@ def _open_pth(path: Path) -> dict[str, _Stored]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a file of tensors (weights_only): {error}") from error
-    state = state.get("model", state) if isinstance(state, dict) else {}
+    state = state.get("model", state) if isinstance(state, dict) else {"": state}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     # Rotary tables are computed, not learned; older files carry them.
     return {
@@ -694,9 +713,13 @@ def _check_tensors(stored: dict[str, _Stored], expected: dict[str, tuple[int, ..
     def listed(names):
         return ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
-    missing, unexpected = (sorted(a - b) for a, b in ((expected.keys(), stored.keys()), (stored.keys(), expected.keys())))
+    missing, unexpected = (
+        sorted(a - b) for a, b in ((expected.keys(), stored.keys()), (stored.keys(), expected.keys()))
+    )
     if missing or unexpected:
-        problems = [f"missing: {listed(missing)}"] * bool(missing) + [f"unexpected: {listed(unexpected)}"] * bool(unexpected)
+        problems = [f"missing: {listed(missing)}"] * bool(missing) + [f"unexpected: {listed(unexpected)}"] * bool(
+            unexpected
+        )
         raise ValueError(f"{where} does not hold the tensors that its arguments describe; {'; '.join(problems)}.")
     for name, shape in expected.items():
         if stored[name].shape != shape:
@@ -783,7 +806,7 @@ def _read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
+    if type(content) is not dict:
         raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}.")
     return content
 
@@ -825,7 +848,13 @@ def _progress_bar(total: int, label: str, show: bool, folder: Path):
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task(label, total=total)
         yield lambda num_bytes: progress.advance(task, num_bytes)
@@ -866,7 +895,11 @@ def _open_meta(source: str | os.PathLike, entropy_model: str | os.PathLike | Non
     if (folder / "config.json").is_file():
         content = _read_json(folder / "config.json")
         if "args" not in content:
-            kind = f"a transformers checkpoint of type {content['model_type']!r}" if "model_type" in content else "unknown"
+            kind = (
+                f"a transformers checkpoint of type {content['model_type']!r}"
+                if "model_type" in content
+                else "unknown"
+            )
             raise ValueError(f"{folder}: config.json has no `args`, so this is not Meta's layout ({kind}).")
         args = content["args"]
         if (folder / "train_args.json").is_file():
@@ -897,38 +930,56 @@ def _open_meta(source: str | os.PathLike, entropy_model: str | os.PathLike | Non
     return opened
 
 
+def _check_tokenizer(train_args: dict | None) -> None:
+    tokenizer = ((train_args or {}).get("data") or {}).get("tokenizer_args") or {}
+    given = {
+        "name": tokenizer.get("name", "blt"),
+        "bpe_delim": bool((tokenizer.get("init_kwargs") or {}).get("bpe_delim")),
+    }
+    for key, supported in (("name", "blt"), ("bpe_delim", False)):
+        if given[key] != supported:
+            raise ValueError(
+                f"`data.tokenizer_args` {key} = {given[key]!r} is not supported; supported: {supported!r}."
+            )
+
+
 def _choose_patcher_args(files: dict, choice: str) -> tuple[dict, list[str]]:
-    """The patching settings of a checkpoint, and a note where its files disagree about them."""
+    """The patching settings of a checkpoint, and notes where its files disagree about them."""
     found = {}
     for name, file in (("train_args", files["train_args"]), ("entropy_model", files["entropy_params"])):
         if patcher_args := ((file or {}).get("data") or {}).get("patcher_args"):
             found[name] = patcher_args
     args = {**_MODEL_DEFAULTS, **files["args"]}
-    names = {"threshold": "patching_threshold", "threshold_add": "patching_threshold_add", "patching_mode": None}
-    found["args"] = {
-        key: args[names.get(key) or key]
-        for key in ("patching_mode", "threshold", "threshold_add", "monotonicity", "max_patch_length", "patch_size")
+    found["args"] = {key: args[key] for key in ("patching_mode", "monotonicity", "max_patch_length", "patch_size")} | {
+        "threshold": args["patching_threshold"],
+        "threshold_add": args["patching_threshold_add"],
     }
-    if choice == "auto":
-        choice = next(iter(found))
+    choice = next(iter(found)) if choice == "auto" else choice
     if choice not in found:
-        raise ValueError(f"`patching` = {choice!r}: this checkpoint has settings in {', '.join(found)} (or 'auto').")
+        raise ValueError(f"`patching` = {choice!r} is not there; this checkpoint has {', '.join(found)} (or 'auto').")
 
     def rule(patcher_args):
         given = {**_PATCHER_DEFAULTS, **patcher_args}
         keys = {"entropy": ["threshold", "threshold_add", "monotonicity"], "static": ["patch_size"]}
         return {
-            key: given[key]
-            for key in ("patching_mode", "max_patch_length", *keys.get(given["patching_mode"], []))
+            key: given[key] for key in ["patching_mode", "max_patch_length", *keys.get(given["patching_mode"], [])]
         }
 
-    notes = []
-    for other in found.keys() - {choice, "args"}:
-        if rule(found[other]) != rule(found[choice]):
+    used, notes = rule(found[choice]), []
+    for other in sorted(found.keys() - {choice, "args"}):
+        if rule(found[other]) != used:
             notes.append(
-                f"Patching settings disagree: {choice} says {rule(found[choice])} (used), {other} says "
-                f"{rule(found[other])}. Choose with --patching {choice} or --patching {other}."
+                f"Patching settings disagree: {choice} says {used} (used), {other} says {rule(found[other])}. Choose "
+                f"with `--patching {choice}` or `--patching {other}`."
             )
+    if (
+        args["patch_in_forward"]
+        and used.get("threshold", _PATCHER_DEFAULTS["threshold"]) != _PATCHER_DEFAULTS["threshold"]
+    ):
+        notes.append(
+            "With `args.patch_in_forward` Meta's model patches with its default threshold, "
+            f"{_PATCHER_DEFAULTS['threshold']}, whatever the files say; the converted model uses {used['threshold']}."
+        )
     return found[choice], notes
 
 
@@ -952,8 +1003,8 @@ def _licence(source: _Source) -> tuple[dict, str]:
         known = {"license": "other", "license_name": "fair-noncommercial-research-license", "license_link": link}
         return known, f"Meta publishes its BLT weights under the FAIR Noncommercial Research License ({link})."
     return {}, (
-        "The source states no licence, so none is given here. Weights derived from Meta's BLT releases stay under their "
-        "licence (see https://huggingface.co/facebook/blt-1b)."
+        "The source states no licence, so none is given here. Weights derived from Meta's BLT releases stay under "
+        "their licence (see https://huggingface.co/facebook/blt-1b)."
     )
 
 
@@ -963,7 +1014,9 @@ def _write_card(folder: Path, source: _Source, config: BltConfig, dtype: torch.d
     licence, sentence = _licence(source)
     on_hub = not Path(source.label).expanduser().is_dir()
     base = {"base_model": source.label} if on_hub else {}
-    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["blt"], **base, **licence)
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["blt"], **base, **licence
+    )
     origin = f"[{source.label}](https://huggingface.co/{source.label})" if on_hub else f"`{source.folder.name}`"
     rule = {name: getattr(config, name) for name in ("patching_threshold", "patching_threshold_add", "monotonicity")}
     settings = {"mode": config.patching_mode, **(rule if config.patching_mode == "entropy" else {})}
@@ -971,8 +1024,7 @@ def _write_card(folder: Path, source: _Source, config: BltConfig, dtype: torch.d
     settings["max_patch_length"] = config.max_patch_length
     always = [
         "Patching: " + ", ".join(f"{key.removeprefix('patching_')} {value}" for key, value in settings.items()) + ".",
-        "An `eos` inside a row ends a document, and attention does not cross it, as in Meta's code "
-        "(`mask_documents: true` in `config.json`).",
+        "`mask_documents` is true: an `eos` inside a row ends a document for attention, as in Meta's code.",
         f"Meta's arguments, those without a counterpart in `config.json` included, are in `{META_ARGS_FILE}`.",
     ]
     bullets = "\n".join(f"- {note}" for note in always + notes)
@@ -1052,8 +1104,8 @@ def convert_meta_checkpoint(
     """Converts a checkpoint of Meta's code to a transformers checkpoint.
 
     Args:
-        source: folder or Hub id. Either `config.json` (`{"args": ...}`) with `model.safetensors`, or a consolidated run
-            of Meta's trainer (`params.json` with `consolidated.pth`).
+        source: folder or Hub id. Either `config.json` (`{"args": ...}`) with `model.safetensors`, or a consolidated
+            run of Meta's trainer (`params.json` with `consolidated.pth`).
         out: folder to make. It appears when everything is written, or not at all.
         entropy_model: folder or Hub id of the entropy model (`params.json` with `consolidated.pth`, or `config.json`
             with `model.safetensors`); None: `entropy_model/` in `source`.
@@ -1077,6 +1129,7 @@ def convert_meta_checkpoint(
     target_dtype, max_shard_bytes, out = _parse_dtype(dtype), _parse_size(max_shard_size), Path(out).expanduser()
     opened = _open_meta(source, entropy_model, revision)
     files = opened.files
+    _check_tokenizer(files["train_args"])
     patcher_args, notes = _choose_patcher_args(files, patching)
     entropy_args = files["entropy_params"]["entropy_model"] if files["entropy_params"] else None
     config, more_notes = config_from_meta_args(files["args"], patcher_args, entropy_args, files["entropy_fixed"])
@@ -1084,7 +1137,9 @@ def convert_meta_checkpoint(
     specs = tensor_specs(config)
     for in_patcher, stored in ((False, opened.weights), (True, opened.entropy_weights)):
         if stored is not None:
-            expected = {name: spec.source_shape for spec in specs if spec.in_patcher == in_patcher for name in spec.sources}
+            expected = {
+                name: spec.source_shape for spec in specs if spec.in_patcher == in_patcher for name in spec.sources
+            }
             _check_tensors(stored, expected, "the entropy model" if in_patcher else opened.label)
     outputs = []
     for spec in specs:
@@ -1126,8 +1181,8 @@ def export_meta_checkpoint(
     """Converts a transformers checkpoint of a BLT to Meta's layout, so that their code can go on with it.
 
     Writes `config.json`, `model.safetensors`, `train_args.json` and `entropy_model/` with `params.json` and
-    `consolidated.pth`. Arguments of Meta's that have no counterpart in `config.json` come from `meta_args.json`; without
-    one they are the defaults of Meta's code.
+    `consolidated.pth` (`config.json` and `model.safetensors`, if it came that way). Arguments of Meta's that have no
+    counterpart in `config.json` come from `meta_args.json`; without one they are the defaults of Meta's code.
 
     Args:
         source: folder or Hub id of a BLT in transformers' layout (ours or the in-tree one's).
@@ -1137,8 +1192,10 @@ def export_meta_checkpoint(
     Returns:
         `out`.
     Raises:
-        ValueError: a missing file or tensor, a wrong shape, or a config that Meta's format cannot express (the field is
-            named).
+        ValueError: a missing file or tensor, a wrong shape, or a config that Meta's format cannot express (the field
+            is named).
+    Warns:
+        UserWarning: a setting that Meta's code will not honour.
     """
     target_dtype, out = _parse_dtype(dtype), Path(out).expanduser()
     folder_in = _locate(source, revision)
@@ -1148,17 +1205,23 @@ def export_meta_checkpoint(
     config = BltConfig.from_dict(content)
     kept_path = folder_in / META_ARGS_FILE if meta_args is None else Path(meta_args)
     kept = _read_json(kept_path) if meta_args is not None or kept_path.is_file() else None
-    files = _merge_kept(config, kept)
+    files = _argument_files(config, kept)
     if not config.mask_documents:
         warnings.warn(
-            "`mask_documents` is False, and Meta's code always separates documents at `eos`: rows with an `eos` inside "
+            "`mask_documents` is False; Meta's code always separates documents at `eos`, so rows with an `eos` inside "
             "will have other numbers there.",
             stacklevel=2,
         )
-    if config.patch_in_forward and config.patcher_config.sliding_window != 512:
+    if config.patch_in_forward and not files["entropy_fixed"]:
         warnings.warn(
-            f"`patcher_config.sliding_window` is {config.patcher_config.sliding_window}; Meta's loader ignores the value in "
-            "params.json and uses 512.",
+            "Meta's loader of params.json (multiple_of 256, rope theta 10000, epsilon 1e-5) cannot build this entropy "
+            "model, so entropy_model/ holds config.json and model.safetensors, for `LMTransformer.from_pretrained`.",
+            stacklevel=2,
+        )
+    elif config.patch_in_forward and config.patcher_config.sliding_window != 512:
+        warnings.warn(
+            f"`patcher_config.sliding_window` is {config.patcher_config.sliding_window}; Meta's loader ignores the "
+            "value in params.json and uses 512.",
             stacklevel=2,
         )
     specs, stored = tensor_specs(config), _open_weights(folder_in)
@@ -1180,11 +1243,16 @@ def export_meta_checkpoint(
         if files["train_args"] is not None:
             _write_json(folder / "train_args.json", files["train_args"])
         if entropy_outputs:
-            (folder / "entropy_model").mkdir()
-            _write_json(folder / "entropy_model" / "params.json", files["entropy_params"])
-            # Small beside the rest, and torch's own format: whole in memory.
-            state = {output.name: torch.cat(list(output.pieces())).reshape(output.shape) for output in entropy_outputs}
-            torch.save({"model": state}, folder / "entropy_model" / "consolidated.pth")
+            entropy_folder, params = folder / "entropy_model", files["entropy_params"]
+            entropy_folder.mkdir()
+            if files["entropy_fixed"]:
+                _write_json(entropy_folder / "params.json", params)
+                # Small beside the rest, and torch's own format: whole in memory.
+                state = {x.name: torch.cat(list(x.pieces())).reshape(x.shape) for x in entropy_outputs}
+                torch.save({"model": state}, entropy_folder / "consolidated.pth")
+            else:
+                _write_json(entropy_folder / "config.json", {"args": params["entropy_model"]})
+                _write_safetensors(entropy_folder / "model.safetensors", entropy_outputs, lambda num_bytes: None)
     return out
 
 

@@ -118,6 +118,20 @@ class BltPreTrainedModel(PreTrainedModel):
             std = module.weight.shape[-1] ** -0.5
             init.trunc_normal_(module.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
 
+    _auto_map = {
+        "AutoConfig": "configuration_blt.BltConfig",
+        "AutoModel": "modeling_blt.BltModel",
+        "AutoModelForCausalLM": "modeling_blt.BltForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_blt.BltForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_blt.BltForTokenClassification",
+    }
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the code that travels along serves every Auto class, not only the one saved."""
+        if self._auto_class is not None:
+            self.config.auto_map = dict(self._auto_map)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def _wants(self, name: str, value: bool | None) -> bool:
         """An `output_*` argument, or what the config says of it."""
         value = bool(getattr(self.config, name, False)) if value is None else value
@@ -172,7 +186,10 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
     config_class = BltPatcherConfig
     config: BltPatcherConfig
     base_model_prefix = ""
-    _tp_plan = {}
+    _auto_map = {
+        "AutoConfig": "configuration_blt.BltPatcherConfig",
+        "AutoModelForCausalLM": "modeling_blt.BltPatcher",
+    }
 
     def __init__(self, config: BltPatcherConfig):
         super().__init__(config)

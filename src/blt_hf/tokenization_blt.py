@@ -188,7 +188,8 @@ class _Plan(NamedTuple):
     """What one call decides for all of its rows."""
 
     added: _AddedTokens
-    split_special_tokens: bool | None  # None: parse in str, leave bytes alone
+    keep_special: bool
+    parse_bytes: bool
     bos: tuple[int, ...]
     eos: tuple[int, ...]
     pad_id: int
@@ -198,11 +199,13 @@ class _Plan(NamedTuple):
     truncation: TruncationStrategy
     max_length: int | None  # None: do not truncate
     stride: int
+    overflow: bool
     is_split_into_words: bool
 
-    def parses(self, text: str | bytes) -> bool:
-        """Raw bytes are data: added tokens are looked for only on an explicit `split_special_tokens=False`."""
-        return bool(self.added.rounds) and (isinstance(text, str) or self.split_special_tokens is False)
+    def added_in(self, text: str | bytes, data: bytes) -> list[tuple[int, int, int]]:
+        """The added tokens in a text whose bytes are `data`; raw bytes are searched only on request."""
+        parse = (isinstance(text, str) or self.parse_bytes) and data in self.added
+        return self.added.find(data, self.keep_special) if parse else []
 
 
 class _TokenizedText:
@@ -210,7 +213,7 @@ class _TokenizedText:
 
     def __init__(self, text: str | bytes, plan: _Plan):
         self.text, self.data = text, _to_bytes(text)
-        self.matches = plan.added.find(self.data, not plan.split_special_tokens) if plan.parses(text) else []
+        self.matches = plan.added_in(text, self.data)
 
     def __len__(self) -> int:
         return len(self.data) - sum(stop - start - 1 for start, stop, _ in self.matches)
@@ -409,21 +412,23 @@ class BltEncoding:
         return None if tokens is None else (self.token_to_chars(tokens[0])[0], self.token_to_chars(tokens[1] - 1)[1])
 
 
-def _windows(length: int, size: int, stride: int, side: str) -> list[tuple[int, int]]:
-    """`(first, last + 1)` of what truncation keeps, then of each overflow; neighbours share `stride` tokens."""
+def _windows(length: int, size: int, plan: _Plan) -> list[tuple[int, int]]:
+    """`(first, last + 1)` of what truncation keeps and, where asked for, of each overflow, `stride` tokens shared."""
     if size >= length:
         return [(0, length)]
     if size == 0:
-        return [(0, 0), (0, length)]
-    if stride >= size:
+        return [(0, 0), (0, length)] if plan.overflow else [(0, 0)]
+    if plan.stride >= size:
         raise ValueError(
-            f"`stride` must be smaller than the room that `max_length` leaves for the text after special tokens and the "
-            f"other sequence, {size}; got {stride}."
+            f"`stride` must be smaller than the room that `max_length` leaves for the text, {size}; got {plan.stride}."
         )
-    step = size - stride
-    if side == "right":
-        return [(start, min(start + size, length)) for start in range(0, length - stride, step)]
-    return [(max(0, stop - size), stop) for stop in range(length, stride, -step)]
+    if plan.truncation_side == "right":
+        starts = range(0, length - plan.stride, size - plan.stride)
+        windows = ((start, min(start + size, length)) for start in starts)
+    else:
+        stops = range(length, plan.stride, plan.stride - size)
+        windows = ((max(0, stop - size), stop) for stop in stops)
+    return list(windows) if plan.overflow else [next(windows)]
 
 
 def _room(lengths: list[int], plan: _Plan) -> list[int]:
@@ -457,10 +462,7 @@ def _encode_row(item: tuple, plan: _Plan) -> BltEncoding:
     """Encode a text `(a,)` or a pair `(a, b)`, truncated and not padded, with its overflow."""
     tokenized = [(_TokenizedWords if plan.is_split_into_words else _TokenizedText)(text, plan) for text in item]
     lengths = [len(text) for text in tokenized]
-    windows = [
-        _windows(length, room, plan.stride, plan.truncation_side)
-        for length, room in zip(lengths, _room(lengths, plan))
-    ]
+    windows = [_windows(length, room, plan) for length, room in zip(lengths, _room(lengths, plan))]
 
     def row(*chosen: tuple[int, int]) -> BltEncoding:
         parts = []
@@ -493,6 +495,121 @@ class _LazyEncodings(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         return _encode_row((self._texts[index],), self._plan)._pad_to(self._length)
+
+
+def _default(value: bool | None, default: bool) -> bool:
+    return default if value is None else bool(value)
+
+
+_EMPTY = np.zeros((0, 0), dtype=np.int64)
+
+
+def _check_rectangular(lengths: Sequence[int]) -> None:
+    if len({*lengths}) > 1:
+        raise ValueError(
+            f"`return_tensors` needs rows of one length; got lengths from {min(lengths)} to {max(lengths)}. Pass "
+            "`padding=True`, and `truncation=True` with `max_length` where rows are too long."
+        )
+
+
+def _check_encode_arguments(padding_side, truncation_side, max_length, stride, pad_to_multiple_of) -> None:
+    for name, value in (("padding_side", padding_side), ("truncation_side", truncation_side)):
+        if value not in ("left", "right"):
+            raise ValueError(f"`{name}` must be 'left' or 'right'; got {value!r}.")
+    for name, value, least in (("max_length", max_length, 0), ("stride", stride, 0), ("pad_to_multiple_of", pad_to_multiple_of, 1)):
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
+            raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+
+
+def _as_items(text, text_pair, is_split_into_words: bool) -> tuple[list, bool]:
+    """Texts, or tuples `(a, b)` for pairs (`(words,)` or `(words_a, words_b)` for lists of words), and: is it a batch?"""
+    listed = (list, tuple)
+    batched = isinstance(text, listed) and (not is_split_into_words or (len(text) > 0 and isinstance(text[0], listed)))
+    if batched != isinstance(text_pair, listed) and text_pair is not None and not is_split_into_words:
+        raise TypeError("`text_pair` must be a list exactly when `text` is one.")
+    if not batched:
+        pair = () if text_pair is None else (text_pair,)
+        return [(text, *pair) if pair or is_split_into_words else text], False
+    if text_pair is not None:
+        if len(text) != len(text_pair):
+            raise ValueError(f"`text` has {len(text)} entries and `text_pair` has {len(text_pair)}; pass as many.")
+        return list(zip(text, text_pair)), True
+    if is_split_into_words:
+        return [tuple(t) if t and isinstance(t[0], listed) else (t,) for t in text], True
+    if not {*map(type, text)} & {list, tuple}:
+        return list(text), True
+    for entry in text:
+        if isinstance(entry, listed) and len(entry) != 2:
+            raise ValueError(f"an entry of `text` may be a pair of texts; got {len(entry)} of them. Is `is_split_into_words=True` meant?")
+    return [tuple(entry) if isinstance(entry, list) else entry for entry in text], True
+
+
+def _encode_flat(texts: list, plan: _Plan, padded_length, as_arrays: bool):
+    """The short way for single texts without added tokens: no object a row.
+
+    Returns `(input_ids, attention_mask, lengths, encodings)`, or None where the long way is needed. Arrays are int64
+    `(rows, length)`; `padded_length` maps the lengths of the rows to the one to pad to (0: none).
+    """
+    kinds = {*map(type, texts)}
+    if plan.is_split_into_words or tuple in kinds:
+        return None
+    try:
+        data = [*map(str.encode, texts)] if kinds <= {str} else [*map(_to_bytes, texts)]
+    except UnicodeEncodeError:
+        data, kinds = [*map(_to_bytes, texts)], {None}
+    if kinds <= {str}:
+        if (data[0] if len(data) == 1 else b"".join(data)) in plan.added:
+            return None
+    elif any(plan.added_in(text, row) for text, row in zip(texts, data)):
+        return None
+
+    num_special = len(plan.bos) + len(plan.eos)
+    lengths = [*map(len, data)]
+    if plan.max_length is not None and (max(lengths, default=0) + num_special > plan.max_length):
+        kept = (_windows(n, _room([n], plan)[0], plan)[0] for n in lengths)
+        data = [row[start:stop] for row, (start, stop) in zip(data, kept)]
+        lengths = [*map(len, data)]
+    lengths = [length + num_special for length in lengths] if num_special else lengths
+    width = padded_length(lengths)
+    encodings = _LazyEncodings(texts, plan, width)
+
+    if not as_arrays:
+        high = not kinds <= {str} and any(row.translate(None, _LOW_BYTES) for row in data)
+        shifted = ([byte + BYTE_OFFSET for byte in row] for row in data) if high else (d.translate(_SHIFT) for d in data)
+        input_ids = [[*plan.bos, *row, *plan.eos] for row in shifted]
+        attention_mask = [[1] * length for length in lengths]
+        for i, length in enumerate(lengths):
+            if length < width:
+                pad_ids, pad_mask = [plan.pad_id] * (width - length), [0] * (width - length)
+                left = plan.padding_side == "left"
+                input_ids[i] = pad_ids + input_ids[i] if left else input_ids[i] + pad_ids
+                attention_mask[i] = pad_mask + attention_mask[i] if left else attention_mask[i] + pad_mask
+        return input_ids, attention_mask, [max(width, length) for length in lengths], encodings
+
+    _check_rectangular([max(width, length) for length in lengths])
+    sizes = np.array(lengths, dtype=np.int64)
+    width = max(width, max(lengths, default=0))
+    shape = (len(data), width)
+    input_ids = np.full(shape, plan.pad_id) if (sizes < width).any() else np.empty(shape, dtype=np.int64)
+    first = width - sizes if plan.padding_side == "left" else np.zeros_like(sizes)
+    last = first + sizes
+    columns, every_row = np.arange(width), np.arange(len(data))
+    for offset, index in enumerate(plan.bos):
+        input_ids[every_row, first + offset] = index
+    for offset, index in enumerate(plan.eos, start=1):
+        input_ids[every_row, last - offset] = index
+    begins, ends = first + len(plan.bos), last - len(plan.eos)
+    if sizes.sum() > 256 * len(data):
+        for row, ids, begin, end in zip(data, input_ids, begins.tolist(), ends.tolist()):
+            np.add(np.frombuffer(row, dtype=np.uint8), BYTE_OFFSET, out=ids[begin:end], dtype=np.int64)
+    else:
+        inside = (columns >= begins[:, None]) & (columns < ends[:, None])
+        input_ids[inside] = np.frombuffer(b"".join(data), dtype=np.uint8).astype(np.int64) + BYTE_OFFSET
+    if (sizes == width).all():
+        attention_mask = np.ones(shape, dtype=np.int64)
+    else:
+        attention_mask = ((columns >= first[:, None]) & (columns < last[:, None])).astype(np.int64)
+    return input_ids, attention_mask, [width] * len(data), encodings
 
 
 class BltTokenizer(PreTrainedTokenizerFast):
@@ -706,9 +823,168 @@ class BltTokenizer(PreTrainedTokenizerFast):
         **kwargs,
     ) -> BatchEncoding:
         call = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
-        if kwargs.pop("sanitize_control_tokens", False) or self._tokenizer.normalizer is not None:
-            result = super()._encode_plus(**call, **kwargs)
+        sanitize = kwargs.pop("sanitize_control_tokens", False)
+        _reject_unknown(kwargs, "__call__")
+        if sanitize or self._tokenizer.normalizer is not None:
+            result = super()._encode_plus(**call, sanitize_control_tokens=sanitize)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             return result
-        _reject_unknown(kwargs, "__call__")
+
+        padding_side = self.padding_side if padding_side is None else padding_side
+        _check_encode_arguments(padding_side, self.truncation_side, max_length, stride, pad_to_multiple_of)
+        items, batched = _as_items(text, text_pair, is_split_into_words)
+        plan = _Plan(
+            added=self._added_tokens(),
+            keep_special=not (self.split_special_tokens if split_special_tokens is None else split_special_tokens),
+            parse_bytes=split_special_tokens is False,
+            bos=(self.bos_token_id,) if add_special_tokens and self.add_bos_token else (),
+            eos=(self.eos_token_id,) if add_special_tokens and self.add_eos_token else (),
+            pad_id=self.pad_token_id or 0,
+            pad_type_id=self.pad_token_type_id,
+            padding_side=padding_side,
+            truncation_side=self.truncation_side,
+            truncation=truncation_strategy,
+            max_length=None if truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE else max_length,
+            stride=stride,
+            overflow=return_overflowing_tokens,
+            is_split_into_words=is_split_into_words,
+        )
+        tensor_type = None if return_tensors is None else TensorType(return_tensors)
+        as_arrays = tensor_type in (TensorType.PYTORCH, TensorType.NUMPY)
+
+        def padded_length(lengths: Sequence[int]) -> int:
+            longest = max(lengths, default=0)
+            self._eventual_warn_about_too_long_sequence(range(longest), max_length, verbose)
+            if padding_strategy == PaddingStrategy.DO_NOT_PAD:
+                return 0
+            length = max_length if padding_strategy == PaddingStrategy.MAX_LENGTH else longest
+            return length + -length % (pad_to_multiple_of or 1)
+
+        names = ["input_ids"]
+        names += ["token_type_ids"] * _default(return_token_type_ids, "token_type_ids" in self.model_input_names)
+        names += ["attention_mask"] * _default(return_attention_mask, "attention_mask" in self.model_input_names)
+        names += ["special_tokens_mask"] * bool(return_special_tokens_mask)
+        names += ["offset_mapping"] * bool(return_offsets_mapping)
+
+        flat = None
+        if {*names} <= {"input_ids", "attention_mask"} and not return_overflowing_tokens:
+            flat = _encode_flat(items, plan, padded_length, as_arrays)
+        if flat is not None:
+            input_ids, attention_mask, lengths, rows = flat
+            columns = {"input_ids": input_ids, "attention_mask": attention_mask}
+            columns = {name: columns[name] for name in names}
+        else:
+            per_item = [_encode_row(item if isinstance(item, tuple) else (item,), plan) for item in items]
+            length = padded_length([len(row) for row in per_item])
+            rows = [row._pad_to(length) for main in per_item for row in (main, *main.overflowing)]
+            lengths = [len(row) for row in rows]
+            columns = {name: [row._columns(name) for row in rows] for name in names}
+            if as_arrays:
+                _check_rectangular(lengths)
+                columns = {name: np.stack(column) if rows else _EMPTY for name, column in columns.items()}
+            else:
+                columns = {name: [array.tolist() for array in column] for name, column in columns.items()}
+                if return_offsets_mapping:
+                    columns["offset_mapping"] = [[*map(tuple, row)] for row in columns["offset_mapping"]]
+        if return_length:
+            columns["length"] = np.array(lengths) if as_arrays else lengths
+        if return_overflowing_tokens:
+            samples = [i for i, main in enumerate(per_item) for _ in (main, *main.overflowing)]
+            columns["overflow_to_sample_mapping"] = np.array(samples, dtype=np.int64) if as_arrays else samples
+
+        if tensor_type == TensorType.PYTORCH:
+            import torch
+
+            columns = {name: torch.from_numpy(column) for name, column in columns.items()}
+        elif tensor_type is None and not batched and not return_overflowing_tokens:
+            columns = {name: column[0] if name != "length" else column for name, column in columns.items()}
+        pairs = any(isinstance(item, tuple) and len(item) == 2 for item in items[:1])
+        return BatchEncoding(columns, rows, None if as_arrays else tensor_type, n_sequences=2 if pairs else 1)
+
+    # Decoding
+
+    def decode_bytes(self, token_ids, skip_special_tokens: bool = True) -> bytes | list[bytes]:
+        """The raw bytes of one sequence of ids, or a list of them for a batch.
+
+        Args:
+            token_ids: an int, a list, array or tensor of ids, one- or two-dimensional, or a mapping with `input_ids`.
+            skip_special_tokens: leave special tokens out; else they appear as the UTF-8 of their names.
+        Raises:
+            ValueError: an id is negative or not below `len(tokenizer)`. TypeError: ids are not integers.
+        """
+        if isinstance(token_ids, Mapping):
+            token_ids = token_ids["input_ids"]
+        if hasattr(token_ids, "detach"):
+            token_ids = token_ids.detach().cpu().numpy()
+        if not isinstance(token_ids, (list, tuple)):
+            token_ids = np.asarray(token_ids)
+            if token_ids.ndim == 2:
+                return [self._join_bytes(row, skip_special_tokens) for row in token_ids]
+            return self._join_bytes(np.atleast_1d(token_ids), skip_special_tokens)
+        if len(token_ids) and getattr(token_ids[0], "ndim", 0 if not isinstance(token_ids[0], (list, tuple)) else 1):
+            return [self.decode_bytes(row, skip_special_tokens) for row in token_ids]
+        return self._join_bytes(token_ids, skip_special_tokens)
+
+    def _join_bytes(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool) -> bytes:
+        added = self._added_tokens()
+        if not isinstance(ids, np.ndarray):
+            try:  # all below 256, nearly always: ten times faster than an array from a list
+                raw = bytes(ids)
+            except (ValueError, TypeError):
+                ids = np.asarray(ids)
+            else:
+                raw = raw.translate(None, added.special_bytes) if skip_special_tokens else raw
+                if not raw.translate(None, _BYTE_IDS_BELOW_256):
+                    return raw.translate(_UNSHIFT)
+                pieces = _SPECIAL_ID.split(raw)
+                pieces[0::2] = [piece.translate(_UNSHIFT) for piece in pieces[0::2]]
+                pieces[1::2] = [added.names[piece[0]].encode() for piece in pieces[1::2]]
+                return b"".join(pieces)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise TypeError(f"`token_ids` must be integers in one or two dimensions; got {ids!r:.80}")
+        wrong = ids[(ids < 0) | (ids >= len(self))]
+        if wrong.size:
+            raise ValueError(f"`token_ids` must be at least 0 and below {len(self)}; got {wrong[0]}.")
+        if skip_special_tokens:
+            ids = ids[~np.isin(ids, added.special_ids)]
+        pieces, begin = [], 0
+        for position in np.flatnonzero((ids < BYTE_OFFSET) | (ids >= VOCAB_SIZE)).tolist():
+            pieces.append((ids[begin:position] - BYTE_OFFSET).astype(np.uint8).tobytes())
+            pieces.append(added.names[int(ids[position])].encode())
+            begin = position + 1
+        return b"".join([*pieces, (ids[begin:] - BYTE_OFFSET).astype(np.uint8).tobytes()])
+
+    def decode(
+        self,
+        token_ids,
+        skip_special_tokens: bool = False,
+        errors: str | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool | None = None,
+        **kwargs,
+    ) -> str | list[str]:
+        """The text of one sequence of ids, or a list of texts for a batch; see `decode_bytes` for what is taken.
+
+        Args:
+            skip_special_tokens: leave special tokens out.
+            errors: for this call, in place of `self.errors`.
+            clean_up_tokenization_spaces, spaces_between_special_tokens: taken and not used; text stays as it is.
+        Raises:
+            UnicodeDecodeError: `errors` is 'strict' and the bytes are no UTF-8.
+        """
+        _reject_unknown(kwargs, "decode")
+        errors = self._errors if errors is None else _check_errors(errors)
+        data = self.decode_bytes(token_ids, skip_special_tokens)
+        return data.decode("utf-8", errors) if isinstance(data, bytes) else [d.decode("utf-8", errors) for d in data]
+
+    def _decode(self, token_ids, **kwargs) -> str:
+        return self.decode(token_ids, **kwargs)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of tokens as `tokenize` returns them."""
+        data = b"".join(_SYMBOL_BYTES[token] if token in _SYMBOL_BYTES else token.encode() for token in tokens)
+        return data.decode("utf-8", self._errors)
+
+
+__all__ = ["BltEncoding", "BltTokenizer"]
