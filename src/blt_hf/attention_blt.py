@@ -86,6 +86,12 @@ class AttentionSpan:
         return self._call(module, query, key, value, self._mask(query), dropout)
 
     def _call(self, module, query, key, value, mask, dropout):
+        if self.implementation == "sdpa" and module.num_key_value_groups == 1:
+            is_causal = mask is None and query.shape[2] > 1
+            output = nn.functional.scaled_dot_product_attention(
+                query, key, value, mask, dropout, is_causal, scale=module.scaling
+            )
+            return output.transpose(1, 2), None
         interface = eager_attention_forward
         if self.implementation != "eager":
             interface = ALL_ATTENTION_FUNCTIONS[self.implementation]
@@ -220,6 +226,8 @@ def gathered_attention(query: Tensor, key: Tensor, value: Tensor, patch: Tensor,
     """
     rows, length, heads, size = query.shape
     num_patches, latents, kv_heads = key.shape[1:4]
+    if num_patches == 1:  # between two patch ends of a decoding row there is nothing to choose
+        return _attend_latents(query, key.expand(rows, length, -1, -1, -1), value.expand(rows, length, -1, -1, -1), None, scaling)
     index = patch[..., None]
     if window > 1:
         index = index - torch.arange(window, device=patch.device)
@@ -227,15 +235,21 @@ def gathered_attention(query: Tensor, key: Tensor, value: Tensor, patch: Tensor,
         index = index.clamp_min(0)
     flat = (index + torch.arange(rows, device=patch.device)[:, None, None] * num_patches).flatten()
     key, value = (
-        states.flatten(0, 1).flatten(1).index_select(0, flat).view(rows, length, window * latents, kv_heads, 1, size)
+        states.flatten(0, 1).flatten(1).index_select(0, flat).view(rows, length, window * latents, kv_heads, size)
         for states in (key, value)
     )
-    query = query.view(rows, length, 1, kv_heads, heads // kv_heads, size)
-    scores = (query * key).sum(dim=-1).float() * scaling  # (B, S, W*K, H_kv, H/H_kv)
-    if window > 1:
-        scores = scores.masked_fill(hidden.repeat_interleave(latents, dim=-1)[..., None, None], float("-inf"))
+    return _attend_latents(query, key, value, hidden.repeat_interleave(latents, dim=-1) if window > 1 else None, scaling)
+
+
+def _attend_latents(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float) -> Tensor:
+    """Attention of each byte `(B, S, H, D)` over latents of its own `(B, S, N, H_kv, D)`; `hidden` bool `(B, S, N)`."""
+    heads, kv_heads = query.shape[2], key.shape[3]
+    grouped = query.unflatten(2, (1, kv_heads, heads // kv_heads))
+    scores = (grouped * key[..., None, :]).sum(dim=-1).float() * scaling  # (B, S, N, H_kv, H/H_kv)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden[..., None, None], float("-inf"))
     weights = scores.softmax(dim=2).to(value.dtype)
-    return (weights[..., None] * value).sum(dim=2).reshape(rows, length, heads, size)
+    return (weights[..., None] * value[..., None, :]).sum(dim=2).flatten(2, 3)
 
 
 __all__ = ["AttentionSpan", "eager_attention_forward", "gathered_attention", "segment_attention"]

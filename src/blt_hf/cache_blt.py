@@ -48,11 +48,11 @@ class RollingTensor:
             shape = list(self.values.shape)
             shape[-2] = kept + size + max(_SLACK, kept // 2)
             buffer = self.values.new_empty(shape)
-            buffer[..., :kept, :] = self.values[..., len(self) - kept :, :]
+            buffer.narrow(-2, 0, kept).copy_(self.values.narrow(-2, len(self) - kept, kept))
             self._buffer, self._end = buffer, kept
-        self._buffer[..., self._end : self._end + size, :] = new
+        self._buffer.narrow(-2, self._end, size).copy_(new)
         self._end += size
-        self.values = self._buffer[..., self._end - size - kept : self._end, :]
+        self.values = self._buffer.narrow(-2, self._end - size - kept, size + kept)
 
     def _replace(self, values: Tensor | None) -> None:
         self.values, self._buffer = values, None
@@ -61,6 +61,8 @@ class RollingTensor:
         """Forgets all but the last `count` entries."""
         if count < len(self):
             self.values = self.values[..., len(self) - count :, :]
+            if self._buffer is None and not self.values.requires_grad:
+                self.values = self.values.clone()  # lets go of the rest of what was appended
 
     def drop_last(self, count: int) -> None:
         """Forgets the last `count` entries."""
@@ -154,11 +156,12 @@ class BltWindowLayer(_BltCacheLayer):
         keep = None if self.record_past or self.window is None else self.window - 1
         keys = self._keys.append(key_states, keep)
         values = self._values.append(value_states, keep)
-        return keys[..., keys.shape[-2] - visible :, :], values[..., values.shape[-2] - visible :, :]
+        hidden = keys.shape[-2] - visible  # recorded for `crop` alone
+        return (keys[..., hidden:, :], values[..., hidden:, :]) if hidden else (keys, values)
 
     def trim(self) -> None:
         """Forgets what no later byte sees."""
-        if self.window is not None:
+        if self.window is not None and len(self._keys) >= self.window:
             self._keys.keep_last(self.window - 1)
             self._values.keep_last(self.window - 1)
 

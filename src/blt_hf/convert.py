@@ -32,7 +32,7 @@ _CHUNK_BYTES = 32 * 2**20
 _DTYPE_CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_CODES.items()}
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-_HUB_FILES = ["*.json", "*.safetensors", "consolidated.pth", "entropy_model/*", "README.md", "LICENSE*"]
+_HUB_FILES = ["*.json", "model*.safetensors", "consolidated.pth", "entropy_model/*", "README.md", "LICENSE*"]
 
 # ---- Meta's arguments. Every key is mapped to a config field, checked against what is supported, or ignored. ----
 
@@ -458,7 +458,7 @@ _ESSENCE = """
 _PART_ESSENCE = """
     hidden_size num_attention_heads num_key_value_heads num_hidden_layers intermediate_size rms_norm_eps
     rope_parameters hidden_act sliding_window cross_attention_heads cross_attn_window cross_attn_all_layers
-    cross_attn_k hidden_size_global patch_pooling dropout
+    cross_attn_k patch_pooling dropout
 """
 
 
@@ -678,7 +678,7 @@ def _open_pth(path: Path) -> dict[str, _Stored]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files older than torch's zip format cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a file of tensors (weights_only): {error}") from error
     state = state.get("model", state) if isinstance(state, dict) else {"": state}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -902,6 +902,11 @@ def _open_meta(source: str | os.PathLike, entropy_model: str | os.PathLike | Non
             )
             raise ValueError(f"{folder}: config.json has no `args`, so this is not Meta's layout ({kind}).")
         args = content["args"]
+        if "dim_global" not in args:
+            raise ValueError(
+                f"{folder}: the `args` of config.json have no `dim_global`; an entropy model belongs to "
+                "--entropy-model (entropy_model=...), beside the byte latent transformer as SOURCE."
+            )
         if (folder / "train_args.json").is_file():
             train_args = _read_json(folder / "train_args.json")
     elif (folder / "params.json").is_file():  # as Meta's trainer consolidates a run
@@ -1080,6 +1085,19 @@ def _parse_size(size: int | str) -> int:
     return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
 
 
+def _write_code(folder: Path, config: BltConfig) -> None:
+    """The modules that `save_pretrained` of the model ships, and `auto_map` in `config`."""
+    from transformers.dynamic_module_utils import custom_object_save
+
+    from .modeling_blt import BltForCausalLM
+
+    with torch.device("meta"):
+        model = BltForCausalLM(config)
+    if model._auto_class is not None:
+        config.auto_map = dict(model._auto_map)
+        custom_object_save(model, folder, config=config)
+
+
 def _main_dtype(outputs: list[_Output]) -> torch.dtype:
     """The dtype of most of the bytes of the byte latent transformer."""
     counts = {}
@@ -1126,6 +1144,8 @@ def convert_meta_checkpoint(
     """
     from transformers import GenerationConfig
 
+    from .tokenization_blt import BltTokenizer
+
     target_dtype, max_shard_bytes, out = _parse_dtype(dtype), _parse_size(max_shard_size), Path(out).expanduser()
     opened = _open_meta(source, entropy_model, revision)
     files = opened.files
@@ -1158,8 +1178,7 @@ def convert_meta_checkpoint(
         total = sum(output.num_bytes for output in outputs)
         with _progress_bar(total, "Converting", progress, folder) as advance:
             _write_shards(folder, outputs, max_shard_bytes, advance)
-        from .tokenization_blt import BltTokenizer
-
+        _write_code(folder, config)
         BltTokenizer().save_pretrained(folder)
         config.save_pretrained(folder)
         GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0).save_pretrained(folder)
@@ -1212,7 +1231,7 @@ def export_meta_checkpoint(
             "will have other numbers there.",
             stacklevel=2,
         )
-    if config.patch_in_forward and not files["entropy_fixed"]:
+    if config.patch_in_forward and not _entropy_is_fixed(config):
         warnings.warn(
             "Meta's loader of params.json (multiple_of 256, rope theta 10000, epsilon 1e-5) cannot build this entropy "
             "model, so entropy_model/ holds config.json and model.safetensors, for `LMTransformer.from_pretrained`.",

@@ -1,5 +1,7 @@
 """Hashed n-gram embeddings of bytes."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,20 @@ HASH_PRIMES = (
 )
 
 
+@lru_cache(maxsize=64)
+def _hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.device) -> Tensor:
+    """int64 `(L, functions * sizes)`: factor of the id `L - 1 - l` bytes back in each hash, wrapped to 64 bits."""
+    longest = max(sizes)
+    columns = []
+    for function in range(num_functions):
+        prime = HASH_PRIMES[function % len(HASH_PRIMES)]
+        for size in sizes:
+            powers = [(pow(prime, power, 2**64) + 2**63) % 2**64 - 2**63 for power in range(size)]
+            columns.append([0] * (longest - size) + powers)
+    with torch.inference_mode(False):
+        return torch.tensor(columns, device=device).T.contiguous()
+
+
 def ngram_hashes(
     input_ids: Tensor,
     history: Tensor | None,
@@ -31,7 +47,7 @@ def ngram_hashes(
     """Rows of the fused hash table for the n-grams that end at each byte.
 
     The hash of ids `x_0 .. x_{n-1}` (oldest first) is `sum x_j * prime^j` in wrapping int64, modulo `num_rows`; ids
-    before the text count as 0. Each n-gram's sum is that of the next shorter one times the prime, plus its oldest id.
+    before the text count as 0.
 
     Args:
         input_ids: int64 `(B, S)`.
@@ -42,26 +58,17 @@ def ngram_hashes(
         num_rows: rows of one table.
     Returns:
         int64 `(B, S, num_functions * len(sizes))`, function-major, with each table's offset added.
-    Source: facebookresearch/blt `bytelatent/model/blt.py`; same result from `max(sizes)` multiplications.
+    Source: facebookresearch/blt `bytelatent/model/blt.py`, same values from one product of windows and powers.
     """
-    num_lags = max(sizes) - 1
-    length = input_ids.shape[1]
+    longest, length, device = max(sizes), input_ids.shape[1], input_ids.device
     past = input_ids if history is None else torch.cat([history, input_ids], dim=1)
-    past = nn.functional.pad(past, (max(num_lags - past.shape[1] + length, 0), 0))[:, -(length + num_lags) :]
-    lagged = [
-        past[:, num_lags - lag : num_lags - lag + length] * (text_positions >= lag) for lag in range(num_lags + 1)
-    ]
-    hashes = []
-    for function in range(num_functions):
-        prime = HASH_PRIMES[function % len(HASH_PRIMES)]
-        rolling = torch.zeros_like(input_ids)
-        by_size = {}
-        for lag, ids in enumerate(lagged):
-            rolling = rolling * prime + ids
-            by_size[lag + 1] = rolling
-        hashes.extend(by_size[size] for size in sizes)
-    offsets = torch.arange(len(hashes), device=input_ids.device) * num_rows
-    return torch.stack(hashes, dim=-1) % num_rows + offsets
+    missing = length + longest - 1 - past.shape[1]
+    past = nn.functional.pad(past, (max(missing, 0), 0))[:, max(-missing, 0) :]
+    age = torch.arange(longest - 1, -1, -1, device=device)
+    windows = past.unfold(1, longest, 1) * (text_positions[..., None] >= age)  # (B, S, L)
+    hashes = (windows[..., None] * _hash_weights(tuple(sizes), num_functions, device)).sum(dim=-2)
+    offsets = torch.arange(hashes.shape[-1], device=device) * num_rows
+    return hashes % num_rows + offsets
 
 
 class BltHashEmbedding(nn.Embedding):

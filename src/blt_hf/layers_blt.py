@@ -44,16 +44,20 @@ class BltRotaryEmbedding(LlamaRotaryEmbedding):
     """Angles of transformers' rotary embedding, one for each pair of neighbours."""
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `(B or 1, 1, S, D/2)` in the dtype of `hidden_states`, for positions `(B or 1, S)`."""
+        """What [`rotate_pairs`] multiplies by, `(B or 1, 1, S, D)` each, for positions `(B or 1, S)`.
+
+        Both are in the dtype of `hidden_states`; the sines carry the sign of the rotation.
+        """
         cos, sin = super().forward(hidden_states, position_ids)
         half = cos.shape[-1] // 2
-        return cos[:, None, :, :half], sin[:, None, :, :half]
+        cos, sin = cos[:, None, :, :half, None], sin[:, None, :, :half, None]
+        return torch.cat([cos, cos], dim=-1).flatten(-2), torch.cat([-sin, sin], dim=-1).flatten(-2)
 
 
 def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs `(2i, 2i + 1)` of `states` `(B, H, S, D)` (released checkpoints interleave; Llama halves)."""
-    even, odd = states[..., ::2], states[..., 1::2]
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    swapped = states.view(*states.shape[:-1], -1, 2).flip(-1).view(states.shape)
+    return torch.addcmul(states * cos, swapped, sin)
 
 
 class BltSelfAttention(nn.Module):

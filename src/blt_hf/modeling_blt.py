@@ -241,7 +241,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             logits_to_keep: as in transformers.
             chunk: what a [`BltModel`] has already made of these arguments; it also ends the cache's step.
         Returns:
-            [`BltCausalLMOutput`].
+            [`BltCausalLMOutput`]; with `chunk`, entropies fp32 `(B, S)` alone.
         """
         cache = past_key_values
         is_part = chunk is not None
@@ -272,7 +272,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         hidden_states = run_layers(self.layers, hidden_states, position_embeddings, span, cache_layers, trace)
         hidden_states = self.norm(hidden_states)
         if is_part:
-            return BltCausalLMOutput(entropies=entropy_from_logits(self.lm_head(hidden_states)))
+            return entropy_from_logits(self.lm_head(hidden_states))
         if cache is not None:
             routing = route_patches(
                 chunk, torch.ones_like(chunk.row_positions, dtype=torch.bool), self.config.mask_documents,
@@ -694,7 +694,7 @@ class BltModel(BltPreTrainedModel):
                     )
             else:
                 with torch.no_grad():
-                    entropies = self.patcher(chunk=chunk, past_key_values=cache).entropies
+                    entropies = self.patcher(chunk=chunk, past_key_values=cache)
         if patch_lengths is not None:
             return entropies, self._given_ends(chunk, patch_lengths)
         if config.uses_patcher and entropies is None:

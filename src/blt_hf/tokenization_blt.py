@@ -1,11 +1,8 @@
-"""Bytes to ids and back for the Byte Latent Transformer: id = byte + 4.
+"""Tokenizer of the Byte Latent Transformer: id = byte + 4, and four special ids.
 
-Ids 0 to 3 are special (`<boe>`, which is the padding, `<s>`, `</s>`, `<bpe>`); the vocabulary has 260 entries and tokens
-that a user adds follow from 260. `BltTokenizer` is a fast tokenizer of transformers: it keeps a `tokenizers` backend (a
-byte-level BPE without merges) that it saves as `tokenizer.json`, so that its files load in a plain transformers with the
-same ids. Encoding itself does not go through the backend: bytes are ids already, and numpy shifts them some fifty times
-faster. `BltEncoding` answers what `tokenizers.Encoding` answers (offsets, words, character to token), from the bytes and
-only when asked.
+`BltTokenizer` is a fast tokenizer of transformers. It keeps a `tokenizers` backend (a byte-level BPE without merges) that
+it saves as `tokenizer.json`, so that its files load in a plain transformers with the same ids. Texts themselves do not go
+through the backend: bytes are ids already, and `encoding_blt` shifts them a hundred times faster.
 """
 
 import codecs
@@ -13,19 +10,17 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, TensorType
 
+from .encoding_blt import BYTE_OFFSET, BYTE_SYMBOLS, VOCAB_SIZE, AddedTokens, EncodePlan, encode_batch, to_bytes
 
-BYTE_OFFSET = 4
-VOCAB_SIZE = 256 + BYTE_OFFSET
+
 SPECIAL_NAMES = ("<boe>", "<s>", "</s>", "<bpe>")  # ids 0 to 3
 
 # `assistant: ` closes a prompt and `</s>` closes an answer, so a prompt that waits for an answer never ends with EOS.
@@ -55,33 +50,16 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '\\n\\nassistant: ' -}}{%- endif -%}
 """  # fmt: skip
 
-_SHIFT = bytes((byte + BYTE_OFFSET) % 256 for byte in range(256))
 _UNSHIFT = bytes((byte - BYTE_OFFSET) % 256 for byte in range(256))
-_LOW_BYTES = bytes(range(256 - BYTE_OFFSET))  # their ids fit in a byte; UTF-8 has no other bytes
-_BYTE_IDS_BELOW_256 = bytes(range(BYTE_OFFSET, 256))
+_BYTE_IDS = bytes(range(BYTE_OFFSET, 256))  # those that fit in a byte
 _SPECIAL_ID = re.compile(rb"([\0-\3])")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-# `\s` of the Rust regexes that strip around added tokens; Python's `str.isspace` knows four more
-_WHITESPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
-_WHITESPACE_BYTES = re.compile(b"(?:" + b"|".join(char.encode() for char in _WHITESPACE) + b")*")
-_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def _byte_symbols() -> list[str]:
-    """The printable character that stands for each of the 256 bytes in a byte-level `tokenizer.json` (GPT-2's table)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-_SYMBOLS = _byte_symbols()
-_SYMBOL_BYTES = {symbol: bytes([byte]) for byte, symbol in enumerate(_SYMBOLS)}
+_SYMBOL_BYTES = {symbol: bytes([byte]) for byte, symbol in enumerate(BYTE_SYMBOLS)}
 
 
 def _build_backend(names: Sequence[str]) -> Tokenizer:
     """The `tokenizers` model that maps text to the same ids; `names` are the tokens with ids 0 to 3."""
     vocab = {str(name): index for index, name in enumerate(names)}
-    vocab.update({symbol: byte + BYTE_OFFSET for byte, symbol in enumerate(_SYMBOLS)})
+    vocab.update({symbol: byte + BYTE_OFFSET for byte, symbol in enumerate(BYTE_SYMBOLS)})
     if len(vocab) != VOCAB_SIZE:
         raise ValueError(f"the tokens with ids 0 to 3 must be four different strings; got {[*map(str, names)]}.")
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -92,7 +70,7 @@ def _build_backend(names: Sequence[str]) -> Tokenizer:
 
 
 def _check_byte_vocabulary(vocab: Mapping[str, int], origin: str) -> None:
-    for byte, symbol in enumerate(_SYMBOLS):
+    for byte, symbol in enumerate(BYTE_SYMBOLS):
         if vocab.get(symbol) != byte + BYTE_OFFSET:
             raise ValueError(
                 f"{origin} is not the vocabulary of a BLT: byte 0x{byte:02X} ({symbol!r}) must have id "
@@ -100,19 +78,6 @@ def _check_byte_vocabulary(vocab: Mapping[str, int], origin: str) -> None:
             )
     if len(vocab) > VOCAB_SIZE:
         raise ValueError(f"{origin} has {len(vocab)} entries; a BLT has {VOCAB_SIZE} and no merged tokens.")
-
-
-def _to_bytes(text: str | bytes, argument: str = "text") -> bytes:
-    """UTF-8 of `text`. A lone surrogate stands for the byte that `surrogateescape` made it from, or else for itself."""
-    if isinstance(text, str):
-        try:
-            return text.encode()
-        except UnicodeEncodeError:
-            escaped = lambda char: 0xDC80 <= ord(char) <= 0xDCFF  # noqa: E731
-            return b"".join(c.encode("utf-8", "surrogateescape" if escaped(c) else "surrogatepass") for c in text)
-    if isinstance(text, (bytes, bytearray, memoryview)):
-        return bytes(text)
-    raise TypeError(f"`{argument}` must be a str or bytes, or a list of them; got {type(text).__name__}: {text!r:.80}")
 
 
 def _check_errors(errors: str) -> str:
@@ -134,384 +99,6 @@ def _reject_unknown(kwargs: Mapping[str, Any], method: str) -> None:
         raise TypeError(f"`BltTokenizer.{method}` got unexpected arguments: {', '.join(map(repr, sorted(kwargs)))}.")
 
 
-class _AddedTokens:
-    """The tokens that are found as wholes in a text, in the two rounds of the `tokenizers` library."""
-
-    def __init__(self, tokenizer: "BltTokenizer"):
-        decoder = tokenizer.added_tokens_decoder
-        self.rounds = []  # [(pattern, {content: (id, token)})]
-        for normalized in (False, True):
-            tokens = {t.content.encode(): (i, t) for i, t in decoder.items() if t.normalized == normalized and t.content}
-            if tokens:
-                longest_first = sorted(tokens, key=len, reverse=True)
-                self.rounds.append((re.compile(b"|".join(map(re.escape, longest_first))), tokens))
-        self.first_bytes = sorted({content[:1] for _, tokens in self.rounds for content in tokens})
-        self.special_ids = sorted(index for index, token in decoder.items() if token.special)
-        self.special_bytes = bytes(index for index in self.special_ids if index < 256)
-        self.names = {i: tokenizer._tokenizer.id_to_token(i) for i in (*range(BYTE_OFFSET), *decoder)}
-
-    def __contains__(self, data: bytes) -> bool:
-        """Whether some added token may be in `data`. One scan for a byte that none lacks, most often the last one."""
-        return any(byte in data for byte in self.first_bytes) and any(p.search(data) for p, _ in self.rounds)
-
-    def find(self, data: bytes, keep_special: bool) -> list[tuple[int, int, int]]:
-        """`(first byte, byte after the last, id)` of each added token in `data`, in order and without overlap."""
-        found, gaps = [], [(0, len(data))]
-        for pattern, tokens in self.rounds:
-            next_gaps = []
-            for begin, end in gaps:
-                last = begin
-                for match in pattern.finditer(data, begin, end):
-                    start, stop = match.span()
-                    index, token = tokens[match.group()]
-                    if start < last or (token.special and not keep_special):
-                        continue
-                    if token.single_word:
-                        before = data[max(begin, start - 4) : start].decode("utf-8", "ignore")[-1:]
-                        after = data[stop : min(end, stop + 4)].decode("utf-8", "ignore")[:1]
-                        if re.match(r"\w", before) or re.match(r"\w", after):
-                            continue
-                    if token.lstrip:
-                        gap = data[last:start].decode("utf-8", "surrogateescape")
-                        start -= len(gap[len(gap.rstrip(_WHITESPACE)) :].encode("utf-8", "surrogateescape"))
-                    if token.rstrip:
-                        stop = _WHITESPACE_BYTES.match(data, stop, end).end()
-                    found.append((start, stop, index))
-                    next_gaps.append((last, start))
-                    last = stop
-                next_gaps.append((last, end))
-            gaps = next_gaps
-        return sorted(found)
-
-
-class _Plan(NamedTuple):
-    """What one call decides for all of its rows."""
-
-    added: _AddedTokens
-    keep_special: bool
-    parse_bytes: bool
-    bos: tuple[int, ...]
-    eos: tuple[int, ...]
-    pad_id: int
-    pad_type_id: int
-    padding_side: str
-    truncation_side: str
-    truncation: TruncationStrategy
-    max_length: int | None  # None: do not truncate
-    stride: int
-    overflow: bool
-    is_split_into_words: bool
-
-    def added_in(self, text: str | bytes, data: bytes) -> list[tuple[int, int, int]]:
-        """The added tokens in a text whose bytes are `data`; raw bytes are searched only on request."""
-        parse = (isinstance(text, str) or self.parse_bytes) and data in self.added
-        return self.added.find(data, self.keep_special) if parse else []
-
-
-class _TokenizedText:
-    """One text and, on demand, an int64 entry per token: `ids` (T,), `spans` (T, 2) in characters, `words` (T,)."""
-
-    def __init__(self, text: str | bytes, plan: _Plan):
-        self.text, self.data = text, _to_bytes(text)
-        self.matches = plan.added_in(text, self.data)
-
-    def __len__(self) -> int:
-        return len(self.data) - sum(stop - start - 1 for start, stop, _ in self.matches)
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        keep = np.ones(len(self.data), dtype=bool)
-        for start, stop, _ in self.matches:
-            keep[start + 1 : stop] = False
-        return np.flatnonzero(keep)
-
-    @cached_property
-    def ids(self) -> np.ndarray:
-        ids = np.frombuffer(self.data, dtype=np.uint8).astype(np.int64) + BYTE_OFFSET
-        for start, _, index in self.matches:
-            ids[start] = index
-        return ids[self.starts] if self.matches else ids
-
-    @cached_property
-    def _characters(self) -> tuple[str, np.ndarray]:
-        """The text as str, and for each byte the index of its character there."""
-        text = self.text if isinstance(self.text, str) else self.data.decode("utf-8", "surrogateescape")
-        raw = np.frombuffer(self.data, dtype=np.uint8)
-        of_byte = ((raw & 0xC0) != 0x80).cumsum() - 1
-        if len(text) != (of_byte[-1] + 1 if len(raw) else 0):  # bytes outside of UTF-8
-            of_byte = np.repeat(np.arange(len(text)), [len(_to_bytes(char)) for char in text])
-        return text, of_byte
-
-    @cached_property
-    def spans(self) -> np.ndarray:
-        starts, stops = self.starts, self.starts + 1
-        for start, stop, _ in self.matches:
-            stops[np.searchsorted(starts, start)] = stop
-        if isinstance(self.text, str):
-            of_byte = self._characters[1]
-            starts, stops = of_byte[starts], of_byte[stops - 1] + 1
-        return np.stack([starts, stops], axis=1)
-
-    @cached_property
-    def words(self) -> np.ndarray:
-        text, of_byte = self._characters
-        words = np.zeros(len(self.data), dtype=np.int64)
-        begin = count = 0
-        for start, stop, index in [*self.matches, (len(self.data), len(self.data), None)]:
-            if begin < start:
-                first, last = of_byte[begin], of_byte[start - 1]
-                # Rust takes no lone surrogates; one character for another keeps the positions
-                pieces = _WORDS.pre_tokenize_str(_SURROGATE.sub("\ufffd", text[first : last + 1]))
-                word_starts = np.array([span[0] for _, span in pieces])
-                words[begin:start] = count + np.searchsorted(word_starts, of_byte[begin:start] - first, "right") - 1
-                count += len(pieces)
-            if index is not None:
-                words[start] = count
-                count += 1
-            begin = stop
-        return words[self.starts]
-
-
-class _TokenizedWords:
-    """The same for a text that comes as a list of words: offsets count from the start of each word."""
-
-    def __init__(self, words: Sequence[str | bytes], plan: _Plan):
-        if not isinstance(words, (list, tuple)):
-            raise TypeError(f"with `is_split_into_words=True` each text must be a list of words; got {words!r:.80}")
-        self.texts = [_TokenizedText(word, plan) for word in words]
-        self.ids = np.concatenate([np.zeros(0, np.int64), *(text.ids for text in self.texts)])
-        self.words = np.repeat(np.arange(len(self.texts)), [len(text) for text in self.texts])
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @cached_property
-    def spans(self) -> np.ndarray:
-        return np.concatenate([np.zeros((0, 2), np.int64), *(text.spans for text in self.texts)])
-
-
-class BltEncoding:
-    """One row of a batch: the interface of `tokenizers.Encoding`, computed on demand.
-
-    Offsets count characters of a str and bytes of a bytes object; each byte of a character has the offsets of the whole
-    character. Words are those of the byte-level pre-tokenizer (about: runs of letters, of digits, of other signs), or the
-    given ones with `is_split_into_words=True`. Padding and the special tokens of the template have no sequence, no word
-    and the offsets (0, 0).
-    """
-
-    def __init__(self, parts: list[tuple], plan: _Plan):
-        # (sequence 0 or 1, tokenized text, first, last + 1, type id) or (None, id, 0, 1, type id)
-        self._parts, self._plan = parts, plan
-        self._padding = (0, 0)
-        self.overflowing: list[BltEncoding] = []
-
-    def _pad_to(self, length: int) -> "BltEncoding":
-        missing = max(0, length - (len(self) - sum(self._padding)))
-        self._padding = (missing, 0) if self._plan.padding_side == "left" else (0, missing)
-        return self
-
-    def _column(self, of_text, of_special, of_padding) -> np.ndarray:
-        """int64, one entry per token: `of_text(part)` is an array or a number, the other two numbers."""
-        left, right = self._padding
-        pieces = [np.full(left, of_padding)]
-        for part in self._parts:
-            value = of_special(part) if part[0] is None else of_text(part)
-            pieces.append(value if isinstance(value, np.ndarray) else np.full(part[3] - part[2], value))
-        return np.concatenate([*pieces, np.full(right, of_padding)], dtype=np.int64)
-
-    def _columns(self, name: str) -> np.ndarray:
-        """int64 `(T,)`, or `(T, 2)` for offsets, under the name that the field has in a `BatchEncoding`."""
-        if name == "input_ids":
-            return self._column(lambda p: p[1].ids[p[2] : p[3]], lambda p: p[1], self._plan.pad_id)
-        if name == "token_type_ids":
-            return self._column(lambda p: p[4], lambda p: p[4], self._plan.pad_type_id)
-        if name == "attention_mask":
-            return self._column(lambda p: 1, lambda p: 1, 0)
-        if name == "special_tokens_mask":
-            return self._column(lambda p: 0, lambda p: 1, 1)
-        ends = [self._column(lambda p, i=i: p[1].spans[p[2] : p[3], i], lambda p: 0, 0) for i in (0, 1)]
-        return np.stack(ends, axis=1)
-
-    def __len__(self) -> int:
-        return sum(self._padding) + sum(part[3] - part[2] for part in self._parts)
-
-    def __repr__(self) -> str:
-        return f"BltEncoding(num_tokens={len(self)}, n_sequences={self.n_sequences}, overflowing={len(self.overflowing)})"
-
-    ids = property(lambda self: self._columns("input_ids").tolist())
-    type_ids = property(lambda self: self._columns("token_type_ids").tolist())
-    attention_mask = property(lambda self: self._columns("attention_mask").tolist())
-    special_tokens_mask = property(lambda self: self._columns("special_tokens_mask").tolist())
-    offsets = property(lambda self: [*map(tuple, self._columns("offset_mapping").tolist())])
-    n_sequences = property(lambda self: max(1, sum(part[0] is not None for part in self._parts)))
-    words = property(lambda self: self.word_ids)
-
-    @property
-    def tokens(self) -> list[str]:
-        names = self._plan.added.names
-        return [names[i] if i in names else _SYMBOLS[i - BYTE_OFFSET] for i in self.ids]
-
-    @property
-    def sequence_ids(self) -> list[int | None]:
-        return [None if i < 0 else i for i in self._column(lambda p: p[0], lambda p: -1, -1).tolist()]
-
-    @property
-    def word_ids(self) -> list[int | None]:
-        words = self._column(lambda p: p[1].words[p[2] : p[3]], lambda p: -1, -1)
-        return [None if i < 0 else i for i in words.tolist()]
-
-    def _sequence(self, sequence_index: int) -> tuple[int, tuple | None]:
-        """Where the tokens of a sequence begin, and its part."""
-        position = self._padding[0]
-        for part in self._parts:
-            if part[0] == sequence_index:
-                return position, part
-            position += part[3] - part[2]
-        return position, None
-
-    def _part_of(self, token_index: int) -> tuple[int, tuple] | None:
-        """The text part that holds a token, with the token's index in the text."""
-        position = self._padding[0]
-        for part in self._parts:
-            if part[0] is not None and position <= token_index < position + part[3] - part[2]:
-                return token_index - position + part[2], part
-            position += part[3] - part[2]
-        return None
-
-    def token_to_sequence(self, token_index: int) -> int | None:
-        place = self._part_of(token_index)
-        return None if place is None else place[1][0]
-
-    def token_to_chars(self, token_index: int) -> tuple[int, int] | None:
-        place = self._part_of(token_index)
-        return None if place is None else tuple(place[1][1].spans[place[0]].tolist())
-
-    def token_to_word(self, token_index: int) -> int | None:
-        place = self._part_of(token_index)
-        return None if place is None else int(place[1][1].words[place[0]])
-
-    def char_to_token(self, char_pos: int, sequence_index: int = 0) -> int | None:
-        position, part = self._sequence(sequence_index)
-        if part is None:
-            return None
-        starts, stops = part[1].spans[part[2] : part[3]].T
-        hits = np.flatnonzero((starts <= char_pos) & (char_pos < stops))
-        return position + int(hits[0]) if len(hits) else None
-
-    def char_to_word(self, char_pos: int, sequence_index: int = 0) -> int | None:
-        token_index = self.char_to_token(char_pos, sequence_index)
-        return None if token_index is None else self.token_to_word(token_index)
-
-    def word_to_tokens(self, word_index: int, sequence_index: int = 0) -> tuple[int, int] | None:
-        position, part = self._sequence(sequence_index)
-        hits = [] if part is None else np.flatnonzero(part[1].words[part[2] : part[3]] == word_index)
-        return (position + int(hits[0]), position + int(hits[-1]) + 1) if len(hits) else None
-
-    def word_to_chars(self, word_index: int, sequence_index: int = 0) -> tuple[int, int] | None:
-        tokens = self.word_to_tokens(word_index, sequence_index)
-        return None if tokens is None else (self.token_to_chars(tokens[0])[0], self.token_to_chars(tokens[1] - 1)[1])
-
-
-def _windows(length: int, size: int, plan: _Plan) -> list[tuple[int, int]]:
-    """`(first, last + 1)` of what truncation keeps and, where asked for, of each overflow, `stride` tokens shared."""
-    if size >= length:
-        return [(0, length)]
-    if size == 0:
-        return [(0, 0), (0, length)] if plan.overflow else [(0, 0)]
-    if plan.stride >= size:
-        raise ValueError(
-            f"`stride` must be smaller than the room that `max_length` leaves for the text, {size}; got {plan.stride}."
-        )
-    if plan.truncation_side == "right":
-        starts = range(0, length - plan.stride, size - plan.stride)
-        windows = ((start, min(start + size, length)) for start in starts)
-    else:
-        stops = range(length, plan.stride, plan.stride - size)
-        windows = ((max(0, stop - size), stop) for stop in stops)
-    return list(windows) if plan.overflow else [next(windows)]
-
-
-def _room(lengths: list[int], plan: _Plan) -> list[int]:
-    """How many tokens each sequence may keep, by the rules of the `tokenizers` library."""
-    if plan.max_length is None:
-        return lengths
-    room = plan.max_length - (len(plan.bos) + len(plan.eos)) * len(lengths)
-    if room < 0:
-        raise ValueError(f"`max_length={plan.max_length}` leaves no room beside {plan.max_length - room} special tokens.")
-    excess = sum(lengths) - room
-    if excess <= 0:
-        return lengths
-    if plan.truncation == TruncationStrategy.LONGEST_FIRST:
-        if len(lengths) == 1:
-            return [room]
-        short = min(lengths)
-        long = max(short, room - short)
-        if short + long > room:
-            short, long = room // 2, room - room // 2
-        return [short, long] if lengths[0] <= lengths[1] else [long, short]
-    target = 0 if plan.truncation == TruncationStrategy.ONLY_FIRST else 1
-    if target >= len(lengths) or lengths[target] <= excess:
-        raise ValueError(
-            f"`truncation={plan.truncation.value!r}` cannot shorten sequences of {lengths} tokens to "
-            f"`max_length={plan.max_length}`; use 'longest_first' or a larger `max_length`."
-        )
-    return [length - excess if i == target else length for i, length in enumerate(lengths)]
-
-
-def _encode_row(item: tuple, plan: _Plan) -> BltEncoding:
-    """Encode a text `(a,)` or a pair `(a, b)`, truncated and not padded, with its overflow."""
-    tokenized = [(_TokenizedWords if plan.is_split_into_words else _TokenizedText)(text, plan) for text in item]
-    lengths = [len(text) for text in tokenized]
-    windows = [_windows(length, room, plan) for length, room in zip(lengths, _room(lengths, plan))]
-
-    def row(*chosen: tuple[int, int]) -> BltEncoding:
-        parts = []
-        for sequence, (text, (start, stop)) in enumerate(zip(tokenized, chosen)):
-            parts += [(None, index, 0, 1, sequence) for index in plan.bos]
-            parts.append((sequence, text, start, stop, sequence))
-            parts += [(None, index, 0, 1, sequence) for index in plan.eos]
-        return BltEncoding(parts, plan)
-
-    if len(item) == 1:
-        combinations = [(a,) for a in windows[0]]
-    else:  # the library's order of overflows
-        (a, *later_a), (b, *later_b) = windows
-        combinations = [(a, b), *((x, y) for x in later_a for y in windows[1]), *((a, y) for y in later_b)]
-    main, *others = (row(*chosen) for chosen in combinations)
-    main.overflowing = others
-    return main
-
-
-class _LazyEncodings(Sequence):
-    """Rows of a batch that was encoded without them, each made when somebody looks at it."""
-
-    def __init__(self, texts: Sequence[str | bytes], plan: _Plan, length: int):
-        self._texts, self._plan, self._length = texts, plan, length
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        return _encode_row((self._texts[index],), self._plan)._pad_to(self._length)
-
-
-def _default(value: bool | None, default: bool) -> bool:
-    return default if value is None else bool(value)
-
-
-_EMPTY = np.zeros((0, 0), dtype=np.int64)
-
-
-def _check_rectangular(lengths: Sequence[int]) -> None:
-    if len({*lengths}) > 1:
-        raise ValueError(
-            f"`return_tensors` needs rows of one length; got lengths from {min(lengths)} to {max(lengths)}. Pass "
-            "`padding=True`, and `truncation=True` with `max_length` where rows are too long."
-        )
-
-
 def _check_encode_arguments(padding_side, truncation_side, max_length, stride, pad_to_multiple_of) -> None:
     for name, value in (("padding_side", padding_side), ("truncation_side", truncation_side)):
         if value not in ("left", "right"):
@@ -522,94 +109,28 @@ def _check_encode_arguments(padding_side, truncation_side, max_length, stride, p
 
 
 def _as_items(text, text_pair, is_split_into_words: bool) -> tuple[list, bool]:
-    """Texts, or tuples `(a, b)` for pairs (`(words,)` or `(words_a, words_b)` for lists of words), and: is it a batch?"""
+    """What was passed as texts, and as tuples of one or two where there are pairs or words; and whether it is a batch."""
     listed = (list, tuple)
     batched = isinstance(text, listed) and (not is_split_into_words or (len(text) > 0 and isinstance(text[0], listed)))
-    if batched != isinstance(text_pair, listed) and text_pair is not None and not is_split_into_words:
-        raise TypeError("`text_pair` must be a list exactly when `text` is one.")
     if not batched:
+        if isinstance(text_pair, listed) and not is_split_into_words:
+            raise TypeError("`text_pair` is a list and `text` is not; pass two texts, or two lists of as many texts.")
         pair = () if text_pair is None else (text_pair,)
         return [(text, *pair) if pair or is_split_into_words else text], False
     if text_pair is not None:
-        if len(text) != len(text_pair):
-            raise ValueError(f"`text` has {len(text)} entries and `text_pair` has {len(text_pair)}; pass as many.")
+        if not isinstance(text_pair, listed) or len(text) != len(text_pair):
+            error = ValueError if isinstance(text_pair, listed) else TypeError
+            raise error(f"`text_pair` must be a list of {len(text)} entries like `text`; got {text_pair!r:.80}")
         return list(zip(text, text_pair)), True
     if is_split_into_words:
-        return [tuple(t) if t and isinstance(t[0], listed) else (t,) for t in text], True
-    if not {*map(type, text)} & {list, tuple}:
+        items = [tuple(entry) if entry and isinstance(entry[0], listed) else (entry,) for entry in text]
+    elif {*map(type, text)} & {*listed}:
+        items = [tuple(entry) if isinstance(entry, listed) else (entry,) for entry in text]
+    else:
         return list(text), True
-    for entry in text:
-        if isinstance(entry, listed) and len(entry) != 2:
-            raise ValueError(f"an entry of `text` may be a pair of texts; got {len(entry)} of them. Is `is_split_into_words=True` meant?")
-    return [tuple(entry) if isinstance(entry, list) else entry for entry in text], True
-
-
-def _encode_flat(texts: list, plan: _Plan, padded_length, as_arrays: bool):
-    """The short way for single texts without added tokens: no object a row.
-
-    Returns `(input_ids, attention_mask, lengths, encodings)`, or None where the long way is needed. Arrays are int64
-    `(rows, length)`; `padded_length` maps the lengths of the rows to the one to pad to (0: none).
-    """
-    kinds = {*map(type, texts)}
-    if plan.is_split_into_words or tuple in kinds:
-        return None
-    try:
-        data = [*map(str.encode, texts)] if kinds <= {str} else [*map(_to_bytes, texts)]
-    except UnicodeEncodeError:
-        data, kinds = [*map(_to_bytes, texts)], {None}
-    if kinds <= {str}:
-        if (data[0] if len(data) == 1 else b"".join(data)) in plan.added:
-            return None
-    elif any(plan.added_in(text, row) for text, row in zip(texts, data)):
-        return None
-
-    num_special = len(plan.bos) + len(plan.eos)
-    lengths = [*map(len, data)]
-    if plan.max_length is not None and (max(lengths, default=0) + num_special > plan.max_length):
-        kept = (_windows(n, _room([n], plan)[0], plan)[0] for n in lengths)
-        data = [row[start:stop] for row, (start, stop) in zip(data, kept)]
-        lengths = [*map(len, data)]
-    lengths = [length + num_special for length in lengths] if num_special else lengths
-    width = padded_length(lengths)
-    encodings = _LazyEncodings(texts, plan, width)
-
-    if not as_arrays:
-        high = not kinds <= {str} and any(row.translate(None, _LOW_BYTES) for row in data)
-        shifted = ([byte + BYTE_OFFSET for byte in row] for row in data) if high else (d.translate(_SHIFT) for d in data)
-        input_ids = [[*plan.bos, *row, *plan.eos] for row in shifted]
-        attention_mask = [[1] * length for length in lengths]
-        for i, length in enumerate(lengths):
-            if length < width:
-                pad_ids, pad_mask = [plan.pad_id] * (width - length), [0] * (width - length)
-                left = plan.padding_side == "left"
-                input_ids[i] = pad_ids + input_ids[i] if left else input_ids[i] + pad_ids
-                attention_mask[i] = pad_mask + attention_mask[i] if left else attention_mask[i] + pad_mask
-        return input_ids, attention_mask, [max(width, length) for length in lengths], encodings
-
-    _check_rectangular([max(width, length) for length in lengths])
-    sizes = np.array(lengths, dtype=np.int64)
-    width = max(width, max(lengths, default=0))
-    shape = (len(data), width)
-    input_ids = np.full(shape, plan.pad_id) if (sizes < width).any() else np.empty(shape, dtype=np.int64)
-    first = width - sizes if plan.padding_side == "left" else np.zeros_like(sizes)
-    last = first + sizes
-    columns, every_row = np.arange(width), np.arange(len(data))
-    for offset, index in enumerate(plan.bos):
-        input_ids[every_row, first + offset] = index
-    for offset, index in enumerate(plan.eos, start=1):
-        input_ids[every_row, last - offset] = index
-    begins, ends = first + len(plan.bos), last - len(plan.eos)
-    if sizes.sum() > 256 * len(data):
-        for row, ids, begin, end in zip(data, input_ids, begins.tolist(), ends.tolist()):
-            np.add(np.frombuffer(row, dtype=np.uint8), BYTE_OFFSET, out=ids[begin:end], dtype=np.int64)
-    else:
-        inside = (columns >= begins[:, None]) & (columns < ends[:, None])
-        input_ids[inside] = np.frombuffer(b"".join(data), dtype=np.uint8).astype(np.int64) + BYTE_OFFSET
-    if (sizes == width).all():
-        attention_mask = np.ones(shape, dtype=np.int64)
-    else:
-        attention_mask = ((columns >= first[:, None]) & (columns < last[:, None])).astype(np.int64)
-    return input_ids, attention_mask, [width] * len(data), encodings
+    if any(len(item) > 2 for item in items):
+        raise ValueError("an entry of `text` is a text or a pair; for lists of words pass `is_split_into_words=True`.")
+    return items, True
 
 
 class BltTokenizer(PreTrainedTokenizerFast):
@@ -775,10 +296,11 @@ class BltTokenizer(PreTrainedTokenizerFast):
         self._added = None
         return super()._add_tokens(new_tokens, special_tokens=special_tokens)
 
-    def _added_tokens(self) -> _AddedTokens:
+    def _added_tokens(self) -> AddedTokens:
         size = self._tokenizer.get_vocab_size()  # somebody may add to the backend
         if self._added is None or self._added[0] != size:
-            self._added = (size, _AddedTokens(self))
+            specials = {index: self._tokenizer.id_to_token(index) for index in range(BYTE_OFFSET)}
+            self._added = (size, AddedTokens(self.added_tokens_decoder, specials))
         return self._added[1]
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
@@ -797,7 +319,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         return super().__call__(text, *args, **kwargs)
 
     def _encode_without_added_tokens(self, text: str) -> list[int]:
-        return [byte + BYTE_OFFSET for byte in _to_bytes(text)]
+        return [byte + BYTE_OFFSET for byte in to_bytes(text)]
 
     def _encode_plus(
         self,
@@ -833,74 +355,53 @@ class BltTokenizer(PreTrainedTokenizerFast):
 
         padding_side = self.padding_side if padding_side is None else padding_side
         _check_encode_arguments(padding_side, self.truncation_side, max_length, stride, pad_to_multiple_of)
-        items, batched = _as_items(text, text_pair, is_split_into_words)
-        plan = _Plan(
+        pad_length = {PaddingStrategy.DO_NOT_PAD: 0, PaddingStrategy.MAX_LENGTH: max_length}.get(padding_strategy)
+        split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        plan = EncodePlan(
             added=self._added_tokens(),
-            keep_special=not (self.split_special_tokens if split_special_tokens is None else split_special_tokens),
+            keep_special=not split,
             parse_bytes=split_special_tokens is False,
             bos=(self.bos_token_id,) if add_special_tokens and self.add_bos_token else (),
             eos=(self.eos_token_id,) if add_special_tokens and self.add_eos_token else (),
             pad_id=self.pad_token_id or 0,
             pad_type_id=self.pad_token_type_id,
+            pad_length=pad_length,
+            pad_to_multiple_of=pad_to_multiple_of or 1,
             padding_side=padding_side,
-            truncation_side=self.truncation_side,
             truncation=truncation_strategy,
+            truncation_side=self.truncation_side,
             max_length=None if truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE else max_length,
             stride=stride,
             overflow=return_overflowing_tokens,
             is_split_into_words=is_split_into_words,
         )
+        wanted = {
+            "input_ids": True,
+            "token_type_ids": return_token_type_ids,
+            "attention_mask": return_attention_mask,
+            "special_tokens_mask": return_special_tokens_mask,
+            "offset_mapping": return_offsets_mapping,
+        }
+        names = [n for n, want in wanted.items() if want or (want is None and n in self.model_input_names)]
         tensor_type = None if return_tensors is None else TensorType(return_tensors)
         as_arrays = tensor_type in (TensorType.PYTORCH, TensorType.NUMPY)
 
-        def padded_length(lengths: Sequence[int]) -> int:
-            longest = max(lengths, default=0)
-            self._eventual_warn_about_too_long_sequence(range(longest), max_length, verbose)
-            if padding_strategy == PaddingStrategy.DO_NOT_PAD:
-                return 0
-            length = max_length if padding_strategy == PaddingStrategy.MAX_LENGTH else longest
-            return length + -length % (pad_to_multiple_of or 1)
-
-        names = ["input_ids"]
-        names += ["token_type_ids"] * _default(return_token_type_ids, "token_type_ids" in self.model_input_names)
-        names += ["attention_mask"] * _default(return_attention_mask, "attention_mask" in self.model_input_names)
-        names += ["special_tokens_mask"] * bool(return_special_tokens_mask)
-        names += ["offset_mapping"] * bool(return_offsets_mapping)
-
-        flat = None
-        if {*names} <= {"input_ids", "attention_mask"} and not return_overflowing_tokens:
-            flat = _encode_flat(items, plan, padded_length, as_arrays)
-        if flat is not None:
-            input_ids, attention_mask, lengths, rows = flat
-            columns = {"input_ids": input_ids, "attention_mask": attention_mask}
-            columns = {name: columns[name] for name in names}
-        else:
-            per_item = [_encode_row(item if isinstance(item, tuple) else (item,), plan) for item in items]
-            length = padded_length([len(row) for row in per_item])
-            rows = [row._pad_to(length) for main in per_item for row in (main, *main.overflowing)]
-            lengths = [len(row) for row in rows]
-            columns = {name: [row._columns(name) for row in rows] for name in names}
-            if as_arrays:
-                _check_rectangular(lengths)
-                columns = {name: np.stack(column) if rows else _EMPTY for name, column in columns.items()}
-            else:
-                columns = {name: [array.tolist() for array in column] for name, column in columns.items()}
-                if return_offsets_mapping:
-                    columns["offset_mapping"] = [[*map(tuple, row)] for row in columns["offset_mapping"]]
-        if return_length:
-            columns["length"] = np.array(lengths) if as_arrays else lengths
-        if return_overflowing_tokens:
-            samples = [i for i, main in enumerate(per_item) for _ in (main, *main.overflowing)]
-            columns["overflow_to_sample_mapping"] = np.array(samples, dtype=np.int64) if as_arrays else samples
+        items, batched = _as_items(text, text_pair, is_split_into_words)
+        columns, rows, samples = encode_batch(items, plan, names, as_arrays)
+        lengths = [*map(len, columns["input_ids"])] if return_length or not as_arrays else columns["input_ids"].shape[1:]
+        self._eventual_warn_about_too_long_sequence(range(max(lengths, default=0)), max_length, verbose)
+        counts = {"length": lengths} if return_length else {}
+        counts |= {"overflow_to_sample_mapping": samples} if return_overflowing_tokens else {}
+        columns |= {name: np.array(count, dtype=np.int64) if as_arrays else count for name, count in counts.items()}
 
         if tensor_type == TensorType.PYTORCH:
             import torch
 
             columns = {name: torch.from_numpy(column) for name, column in columns.items()}
         elif tensor_type is None and not batched and not return_overflowing_tokens:
-            columns = {name: column[0] if name != "length" else column for name, column in columns.items()}
-        pairs = any(isinstance(item, tuple) and len(item) == 2 for item in items[:1])
-        return BatchEncoding(columns, rows, None if as_arrays else tensor_type, n_sequences=2 if pairs else 1)
+            columns = {name: column if name == "length" else column[0] for name, column in columns.items()}
+        is_pair = bool(items) and isinstance(items[0], tuple) and len(items[0]) == 2
+        return BatchEncoding(columns, rows, None if as_arrays else tensor_type, n_sequences=1 + is_pair)
 
     # Decoding
 
@@ -918,29 +419,28 @@ class BltTokenizer(PreTrainedTokenizerFast):
         if hasattr(token_ids, "detach"):
             token_ids = token_ids.detach().cpu().numpy()
         if not isinstance(token_ids, (list, tuple)):
-            token_ids = np.asarray(token_ids)
-            if token_ids.ndim == 2:
-                return [self._join_bytes(row, skip_special_tokens) for row in token_ids]
-            return self._join_bytes(np.atleast_1d(token_ids), skip_special_tokens)
-        if len(token_ids) and getattr(token_ids[0], "ndim", 0 if not isinstance(token_ids[0], (list, tuple)) else 1):
-            return [self.decode_bytes(row, skip_special_tokens) for row in token_ids]
+            token_ids = np.atleast_1d(token_ids)
+        if len(token_ids) and np.ndim(token_ids[0]):
+            return [self._join_bytes(row, skip_special_tokens) for row in token_ids]
         return self._join_bytes(token_ids, skip_special_tokens)
 
     def _join_bytes(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool) -> bytes:
         added = self._added_tokens()
-        if not isinstance(ids, np.ndarray):
-            try:  # all below 256, nearly always: ten times faster than an array from a list
+        if isinstance(ids, (list, tuple)):
+            try:  # all below 256, nearly always: several times faster than an array made from a list
                 raw = bytes(ids)
             except (ValueError, TypeError):
-                ids = np.asarray(ids)
+                pass
             else:
-                raw = raw.translate(None, added.special_bytes) if skip_special_tokens else raw
-                if not raw.translate(None, _BYTE_IDS_BELOW_256):
+                if skip_special_tokens:
+                    raw = raw.translate(None, bytes(index for index in added.special_ids if index < 256))
+                if not raw.translate(None, _BYTE_IDS):
                     return raw.translate(_UNSHIFT)
                 pieces = _SPECIAL_ID.split(raw)
                 pieces[0::2] = [piece.translate(_UNSHIFT) for piece in pieces[0::2]]
                 pieces[1::2] = [added.names[piece[0]].encode() for piece in pieces[1::2]]
                 return b"".join(pieces)
+        ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise TypeError(f"`token_ids` must be integers in one or two dimensions; got {ids!r:.80}")
         wrong = ids[(ids < 0) | (ids >= len(self))]
@@ -987,4 +487,4 @@ class BltTokenizer(PreTrainedTokenizerFast):
         return data.decode("utf-8", self._errors)
 
 
-__all__ = ["BltEncoding", "BltTokenizer"]
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "BltTokenizer"]

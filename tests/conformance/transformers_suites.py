@@ -1,0 +1,133 @@
+"""Hugging Face's common test suites, as the source distribution of the installed transformers holds them.
+
+The distribution is fetched once with pip from the package registry and unpacked into a git-ignored folder; nothing of
+it is part of this repository. It holds the `tests/*.py` files, but not the folders beside them that they import from;
+what is missing there is stood in for by the small modules below, in our own words.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import transformers
+
+
+# Not `tests`: that name belongs to whoever runs pytest.
+PACKAGE = "transformers_tests"
+ROOT = Path(__file__).parents[2]
+
+
+class SuitesUnavailable(Exception):
+    """The source distribution is neither in the cache nor at the package registry."""
+
+
+def cache_folder() -> Path:
+    """Where distributions are kept between runs: `$BLT_TEST_CACHE`, or `.cache` in the repository."""
+    return Path(os.environ.get("BLT_TEST_CACHE") or ROOT / ".cache") / "transformers-suites"
+
+
+def fetch(version: str = transformers.__version__) -> Path:
+    """The folder that holds the suites of a version of transformers as a package; downloads them if need be.
+
+    Raises:
+        SuitesUnavailable: with what pip said.
+    """
+    target = cache_folder() / version
+    if not (target / PACKAGE).is_dir():
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+            _unpack(_download(version, Path(folder)), Path(folder) / "unpacked")
+            try:
+                (Path(folder) / "unpacked").rename(target)
+            except OSError:  # another worker was faster
+                if not (target / PACKAGE).is_dir():
+                    raise
+    return target
+
+
+def _download(version: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-binary", "transformers", "--dest", str(folder), "--retries", "1", "--timeout", "15"]
+    try:
+        done = subprocess.run([*command, f"transformers=={version}"], capture_output=True, text=True, timeout=240)
+    except subprocess.TimeoutExpired as error:
+        raise SuitesUnavailable(f"pip did not finish within {error.timeout:.0f} s") from None
+    archives = list(folder.glob("*.tar.gz"))
+    if done.returncode or not archives:
+        raise SuitesUnavailable((done.stderr.strip().splitlines() or ["pip found nothing"])[-1])
+    return archives[0]
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Takes `tests/*.py` out of the archive, into a package of its own."""
+    package = folder / PACKAGE
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    # The suites import `../src/transformers/__init__.py` by its path and then use the installed transformers.
+    (folder / "src" / "transformers").mkdir(parents=True)
+    (folder / "src" / "transformers" / "__init__.py").touch()
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            parts = Path(member.name).parts
+            if len(parts) == 3 and parts[1] == "tests" and parts[2].endswith(".py") and member.isfile():
+                with tar.extractfile(member) as source, open(package / parts[2], "wb") as copy:
+                    shutil.copyfileobj(source, copy)
+
+
+def load(name: str, stubs: dict[str, dict[str, object]], tiny_models: Path | None = None) -> ModuleType:
+    """Imports a module of the suites, such as `"test_modeling_common"`.
+
+    Args:
+        stubs: names of modules that the distribution lacks, relative to its `tests`, and what they define.
+        tiny_models: folder of the models on which the pipeline suite runs; see `write_tiny_model_summary`.
+    """
+    folder = str(fetch())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    for stub, content in stubs.items():
+        _define(f"{PACKAGE}.{stub}", content)
+    if tiny_models is not None:
+        os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = str(tiny_models)
+    with mock.patch.object(pytest, "mark", _NoMarks()):
+        return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+class _NoMarks:
+    """`pytest.mark` that decorates with nothing: the suites' marks are not ours, and pytest rejects unknown ones."""
+
+    def __getattr__(self, name: str):
+        def mark(*args, **kwargs):
+            is_decorator = len(args) == 1 and callable(args[0]) and not kwargs
+            return args[0] if is_decorator else lambda decorated: decorated
+
+        return mark
+
+
+def _define(name: str, content: dict[str, object]) -> None:
+    parent = name.rpartition(".")[0]
+    if parent and parent not in sys.modules:
+        if parent == PACKAGE:
+            importlib.import_module(PACKAGE)
+        else:
+            _define(parent, {"__path__": []})
+    module = sys.modules.setdefault(name, ModuleType(name))
+    vars(module).update(content)
+
+
+def write_tiny_model_summary(folder: Path, tokenizers: dict[str, str | None]) -> None:
+    """Writes the list that the pipeline suite reads: for each model class, the tokenizer class that goes with it."""
+    summary = {
+        name: {"tokenizer_classes": [tokenizer] if tokenizer else [], "processor_classes": [], "model_classes": [name]}
+        for name, tokenizer in tokenizers.items()
+    }
+    (folder / "reports").mkdir(parents=True, exist_ok=True)
+    (folder / "reports" / "tiny_model_summary.json").write_text(json.dumps(summary))
