@@ -194,18 +194,20 @@ def test_positions_that_restart_begin_a_text(rule, texts):
         start += len(text)
 
 
-@pytest.mark.parametrize("word", ["x" * 9, "ab cd", "  ", ",é速"])
-def test_space_patches_of_text(word):
-    """One worked example each, to be checked by eye."""
-    by_eye = {
-        "x" * 9: [b"\1", b"xxxxxxxxx?"],
-        "ab cd": [b"\1", b"ab ", b"cd?"],
-        "  ": [b"\1", b"  ?"],  # specials count as space-like, so the first space ends nothing
-        ",é速": [b"\1", ",é".encode(), "速".encode() + b"?"],
-    }
-    by_eye[",é速"] = [b"\1", b",\xc3\xa9\xe9", b"\x80\x9f?"]
-    ids = torch.tensor([[1] + [b + 4 for b in word.encode()]])
-    assert trimmed(compute_patch_lengths(PatchingRule(mode="space"), ids))[0] == [len(patch) for patch in by_eye[word]]
+@pytest.mark.parametrize(
+    "text, patches",
+    [
+        ("x" * 9, [b"\1", b"xxxxxxxxx?"]),
+        ("ab cd", [b"\1", b"ab ", b"cd?"]),
+        ("a, b", [b"\1", b"a,", b" b?"]),
+        ("  ", [b"\1", b"  ?"]),  # specials count as space-like, so the first space ends nothing
+        (",\xe9\u901f", [b"\1", b",\xc3\xa9\xe9", b"\x80\x9f?"]),  # bytes from 0xC0 on are space-like
+    ],
+)
+def test_space_patches_by_eye(text, patches):
+    """BOS, text, and `?` for the next byte."""
+    ids = torch.tensor([[1] + [b + 4 for b in text.encode()]])
+    assert trimmed(compute_patch_lengths(PatchingRule(mode="space"), ids))[0] == [len(patch) for patch in patches]
 
 
 @given(bits=st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=4))

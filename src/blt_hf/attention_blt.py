@@ -3,6 +3,8 @@
 Dimension letters: `B` rows, `S` queries, `T` keys, `P` patches, `K` latents a patch, `H` heads, `D` head size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -75,15 +77,16 @@ class AttentionSpan:
         self.first_key, self.last_key = first_key, last_key
         self.implementation = implementation
         self.block = 0
-        if window is not None and num_queries > 2 * window and not wants_weights and implementation in ("eager", "sdpa"):
-            self.block = max(window, 64)
+        if window is not None and num_queries > window and not wants_weights and implementation in ("eager", "sdpa"):
+            self.block = min(max(window, 32), 128)
         self._masks: dict[str, object] = {}
+        self._head: AttentionSpan | None = None
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0):
         """Attention output `(B, S, H, D)` and weights (None but for `eager`); shapes as [`eager_attention_forward`]."""
         if self.block:
             return self._attend_in_blocks(module, query, key, value, dropout), None
-        return self._call(module, query, key, value, self._mask(query), dropout)
+        return self._call(module, query, key, value, self._mask("whole", query, self._build_mask), dropout)
 
     def _call(self, module, query, key, value, mask, dropout):
         if self.implementation == "sdpa" and module.num_key_value_groups == 1:
@@ -97,13 +100,17 @@ class AttentionSpan:
             interface = ALL_ATTENTION_FUNCTIONS[self.implementation]
         return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling)
 
-    def _mask(self, query: Tensor):
-        """What the attention interface takes as `attention_mask`, built once a forward."""
-        if "whole" not in self._masks:
-            self._masks["whole"] = self._build_mask(query)
-        return self._masks["whole"]
+    def _mask(self, name: str, query: Tensor, build: Callable[[torch.device], Tensor | None]):
+        """What the attention interface takes as `attention_mask`, built once a forward and shared by all layers."""
+        if name not in self._masks:
+            mask = build(query.device)
+            if mask is not None and mask.dtype == torch.bool and self.implementation == "sdpa":
+                # Otherwise every layer makes, and keeps for its backward, floats of its own.
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+            self._masks[name] = mask
+        return self._masks[name]
 
-    def _build_mask(self, query: Tensor):
+    def _build_mask(self, device: torch.device):
         num_keys = self.num_past + self.num_queries
         window_bounds = self.window is not None and num_keys > self.window
         if self.first_key is None and self.last_key is None and self.implementation != "flex_attention":
@@ -113,8 +120,7 @@ class AttentionSpan:
                 return None  # the interface applies plain causality by itself
         window = self.window if self.window is not None else num_keys
         if self.implementation == "flex_attention":
-            return self._build_block_mask(query, num_keys, window)
-        device = query.device
+            return self._build_block_mask(device, num_keys, window)
         keys = torch.arange(num_keys, device=device)
         queries = torch.arange(self.num_past, num_keys, device=device)[:, None]
         if self.last_key is not None:
@@ -124,7 +130,7 @@ class AttentionSpan:
             visible = visible & (keys >= self.first_key[:, :, None])
         return visible[None, None] if visible.dim() == 2 else visible[:, None]
 
-    def _build_block_mask(self, query: Tensor, num_keys: int, window: int):
+    def _build_block_mask(self, device: torch.device, num_keys: int, window: int):
         from torch.nn.attention.flex_attention import create_block_mask
 
         num_past, first_key, last_key = self.num_past, self.first_key, self.last_key
@@ -136,45 +142,66 @@ class AttentionSpan:
                 seen = seen & (key_index >= first_key[row, query_index])
             return seen
 
-        rows = None if first_key is None and last_key is None else query.shape[0]
-        return create_block_mask(visible, rows, None, self.num_queries, num_keys, device=query.device)
+        ragged = first_key if first_key is not None else last_key
+        rows = None if ragged is None else ragged.shape[0]
+        return create_block_mask(visible, rows, None, self.num_queries, num_keys, device=device)
 
     def _attend_in_blocks(self, module, query, key, value, dropout):
         """Blocks of queries become rows of a batch; each takes its own keys and the `window - 1` before them."""
+        block, history = self.block, self.window - 1
+        if self.first_key is not None:
+            mask = self._mask("blocks", query, self._build_blocks_mask)
+            return self._run_blocks(module, query, key, value, max(history - self.num_past, 0), mask, dropout)
+        # All blocks with a whole history share one small mask; the queries before them are few enough for one piece.
+        num_head = min(-(-max(history - self.num_past, 0) // block) * block, self.num_queries)
+        outputs = []
+        if num_head:
+            if self._head is None:
+                self._head = AttentionSpan(self.num_past, num_head, None, None, self.implementation)
+                self._head.window, self._head.block = self.window, 0
+            stop = self.num_past + num_head
+            head, _ = self._head.attend(module, query[:, :, :num_head], key[:, :, :stop], value[:, :, :stop], dropout)
+            outputs.append(head)
+        if num_head < self.num_queries:
+            start = self.num_past + num_head - history
+            mask = self._mask("interior", query, self._build_interior_mask)
+            tail = query[:, :, num_head:], key[:, :, start:], value[:, :, start:]
+            outputs.append(self._run_blocks(module, *tail, 0, mask, dropout))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _run_blocks(self, module, query, key, value, missing: int, mask, dropout) -> Tensor:
+        """Queries `(B, H, S, D)` over keys that begin `window - 1` before them, `missing` of which do not exist."""
         rows, heads, length, size = query.shape
         block, history = self.block, self.window - 1
         num_blocks = -(-length // block)
         tail = num_blocks * block - length
-        query = nn.functional.pad(query, (0, 0, 0, tail))
-        # Past keys beyond the window are not needed; missing ones are padding that the mask hides.
-        key, value = (
-            nn.functional.pad(states[:, :, max(self.num_past - history, 0) :], (0, 0, max(history - self.num_past, 0), tail))
-            for states in (key, value)
-        )
-        query = query.view(rows, heads, num_blocks, block, size).transpose(1, 2).reshape(-1, heads, block, size)
+        query = nn.functional.pad(query, (0, 0, 0, tail)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
+        extra = max(key.shape[2] + missing - history - length, 0)  # keys of the past beyond the window
+        key, value = (nn.functional.pad(states[:, :, extra:], (0, 0, missing, tail)) for states in (key, value))
         key, value = (
             states.unfold(2, history + block, block).permute(0, 2, 1, 4, 3).flatten(0, 1) for states in (key, value)
         )
-        if "blocks" not in self._masks:
-            self._masks["blocks"] = self._build_blocks_mask(query, rows, num_blocks)
-        output, _ = self._call(module, query, key, value, self._masks["blocks"], dropout)
+        output, _ = self._call(module, query, key, value, mask, dropout)
         return output.reshape(rows, num_blocks * block, heads, size)[:, :length]
 
-    def _build_blocks_mask(self, query: Tensor, rows: int, num_blocks: int) -> Tensor:
-        block, history = self.block, self.window - 1
-        keys = torch.arange(history + block, device=query.device)
-        queries = torch.arange(block, device=query.device)[:, None]
-        visible = (keys >= queries) & (keys <= queries + history)  # the same for every block
+    def _build_interior_mask(self, device: torch.device) -> Tensor:
+        """What a query of a block sees of the block's keys, `(1, 1, block, window - 1 + block)`."""
+        keys = torch.arange(self.window - 1 + self.block, device=device)
+        queries = torch.arange(self.block, device=device)[:, None]
+        return ((keys >= queries) & (keys < queries + self.window))[None, None]
+
+    def _build_blocks_mask(self, device: torch.device) -> Tensor:
+        """The same for every block of every row, where `first_key` hides more, `(B*blocks, 1, block, keys)`."""
+        rows, block, history = self.first_key.shape[0], self.block, self.window - 1
+        num_blocks = -(-self.num_queries // block)
+        keys = torch.arange(history + block, device=device)
         # Index into `[past | chunk]` of a block's first key; negative where that key is padding.
-        offset = self.num_past - history + torch.arange(num_blocks, device=query.device) * block
-        if self.first_key is None:
-            exists = keys >= -offset[:, None]
-            return (visible & exists[:, None]).repeat(rows, 1, 1)[:, None]
-        first_key = self.first_key.clamp_min(0)
+        offset = self.num_past - history + torch.arange(num_blocks, device=device) * block
         tail = num_blocks * block - self.num_queries
         # Queries of the padding see themselves, so that no softmax is empty.
-        first_key = nn.functional.pad(first_key, (0, tail)).view(rows, num_blocks, block, 1)
-        return (visible & (keys >= first_key - offset[:, None, None])).flatten(0, 1)[:, None]
+        first_key = nn.functional.pad(self.first_key.clamp_min(0), (0, tail)).view(rows, num_blocks, block, 1)
+        visible = self._build_interior_mask(device)[0] & (keys >= first_key - offset[:, None, None])
+        return visible.flatten(0, 1)[:, None]
 
 
 def segment_attention(

@@ -85,6 +85,13 @@ class RollingTensor:
     def clear(self) -> None:
         self._replace(None)
 
+    def snapshot(self) -> tuple:
+        """What `restore` needs to forget all that is appended after this call."""
+        return self.values, self._buffer, self._end
+
+    def restore(self, state: tuple) -> None:
+        self.values, self._buffer, self._end = state
+
 
 class _BltCacheLayer(CacheLayerMixin):
     """Keys and values of one attention layer; what transformers' `Cache` asks of a layer."""
@@ -171,24 +178,24 @@ class BltWindowLayer(_BltCacheLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.num_visible + query_length, 0
 
-    def _tensors(self) -> tuple[RollingTensor, ...]:
+    def tensors(self) -> tuple[RollingTensor, RollingTensor]:
         return self._keys, self._values
 
     def reset(self) -> None:
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             tensor.clear()
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             tensor.drop_last(abs(tokens_to_remove))
 
     def shift_right(self, shift: Tensor) -> None:
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             tensor.shift_right(shift)
 
     def select_rows(self, index: Tensor) -> None:
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             tensor.select_rows(index)
 
     reorder_cache = batch_select_indices = select_rows
@@ -477,6 +484,7 @@ class BltCache(Cache):
             ValueError: more is to be removed than the cache holds.
             RuntimeError: those bytes were not recorded; see `activate_past_recording`.
         """
+        tokens_to_remove = int(tokens_to_remove)  # some callers count in tensors
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seq_length - tokens_to_remove, 0)
         if self.is_empty:
             return
@@ -511,6 +519,22 @@ class BltCache(Cache):
         self.num_bytes = self.num_bytes - remove
         self.min_bytes -= remove
         self.num_croppable -= remove
+
+    def snapshot(self) -> tuple:
+        """The state of the byte clock, for `restore`: drafting closes no patch, so nothing else changes."""
+        counts = (self.seq_length, self.num_bytes, self.min_bytes, self.num_croppable)
+        return counts, [tensor.snapshot() for tensor in self._drafted_tensors()]
+
+    def restore(self, state: tuple) -> None:
+        """Forgets all drafts since `snapshot`; they cost no copy."""
+        (self.seq_length, self.num_bytes, self.min_bytes, self.num_croppable), tensors = state
+        for tensor, tensor_state in zip(self._drafted_tensors(), tensors):
+            tensor.restore(tensor_state)
+
+    def _drafted_tensors(self) -> Iterator[RollingTensor]:
+        yield from self._rolling_tensors()
+        for layer in (*self.encoder, *self.decoder):
+            yield from layer.tensors()
 
     def select_rows(self, index: Tensor) -> None:
         """Makes row `index[i]` the new row `i`; rows may be repeated or left out."""

@@ -104,7 +104,8 @@ _MODEL_CHECKED = {
     "patching_thresholds_str": ((None,), "One threshold, in nats."),
 }
 
-# Why each ignored key cannot change a number.
+# Why each ignored key cannot change a number. All other keys are read by `config_from_meta_args`, or, for the patching
+# settings, by `_choose_patcher_args`.
 _MODEL_IGNORED = {
     "overwritten by the reference when it builds each part": "dim n_layers n_heads dim_token_emb dim_patch_emb",
     "no effect: encoder and decoder are equally wide": "share_encoder_decoder_emb",
@@ -116,10 +117,9 @@ _MODEL_IGNORED = {
     "init_std_factor init_use_gaussian init_use_depth recompute_fc1_out recompute_fc3_out recompute_attn custom_bwd "
     "layer_ckpt sequence_parallel loss_parallel fuse_sequence_parallel use_fsdp log_patch_lengths "
     "full_logging_n_layers",
-    "runtime only": "patching_device entropy_model_checkpoint_dir pad_to_max_length init_device init_dtype "
-    "realtime_patching data_loader_patching device",
+    "runtime only": "patching_device patching_batch_size entropy_model_checkpoint_dir pad_to_max_length init_device "
+    "init_dtype realtime_patching data_loader_patching device",
 }
-_MODEL_MAPPED = set(_MODEL_DEFAULTS) - set(_MODEL_CHECKED) - set(" ".join(_MODEL_IGNORED.values()).split())
 
 # `LMTransformerArgs` and `PatcherArgs`. Meta's loader of `params.json` takes six values from the file; the rest is
 # fixed there (`_ENTROPY_FIXED`), sliding window 512 included, which the file's value replaces here.
@@ -161,6 +161,11 @@ def _fill(given: dict, where: str, defaults: dict, checked: dict, ignored: str) 
     for key in given.keys() - defaults.keys() - set(ignored.split()):
         if given[key] not in (None, False):
             raise ValueError(f"`{where}.{key}` = {given[key]!r} is not known here; supported: null or false.")
+    for key in given.keys() & defaults.keys() - {"ffn_dim_multiplier", "threshold"}:  # these two may be null
+        kind = bool if type(defaults[key]) is bool else (int, float) if type(defaults[key]) in (int, float) else object
+        if key not in ignored.split() and key not in checked and not isinstance(given[key], kind):
+            wanted = "true or false" if kind is bool else "a number"
+            raise ValueError(f"`{where}.{key}` = {given[key]!r} is not supported; supported: {wanted}.")
     values = {**defaults, **given}
     for key, (accepted, why) in checked.items():
         if values[key] not in accepted:
@@ -745,7 +750,7 @@ class _Output:
         for stored, start, stop in self.parts:
             for piece in stored.pieces(start, stop):
                 cast = piece.to(self.dtype)
-                if cast.dtype != piece.dtype and not torch.equal(cast.isfinite(), piece.isfinite()):
+                if not (cast is piece or cast.isfinite().all() or torch.equal(cast.isfinite(), piece.isfinite())):
                     raise ValueError(
                         f"`{self.name}` holds values that {self.dtype} cannot; choose another dtype, such as bfloat16."
                     )
@@ -977,13 +982,11 @@ def _choose_patcher_args(files: dict, choice: str) -> tuple[dict, list[str]]:
                 f"Patching settings disagree: {choice} says {used} (used), {other} says {rule(found[other])}. Choose "
                 f"with `--patching {choice}` or `--patching {other}`."
             )
-    if (
-        args["patch_in_forward"]
-        and used.get("threshold", _PATCHER_DEFAULTS["threshold"]) != _PATCHER_DEFAULTS["threshold"]
-    ):
+    default = _PATCHER_DEFAULTS["threshold"]
+    if args["patch_in_forward"] and used.get("threshold", default) != default:
         notes.append(
-            "With `args.patch_in_forward` Meta's model patches with its default threshold, "
-            f"{_PATCHER_DEFAULTS['threshold']}, whatever the files say; the converted model uses {used['threshold']}."
+            f"With `args.patch_in_forward` Meta's model patches with its default threshold, {default}, whatever the "
+            f"files say; the converted model uses {used['threshold']}."
         )
     return found[choice], notes
 

@@ -8,6 +8,7 @@ rows of the short way are made in the same manner when somebody looks at them (`
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -26,6 +27,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # `\s` of the Rust regexes that strip around added tokens; Python's `str.isspace` knows four more
 _WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 _WHITESPACE_BYTES = re.compile(b"(?:" + b"|".join(char.encode() for char in _WHITESPACE) + b")*")
+_WORD_CATEGORIES = ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc")
 _WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
@@ -52,6 +54,11 @@ def to_bytes(text: str | bytes) -> bytes:
     raise TypeError(f"`text` must be str or bytes, or a list of them; got {type(text).__name__}: {text!r:.80}")
 
 
+def _is_word(char: str) -> bool:
+    """`\\w` of the Rust regexes: combining marks belong to the word, which they do not in Python's `re`."""
+    return bool(char) and (unicodedata.category(char) in _WORD_CATEGORIES or char in "\u200c\u200d")
+
+
 class AddedTokens:
     """The tokens that are found as wholes in a text, in the two rounds of the `tokenizers` library.
 
@@ -70,8 +77,9 @@ class AddedTokens:
             if tokens:
                 # `re` jumps to a literal prefix much faster than to a set of alternatives
                 prefix = os.path.commonprefix([*tokens])
-                endings = sorted((re.escape(token[len(prefix) :]) for token in tokens), key=len, reverse=True)
-                self.rounds.append((re.compile(re.escape(prefix) + b"(?:" + b"|".join(endings) + b")"), tokens))
+                endings = sorted((token[len(prefix) :] for token in tokens), key=len, reverse=True)
+                pattern = re.escape(prefix) + b"(?:" + b"|".join(map(re.escape, endings)) + b")"
+                self.rounds.append((re.compile(pattern), tokens))
         self.first_bytes = sorted({content[:1] for _, tokens in self.rounds for content in tokens})
 
     def __contains__(self, data: bytes) -> bool:
@@ -88,18 +96,19 @@ class AddedTokens:
                 for match in pattern.finditer(data, begin, end):
                     start, stop = match.span()
                     index, token = tokens[match.group()]
-                    if start < last or (token.special and not keep_special):
+                    if stop <= last or (token.special and not keep_special):
                         continue
                     if token.single_word:
                         before = data[max(begin, start - 4) : start].decode("utf-8", "ignore")[-1:]
                         after = data[stop : min(end, stop + 4)].decode("utf-8", "ignore")[:1]
-                        if re.match(r"\w", before) or re.match(r"\w", after):
+                        if _is_word(before) or _is_word(after):
                             continue
                     if token.lstrip:
                         gap = data[last:start].decode("utf-8", "surrogateescape")
                         start -= len(gap[len(gap.rstrip(_WHITESPACE)) :].encode("utf-8", "surrogateescape"))
                     if token.rstrip:
                         stop = _WHITESPACE_BYTES.match(data, stop, end).end()
+                    start = max(start, last)  # an `rstrip` before may have taken the blanks that it starts with
                     found.append((start, stop, index))
                     next_gaps.append((last, start))
                     last = stop
@@ -146,8 +155,8 @@ class EncodePlan(NamedTuple):
         if room < 0:
             raise ValueError(f"`max_length={self.max_length}` is less than the {self.max_length - room} special tokens.")
         excess = sum(lengths) - room
-        if excess <= 0:
-            return lengths
+        if excess <= 0 or room == 0:
+            return lengths if excess <= 0 else [0] * len(lengths)
         if self.truncation == TruncationStrategy.LONGEST_FIRST:
             if len(lengths) == 1:
                 return [room]

@@ -642,15 +642,7 @@ class BltModel(BltPreTrainedModel):
         traces = [StateTrace(wants_states, wants_weights) for _ in range(3)]
         embeds = self._embed_bytes(chunk) if inputs_embeds is None else chunk.pack(inputs_embeds)
         traces[0].add(embeds)
-        num_past = cache.encoder[0].num_visible if cache is not None else 0
-        span = AttentionSpan(
-            num_past,
-            chunk.num_columns,
-            config.local_attention_window_len,
-            chunk.first_key(chunk.document_start, num_past, cache.min_bytes if cache is not None else 0),
-            config._attn_implementation,
-            wants_weights=wants_weights,
-        )
+        span = self._local_span(chunk, cache, wants_weights)
         byte_states, latents = self.local_encoder(embeds, chunk, routing, span, cache, traces[0])
         global_states = None
         if latents is not None:
@@ -659,6 +651,37 @@ class BltModel(BltPreTrainedModel):
         if cache is not None:
             self._end_step(cache, chunk, routing, entropies)
         return self._make_output(chunk, routing, hidden_states, cache, entropies, traces, output_patches)
+
+    @torch.no_grad()
+    def draft(self, input_ids: Tensor, past_key_values: BltCache) -> Tensor:
+        """Byte states `(B, S, W)` of the local models alone, that read the last closed patch and close none.
+
+        The cache takes the bytes in; undo that with its `snapshot` and `restore`.
+        """
+        config, cache = self.config, past_key_values
+        chunk = make_chunk(
+            input_ids, None, None, cache, tuple(input_ids.shape), input_ids.device,
+            mask_documents=config.mask_documents, eos_token_id=config.eos_token_id,
+        )  # fmt: skip
+        no_ends = torch.zeros_like(input_ids, dtype=torch.bool)
+        routing = route_patches(chunk, no_ends, config.mask_documents, config.eos_token_id)
+        span = self._local_span(chunk, cache)
+        byte_states, _ = self.local_encoder(self._embed_bytes(chunk), chunk, routing, span, cache)
+        hidden_states = self.local_decoder(byte_states, None, chunk, routing, span, cache)
+        self._end_step(cache, chunk, routing, None)
+        return hidden_states
+
+    def _local_span(self, chunk: ByteChunk, cache: BltCache | None, wants_weights: bool = False) -> AttentionSpan:
+        """Keys of the self-attention of encoder and decoder."""
+        num_past = cache.encoder[0].num_visible if cache is not None else 0
+        return AttentionSpan(
+            num_past,
+            chunk.num_columns,
+            self.config.local_attention_window_len,
+            chunk.first_key(chunk.document_start, num_past, cache.min_bytes if cache is not None else 0),
+            self.config._attn_implementation,
+            wants_weights=wants_weights,
+        )
 
     @property
     def _cross_windows(self) -> tuple[int, int]:
@@ -795,6 +818,10 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
     def set_patcher(self, patcher: BltPatcher) -> None:
         """See [`BltModel.set_patcher`]."""
         self.model.set_patcher(patcher)
+
+    def draft_logits(self, input_ids: Tensor, past_key_values: BltCache) -> Tensor:
+        """Logits `(B, vocabulary)`, fp32, after the last byte, by [`BltModel.draft`]."""
+        return self.lm_head(self.model.draft(input_ids, past_key_values)[:, -1]).float()
 
     @can_return_tuple
     def forward(

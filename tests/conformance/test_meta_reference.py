@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-from transformers.models.blt.modeling_blt import BltForCausalLM as InTreeBltForCausalLM
+from transformers.models.blt import modeling_blt as in_tree
 
 from blt_hf import BltForCausalLM
 from blt_hf.convert import convert_meta_checkpoint, export_meta_checkpoint
@@ -212,8 +212,10 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", ["byte", "entropy_small", "short_window"])
 def test_converted_checkpoint_in_plain_transformers(cases, case):
     """Cases that the in-tree class can express; the others need fields that it does not have."""
+    if case == "short_window" and not hasattr(in_tree, "create_sliding_window_causal_mask"):
+        pytest.skip("the in-tree class of this transformers version has no attention windows (5.23 has)")
     case = cases(case)
-    model, report = InTreeBltForCausalLM.from_pretrained(case.folder, output_loading_info=True)
+    model, report = in_tree.BltForCausalLM.from_pretrained(case.folder, output_loading_info=True)
     assert not any(report.values())
     for name in case.inputs:
         if case.inputs[name]["has_logits"]:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -24,6 +26,9 @@ import transformers
 # Not `tests`: that name belongs to whoever runs pytest.
 PACKAGE = "transformers_tests"
 ROOT = Path(__file__).parents[2]
+
+# Modules that the distribution lacks, and what they define; to be filled before `load`.
+STUBS: dict[str, dict[str, object]] = {}
 
 
 class SuitesUnavailable(Exception):
@@ -83,22 +88,36 @@ def _unpack(archive: Path, folder: Path) -> None:
                     shutil.copyfileobj(source, copy)
 
 
-def load(name: str, stubs: dict[str, dict[str, object]], tiny_models: Path | None = None) -> ModuleType:
+def load(name: str) -> ModuleType:
     """Imports a module of the suites, such as `"test_modeling_common"`.
 
-    Args:
-        stubs: names of modules that the distribution lacks, relative to its `tests`, and what they define.
-        tiny_models: folder of the models on which the pipeline suite runs; see `write_tiny_model_summary`.
+    Raises:
+        SuitesUnavailable: they cannot be downloaded.
     """
     folder = str(fetch())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    for stub, content in stubs.items():
-        _define(f"{PACKAGE}.{stub}", content)
-    if tiny_models is not None:
-        os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = str(tiny_models)
+    if not any(isinstance(finder, _StubFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_StubFinder())
     with mock.patch.object(pytest, "mark", _NoMarks()):
         return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+class _StubFinder(MetaPathFinder, Loader):
+    """Finds modules of the suites that no file holds: `STUBS` says what they define; all else is an empty class."""
+
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self, is_package=True) if name.startswith(f"{PACKAGE}.") else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(STUBS.get(module.__name__.removeprefix(f"{PACKAGE}."), {}))
+
+        def make_class(name: str) -> type:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+        module.__getattr__ = make_class
 
 
 class _NoMarks:

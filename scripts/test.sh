@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then runs the tests with the given pytest options (such as `-m slow`).
+#
+#   BLT_TEST_WORKERS  processes to run them in (default: 2)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh dev
+exec "${BLT_VENV:-.venv}/bin/python" -m pytest --numprocesses "${BLT_TEST_WORKERS:-2}" "$@"
