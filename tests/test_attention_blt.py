@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from blt_hf import BltForCausalLM
 from blt_hf.attention_blt import (
@@ -124,7 +125,6 @@ def span_case(num_past, length, window, first_key, implementation, groups=1, las
         query, repeat_kv_heads(key, groups, dim=1), repeat_kv_heads(value, groups, dim=1), visible[:, None]
     )
     assert_same_gradients(actual, expected.transpose(1, 2), (query, key, value))
-    return span
 
 
 implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -136,8 +136,7 @@ implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_spans_equal_dense_masks(implementation, window, length):
     torch.manual_seed(0)
     for num_past in {0, 1, (window or 9) - 1}:
-        span = span_case(num_past, length, window, None, implementation)
-        assert bool(span.block) == (window is not None and length > 2 * window)
+        span_case(num_past, length, window, None, implementation)
 
 
 @given(
@@ -169,19 +168,26 @@ def test_spans_with_ragged_pasts_equal_dense_masks(implementation):
 def test_long_pasts_are_cut_to_the_window():
     """A recording cache gives back more keys than the window needs."""
     torch.manual_seed(0)
-    span = span_case(30, 64, 5, None, "sdpa")
-    assert span.block
+    span_case(30, 64, 5, None, "sdpa")
     span_case(30, 64, 5, torch.arange(64).clamp_min(20).expand(2, -1), "sdpa")
 
 
-def test_no_mask_where_none_is_needed():
-    query = torch.zeros(1, 1, 1, 2)
-    assert AttentionSpan(7, 1, None, None, "sdpa")._mask(query) is None
-    assert AttentionSpan(7, 1, 8, None, "eager")._mask(query) is None
-    assert AttentionSpan(7, 1, 7, None, "sdpa")._mask(query) is not None
-    assert AttentionSpan(0, 9, None, None, "sdpa")._mask(query) is None
-    assert AttentionSpan(0, 9, 9, None, "sdpa")._mask(query) is None
-    assert AttentionSpan(0, 9, 8, None, "sdpa")._mask(query) is not None
+@pytest.mark.parametrize(
+    "num_past, length, window, has_mask",
+    [(7, 1, None, False), (7, 1, 8, False), (7, 1, 7, True), (0, 9, None, False), (0, 9, 9, False), (0, 9, 8, True)],
+)
+def test_no_mask_where_none_is_needed(monkeypatch, num_past, length, window, has_mask):
+    """One byte, or plain causality from the beginning: the interface gets None and picks its fastest kernel."""
+    masks = []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+    query, key = torch.zeros(1, 1, length, 2), torch.zeros(1, 1, num_past + length, 2)
+    AttentionSpan(num_past, length, window, None, "sdpa").attend(module_with(1), query, key, key)
+    assert [mask is not None for mask in masks] == [has_mask]
 
 
 def test_eager_weights_are_those_of_the_output():

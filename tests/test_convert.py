@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.models.blt import modeling_blt as in_tree_blt
 from typer.testing import CliRunner
 
 from blt_hf import BltConfig, BltForCausalLM, convert
@@ -251,6 +252,11 @@ def test_an_unsupported_option_of_the_patcher_is_named(where, key, value, suppor
     with pytest.raises(ValueError) as error:
         config_from_meta_args(ARGS, arguments["patcher_args"], arguments["entropy_model"])
     assert f"`{where}.{key}`" in str(error.value) and supported in str(error.value)
+
+
+def test_a_value_of_the_wrong_type_is_a_value_error():
+    with pytest.raises(ValueError, match="no valid config.*num_hidden_layers"):
+        config_from_meta_args(ARGS | {"n_layers_global": 2.5}, PATCHER_ARGS, ENTROPY_ARGS)
 
 
 def test_supported_options_reach_the_config():
@@ -716,6 +722,20 @@ def test_a_model_made_here_goes_to_meta_and_back(tmp_path):
     assert torch.equal(logits_of(back), logits_of(native))
     before, after = all_tensors(native), all_tensors(back)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_checkpoint_of_the_in_tree_class_goes_to_meta(tmp_path):
+    config = tiny_config(patcher_config={"intermediate_size": 256}, local_attention_window_len=16).to_dict()
+    in_tree = {name: config[name] for name in in_tree_blt.BltConfig().to_dict() if name in config}
+    torch.manual_seed(0)
+    model = in_tree_blt.BltForCausalLM(in_tree_blt.BltConfig(**in_tree)).eval()
+    model.config.encoder_config.sliding_window = 16
+    model.save_pretrained(tmp_path / "in_tree")
+    with pytest.warns(UserWarning):
+        meta = export_meta_checkpoint(tmp_path / "in_tree", tmp_path / "meta")
+    back = convert_meta_checkpoint(meta, tmp_path / "back")
+    tensors = all_tensors(back)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_fine_tuned_weights_and_settings_go_back_with_the_kept_arguments(source, tmp_path):

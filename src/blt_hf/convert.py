@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from .configuration_blt import BltConfig
@@ -292,32 +293,43 @@ def config_from_meta_args(
         notes += entropy_notes
     elif mode == "entropy":
         raise ValueError("`patcher_args.patching_mode` = 'entropy' needs an entropy model; none was found.")
-    config = BltConfig(
-        vocab_size=a["vocab_size"],
-        max_position_embeddings=a["max_encoder_seq_length"] or a["max_seqlen"],
-        patch_in_forward=patcher_config is not None,
-        patch_size=patch_size,
-        patching_mode=mode,
-        patching_threshold=_PATCHER_DEFAULTS["threshold"] if patcher["threshold"] is None else patcher["threshold"],
-        patching_threshold_add=threshold_add,
-        monotonicity=monotonic,
-        max_patch_length=patcher["max_patch_length"],
-        patching_batch_size=patcher["patching_batch_size"],
-        local_attention_window_len=a["local_attention_window_len"],
-        cross_attn_k=a["cross_attn_k"],
-        encoder_hash_byte_group_size=sizes,
-        encoder_hash_byte_group_vocab=a["encoder_hash_byte_group_vocab"],
-        encoder_hash_byte_group_nb_functions=functions,
-        encoder_config=local("local_encoder", "encoder") | {"patch_pooling": pooling},
-        decoder_config=local("local_decoder", "decoder"),
-        global_config=component("global", a["n_kv_heads_global"], a["max_seqlen"]),
-        patcher_config=patcher_config,
-        mask_documents=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    with _wrong_types_are_value_errors():
+        config = BltConfig(
+            vocab_size=a["vocab_size"],
+            max_position_embeddings=a["max_encoder_seq_length"] or a["max_seqlen"],
+            patch_in_forward=patcher_config is not None,
+            patch_size=patch_size,
+            patching_mode=mode,
+            patching_threshold=_PATCHER_DEFAULTS["threshold"]
+            if patcher["threshold"] is None
+            else patcher["threshold"],
+            patching_threshold_add=threshold_add,
+            monotonicity=monotonic,
+            max_patch_length=patcher["max_patch_length"],
+            patching_batch_size=patcher["patching_batch_size"],
+            local_attention_window_len=a["local_attention_window_len"],
+            cross_attn_k=a["cross_attn_k"],
+            encoder_hash_byte_group_size=sizes,
+            encoder_hash_byte_group_vocab=a["encoder_hash_byte_group_vocab"],
+            encoder_hash_byte_group_nb_functions=functions,
+            encoder_config=local("local_encoder", "encoder") | {"patch_pooling": pooling},
+            decoder_config=local("local_decoder", "decoder"),
+            global_config=component("global", a["n_kv_heads_global"], a["max_seqlen"]),
+            patcher_config=patcher_config,
+            mask_documents=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
     return config, notes
+
+
+@contextmanager
+def _wrong_types_are_value_errors() -> Iterator[None]:
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"the arguments give no valid config: {error}") from error
 
 
 def _patcher_config(entropy_args: dict, fixed: bool) -> tuple[dict, list[str]]:
@@ -1224,7 +1236,8 @@ def export_meta_checkpoint(
     content = _read_json(folder_in / "config.json")
     if content.get("model_type") != "blt":
         raise ValueError(f"{folder_in}: config.json is of type {content.get('model_type')!r}; expected 'blt'.")
-    config = BltConfig.from_dict(content)
+    with _wrong_types_are_value_errors():
+        config = BltConfig.from_dict(content)
     kept_path = folder_in / META_ARGS_FILE if meta_args is None else Path(meta_args)
     kept = _read_json(kept_path) if meta_args is not None or kept_path.is_file() else None
     files = _argument_files(config, kept)

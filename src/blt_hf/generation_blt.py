@@ -128,9 +128,13 @@ class BltGenerationMixin(GenerationMixin):
     def _fill_special_token_ids(self) -> None:
         """Real files carry no special ids; a BLT's are always the same."""
         generation_config = getattr(self, "generation_config", None)
+        if generation_config is None:
+            return
         for name, token_id in _SPECIAL_TOKEN_IDS.items():
-            if generation_config is not None and getattr(generation_config, name, None) is None:
+            if getattr(generation_config, name, None) is None:
                 setattr(generation_config, name, token_id)
+        # It says more than the model's configuration now; else its own fields would be lost in files.
+        generation_config._from_model_config = False
 
 
 __all__ = ["BltGenerationMixin"]

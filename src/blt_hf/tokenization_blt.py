@@ -9,8 +9,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -94,9 +93,9 @@ def _check_errors(errors: str) -> str:
     return errors
 
 
-def _reject_unknown(kwargs: Mapping[str, Any], method: str) -> None:
-    if kwargs:
-        raise TypeError(f"`BltTokenizer.{method}` got unexpected arguments: {', '.join(map(repr, sorted(kwargs)))}.")
+def _reject_unknown(names: Iterable[str], method: str) -> None:
+    if names := sorted(names):
+        raise TypeError(f"`BltTokenizer.{method}` got unexpected arguments: {', '.join(map(repr, names))}.")
 
 
 def _check_encode_arguments(padding_side, truncation_side, max_length, stride, pad_to_multiple_of) -> None:
@@ -182,6 +181,8 @@ class BltTokenizer(PreTrainedTokenizerFast):
         backend = kwargs.pop("tokenizer_object", None)
         if kwargs.pop("merges", None):
             raise ValueError("`merges` must be empty: every token of a BLT is one byte.")
+        if kwargs.get("add_prefix_space"):
+            raise ValueError("`add_prefix_space=True` would add a byte to every text; write the space into the text.")
         if (vocab := kwargs.pop("vocab", None)) is not None:
             _check_byte_vocabulary(dict(vocab), "`vocab`")
         if backend is None and tokenizer_file is not None:
@@ -346,7 +347,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
     ) -> BatchEncoding:
         call = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
         sanitize = kwargs.pop("sanitize_control_tokens", False)
-        _reject_unknown(kwargs, "__call__")
+        _reject_unknown(kwargs.keys() - {"src_lang", "tgt_lang"}, "__call__")  # clients pass languages to every tokenizer
         if sanitize or self._tokenizer.normalizer is not None:
             result = super()._encode_plus(**call, sanitize_control_tokens=sanitize)
             self._tokenizer.no_truncation()
