@@ -906,3 +906,23 @@ def test_a_hub_id_through_the_command(source, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: tiny/blt" in card and "license: mit" in card
     assert torch.equal(logits_of(tmp_path / "out"), logits_of(convert_meta_checkpoint(source, tmp_path / "local")))
+
+
+# ---- The page ----
+
+
+def test_the_pages_commands_run(tmp_path, monkeypatch):
+    """Blocks from "Try it without a download" on: Python as it stands, `bash` line by line."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "converting.md").read_text()
+    blocks = page[page.index("## Try it without a download") :].split("```")[1::2]
+    assert len(blocks) == 3
+    for block in blocks:
+        language, content = block.split("\n", 1)
+        if language == "python":
+            exec(content, {})
+        for line in content.splitlines() if language == "bash" else []:
+            result = CliRunner().invoke(app, line.removeprefix("blt-hf ").split())
+            assert result.exit_code == 0, f"{line}: {result.stderr}"
+    assert len(list((tmp_path / "small-again").glob("model-*.safetensors"))) > 2
+    assert all_tensors(tmp_path / "small-bf16")["lm_head.weight"].dtype == torch.bfloat16

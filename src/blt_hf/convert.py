@@ -286,6 +286,7 @@ def config_from_meta_args(
         patch_size = int(patch_size)
     # The reference reads these two in entropy mode only, and `monotonicity` first.
     monotonic = mode == "entropy" and bool(patcher["monotonicity"])
+    threshold = _PATCHER_DEFAULTS["threshold"] if patcher["threshold"] is None else patcher["threshold"]
     threshold_add = patcher["threshold_add"] if mode == "entropy" and not monotonic else None
     patcher_config = None
     if entropy_args is not None:
@@ -300,9 +301,7 @@ def config_from_meta_args(
             patch_in_forward=patcher_config is not None,
             patch_size=patch_size,
             patching_mode=mode,
-            patching_threshold=_PATCHER_DEFAULTS["threshold"]
-            if patcher["threshold"] is None
-            else patcher["threshold"],
+            patching_threshold=threshold,
             patching_threshold_add=threshold_add,
             monotonicity=monotonic,
             max_patch_length=patcher["max_patch_length"],

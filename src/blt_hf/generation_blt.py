@@ -119,13 +119,9 @@ class BltGenerationMixin(GenerationMixin):
 
     def adjust_generation_fn(self, *args, **kwargs):
         super().adjust_generation_fn(*args, **kwargs)
-        self._fill_special_token_ids()
+        self.fill_special_token_ids()
 
-    def post_init(self):
-        super().post_init()
-        self._fill_special_token_ids()
-
-    def _fill_special_token_ids(self) -> None:
+    def fill_special_token_ids(self) -> None:
         """Real files carry no special ids; a BLT's are always the same."""
         generation_config = getattr(self, "generation_config", None)
         if generation_config is None:

@@ -107,6 +107,11 @@ class BltPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = False
     _can_compile_fullgraph = False
 
+    def post_init(self):
+        super().post_init()
+        if isinstance(self, BltGenerationMixin):
+            self.fill_special_token_ids()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Truncated normals of standard deviation `fan_in ** -0.5` (an embedding's fan-in is its width); norms are 1.
