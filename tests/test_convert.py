@@ -464,7 +464,7 @@ def test_wrong_kinds_of_source(source, tmp_path):
     with pytest.raises(ValueError, match="no_such_folder is neither a folder nor a Hub id"):
         convert_meta_checkpoint(tmp_path / "no_such_folder", tmp_path / "out")
     converted = convert_meta_checkpoint(source, tmp_path / "converted")
-    with pytest.raises(ValueError, match="no `args`.*a transformers checkpoint of type 'blt'"):
+    with pytest.raises(ValueError, match="no `args`.*it is a transformers checkpoint of type 'blt'"):
         convert_meta_checkpoint(converted, tmp_path / "out")
     with pytest.raises(ValueError, match="is of type None; expected 'blt'"):
         export_meta_checkpoint(source, tmp_path / "out")
@@ -519,7 +519,14 @@ def test_damaged_files(source, tmp_path):
         with pytest.raises(ValueError, match="not a whole safetensors file"):
             convert_meta_checkpoint(source, tmp_path / "out")
     path.write_bytes(whole)
+    path.write_bytes(whole.replace(b'"shape":[8]', b'"shape":[7]', 1))
+    with pytest.raises(ValueError, match="does not lie inside"):
+        convert_meta_checkpoint(source, tmp_path / "out")
+    path.write_bytes(whole)
     pth = source / "entropy_model" / "consolidated.pth"
+    torch.save({"model": {"norm.weight": torch.zeros(8, dtype=torch.int64)}}, pth)
+    with pytest.raises(ValueError, match="`norm.weight` is torch.int64; supported: torch.float64"):
+        convert_meta_checkpoint(source, tmp_path / "out")
     pth.write_bytes(pth.read_bytes()[:-300])
     with pytest.raises(ValueError, match="consolidated.pth cannot be read as a file of tensors"):
         convert_meta_checkpoint(source, tmp_path / "out")
@@ -885,23 +892,17 @@ def test_a_hub_id_through_the_command(source, tmp_path):
         "HF_HUB_OFFLINE": "0",
         "NO_PROXY": "127.0.0.1",
     }
-    script = """if True:
-        import sys
-        from blt_hf.convert import convert_meta_checkpoint
-        print(convert_meta_checkpoint("tiny/blt", sys.argv[1], revision="main"))
-        try:
-            convert_meta_checkpoint("tiny/other", sys.argv[1] + "2")
-        except ValueError as error:
-            print(error)
-    """
-    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    command = [sys.executable, "-m", "blt_hf.cli", "convert"]
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 120, "check": False}
     try:
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        found = subprocess.run([*command, "tiny/blt", str(tmp_path / "out"), "--revision", "main"], **options)
+        absent = subprocess.run([*command, "tiny/other", str(tmp_path / "out2")], **options)
     finally:
         server.shutdown()
         server.server_close()
-    assert result.returncode == 0, result.stderr
-    assert "tiny/other is not a folder, and cannot be downloaded from the Hub" in result.stdout
+    assert found.returncode == 0, found.stderr
+    assert absent.returncode == 1
+    assert "error: tiny/other is not a folder, and cannot be downloaded from the Hub" in absent.stderr
     assert "model.safetensors" in server.sent and "vectors.bin" not in server.sent
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: tiny/blt" in card and "license: mit" in card

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from safetensors.torch import load_file
-from test_training import assert_same_losses, make_trainer, step_losses
 from transformers import AutoModelForCausalLM
+
+from conftest import make_model, tiny_config
+from test_training import assert_same_losses, make_trainer, step_losses
 
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"

@@ -664,7 +664,8 @@ class _Stored:
             file.seek(self.offset + start * self.dtype.itemsize)
             for first in range(start, stop, step):
                 buffer = bytearray((min(first + step, stop) - first) * self.dtype.itemsize)
-                file.readinto(buffer)
+                if file.readinto(buffer) < len(buffer):
+                    raise ValueError(f"{self.path} became shorter while it was read.")
                 yield torch.frombuffer(buffer, dtype=self.dtype)
 
 
@@ -680,11 +681,10 @@ def _open_safetensors(path: Path) -> dict[str, _Stored]:
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPE_CODES:
             raise ValueError(f"{path}: `{name}` is {entry['dtype']}; supported: {', '.join(_DTYPE_CODES)}.")
-        first, last = entry["data_offsets"]
-        if 8 + length + last > size:
-            raise ValueError(f"{path} is not a whole safetensors file: `{name}` ends after its {size} bytes.")
-        dtype = _DTYPE_CODES[entry["dtype"]]
-        stored[name] = _Stored(path, dtype, tuple(entry["shape"]), 8 + length + first)
+        dtype, shape, (first, last) = _DTYPE_CODES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if 8 + length + last > size or last - first != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path} is not a whole safetensors file: `{name}` does not lie inside its {size} bytes.")
+        stored[name] = _Stored(path, dtype, shape, 8 + length + first)
     return stored
 
 
@@ -697,13 +697,15 @@ def _open_pth(path: Path) -> dict[str, _Stored]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a file of tensors (weights_only): {error}") from error
     state = state.get("model", state) if isinstance(state, dict) else {"": state}
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    # Rotary tables are computed, not learned; older files carry them.
-    return {
-        name: _Stored(path, value.dtype, tuple(value.shape), tensor=value)
-        for name, value in tensors.items()
-        if not name.endswith("freqs_cis")
-    }
+    stored = {}
+    for name, value in state.items():
+        # Rotary tables are computed, not learned; older files carry them.
+        if not isinstance(value, Tensor) or name.endswith("freqs_cis"):
+            continue
+        if value.dtype not in _CODE_OF_DTYPE:
+            raise ValueError(f"{path}: `{name}` is {value.dtype}; supported: {', '.join(map(str, _CODE_OF_DTYPE))}.")
+        stored[name] = _Stored(path, value.dtype, tuple(value.shape), tensor=value)
+    return stored
 
 
 def _open_weights(folder: Path) -> dict[str, _Stored]:
@@ -729,14 +731,13 @@ def _check_tensors(stored: dict[str, _Stored], expected: dict[str, tuple[int, ..
     def listed(names):
         return ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
-    missing, unexpected = (
-        sorted(a - b) for a, b in ((expected.keys(), stored.keys()), (stored.keys(), expected.keys()))
-    )
-    if missing or unexpected:
-        problems = [f"missing: {listed(missing)}"] * bool(missing) + [f"unexpected: {listed(unexpected)}"] * bool(
-            unexpected
-        )
-        raise ValueError(f"{where} does not hold the tensors that its arguments describe; {'; '.join(problems)}.")
+    differing = {
+        "missing": sorted(expected.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - expected.keys()),
+    }
+    if any(differing.values()):
+        problems = "; ".join(f"{kind}: {listed(names)}" for kind, names in differing.items() if names)
+        raise ValueError(f"{where} does not hold the tensors that its arguments describe; {problems}.")
     for name, shape in expected.items():
         if stored[name].shape != shape:
             raise ValueError(
@@ -853,12 +854,15 @@ def _whole_or_nothing(out: Path, overwrite: bool, sources: list[Path]) -> Iterat
     shutil.rmtree(old, ignore_errors=True)
 
 
-@contextmanager
-def _progress_bar(total: int, label: str, show: bool, folder: Path):
-    """Yields `advance(num_bytes)`; first makes sure that the disk has room for `total` bytes."""
+def _check_space(folder: Path, total: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < total:
         raise ValueError(f"{folder.parent} has {free / 1e9:.1f} GB free; {total / 1e9:.1f} GB are needed.")
+
+
+@contextmanager
+def _progress_bar(total: int, label: str, show: bool):
+    """Yields `advance(num_bytes)`."""
     if not show:
         yield lambda num_bytes: None
         return
@@ -911,12 +915,8 @@ def _open_meta(source: str | os.PathLike, entropy_model: str | os.PathLike | Non
     if (folder / "config.json").is_file():
         content = _read_json(folder / "config.json")
         if "args" not in content:
-            kind = (
-                f"a transformers checkpoint of type {content['model_type']!r}"
-                if "model_type" in content
-                else "unknown"
-            )
-            raise ValueError(f"{folder}: config.json has no `args`, so this is not Meta's layout ({kind}).")
+            kind = f"; it is a transformers checkpoint of type {content['model_type']!r}" * ("model_type" in content)
+            raise ValueError(f"{folder}: config.json has no `args`, so this is not Meta's layout{kind}.")
         args = content["args"]
         if "dim_global" not in args:
             raise ValueError(
@@ -1092,6 +1092,10 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return _DTYPE_NAMES.get(dtype)
 
 
+def _absolute(out: str | os.PathLike) -> Path:
+    return Path(os.path.abspath(Path(out).expanduser()))
+
+
 def _parse_size(size: int | str) -> int:
     match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", str(size).upper())
     if not match or int(match[1]) == 0:
@@ -1160,7 +1164,7 @@ def convert_meta_checkpoint(
 
     from .tokenization_blt import BltTokenizer
 
-    target_dtype, max_shard_bytes, out = _parse_dtype(dtype), _parse_size(max_shard_size), Path(out).expanduser()
+    target_dtype, max_shard_bytes, out = _parse_dtype(dtype), _parse_size(max_shard_size), _absolute(out)
     opened = _open_meta(source, entropy_model, revision)
     files = opened.files
     _check_tokenizer(files["train_args"])
@@ -1190,7 +1194,8 @@ def convert_meta_checkpoint(
     sources = [opened.folder] + ([] if entropy_model is None else [Path(entropy_model)])
     with _whole_or_nothing(out, overwrite, sources) as folder:
         total = sum(output.num_bytes for output in outputs)
-        with _progress_bar(total, "Converting", progress, folder) as advance:
+        _check_space(folder, total)
+        with _progress_bar(total, "Converting", progress) as advance:
             _write_shards(folder, outputs, max_shard_bytes, advance)
         _write_code(folder, config)
         BltTokenizer().save_pretrained(folder)
@@ -1230,7 +1235,7 @@ def export_meta_checkpoint(
     Warns:
         UserWarning: a setting that Meta's code will not honour.
     """
-    target_dtype, out = _parse_dtype(dtype), Path(out).expanduser()
+    target_dtype, out = _parse_dtype(dtype), _absolute(out)
     folder_in = _locate(source, revision)
     content = _read_json(folder_in / "config.json")
     if content.get("model_type") != "blt":
@@ -1271,7 +1276,8 @@ def export_meta_checkpoint(
     sources = [folder_in] + ([] if meta_args is None else [Path(meta_args)])
     with _whole_or_nothing(out, overwrite, sources) as folder:
         total = sum(output.num_bytes for output in outputs)
-        with _progress_bar(total, "Exporting", progress, folder) as advance:
+        _check_space(folder, total)
+        with _progress_bar(total, "Exporting", progress) as advance:
             _write_safetensors(folder / "model.safetensors", outputs, advance)
         _write_json(folder / "config.json", {"args": files["args"]})
         if files["train_args"] is not None:

@@ -130,7 +130,7 @@ class BltGenerationMixin(GenerationMixin):
             if getattr(generation_config, name, None) is None:
                 setattr(generation_config, name, token_id)
         # It says more than the model's configuration now; else its own fields would be lost in files.
-        generation_config._from_model_config = False
+        generation_config._from_model_config = None
 
 
 __all__ = ["BltGenerationMixin"]

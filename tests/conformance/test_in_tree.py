@@ -8,9 +8,7 @@ import json
 
 import pytest
 import torch
-import transformers
 from conftest import make_model, tiny_config
-from packaging.version import Version
 from transformers.models.blt import modeling_blt as in_tree
 from transformers.models.blt.configuration_blt import BltConfig as InTreeConfig
 
@@ -18,7 +16,7 @@ from blt_hf import BltConfig, BltForCausalLM, BltModel, BltPatcher
 
 
 # Local windows came into the in-tree class after 5.17; before, all its attention is full.
-HAS_WINDOWS = Version(transformers.__version__) >= Version("5.20") or "local_attention_window_len" in InTreeConfig().to_dict()
+HAS_WINDOWS = "local_attention_window_len" in InTreeConfig().to_dict()
 FULL = {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}}
 
 CASES = {

@@ -1,0 +1,182 @@
+"""What the benchmarks share: contestants of equal shape, interleaved timing, tables, and the JSON line."""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blt_hf import BltConfig, BltForCausalLM
+
+
+BYTES_PER_TOKEN = 4.4  # of Llama 3's tokenizer on English text, to compare tokens with bytes
+SHAPES = {
+    # width, layers, heads, feed-forward of each stack; k; hash rows
+    "tiny": ((64, 2, 2, 128), (64, 1, 2, 128), (64, 2, 2, 128), (128, 2, 4, 256), 2, 500),
+    "mid": ((256, 4, 4, 704), (256, 1, 4, 704), (256, 4, 4, 704), (512, 8, 8, 1408), 2, 5000),
+    "1b": ((768, 14, 12, 2048), (1024, 1, 16, 2816), (1024, 9, 16, 2816), (2048, 25, 16, 5632), 2, 500002),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, default="mid")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves the default")
+    parser.add_argument("--patch-bytes", type=float, default=4.5, help="mean bytes a patch")
+
+
+def _stack(width: int, layers: int, heads: int, feed_forward: int, **more) -> dict:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": feed_forward,
+        **more,
+    }
+
+
+def random_ids(rows: int, length: int, device: str = "cpu", seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 260, (rows, length), generator=generator)
+    ids[:, 0] = 1
+    return ids.to(device)
+
+
+def build_blt(shape: str, patch_bytes: float, device: str, dtype: str, **config) -> BltForCausalLM:
+    """A random BLT whose threshold gives `patch_bytes` bytes a patch on random bytes."""
+    patcher, encoder, decoder, global_, k, rows = SHAPES[shape]
+    torch.manual_seed(0)
+    config = BltConfig(
+        patcher_config=_stack(*patcher),
+        encoder_config=_stack(*encoder, cross_attn_k=k),
+        decoder_config=_stack(*decoder, cross_attn_k=k, hidden_size_global=global_[0]),
+        global_config=_stack(*global_),
+        cross_attn_k=k,
+        encoder_hash_byte_group_vocab=rows,
+        **config,
+    )
+    model = BltForCausalLM(config).to(device=device, dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        entropies = model(random_ids(1, 8192, device, seed=1), output_patches=True, use_cache=False).entropies
+    model.config.patching_threshold = float(entropies.quantile(1 - 1 / patch_bytes))
+    return model
+
+
+def build_in_tree(model: BltForCausalLM):
+    """The same weights in transformers' in-tree class."""
+    from transformers.models.blt.modeling_blt import BltForCausalLM as InTreeBlt
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return InTreeBlt.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+
+
+def build_llama(shape: str, device: str, dtype: str, max_length: int = 32768) -> LlamaForCausalLM:
+    """A random Llama of the global transformer's shape, with a small vocabulary so that only the layers count."""
+    width, layers, heads, feed_forward = SHAPES[shape][3]
+    config = LlamaConfig(
+        **_stack(width, layers, heads, feed_forward), vocab_size=260, max_position_embeddings=max_length
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(device=device, dtype=getattr(torch, dtype)).eval()
+
+
+def check_equal(model: BltForCausalLM, in_tree, length: int = 300) -> float:
+    """Largest logit difference to the in-tree class; no timing without it."""
+    ids = random_ids(1, length, model.device)
+    with torch.no_grad():
+        difference = float((model(ids, use_cache=False).logits - in_tree(ids, use_cache=False).logits).abs().max())
+    limit = 1e-3 if model.dtype == torch.float32 else 0.5
+    if difference > limit:
+        raise SystemExit(f"outputs differ by {difference}: no timing from a wrong result")
+    return difference
+
+
+def synchronize(device: str) -> None:
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], object], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+@dataclass
+class Contestant:
+    """`run` does `units` of work; `repeats` caps how often, for the slow ones."""
+
+    name: str
+    run: Callable[[], object]
+    units: float
+    repeats: int = 5
+    seconds: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict:
+        median = statistics.median(self.seconds)
+        return {
+            "name": self.name,
+            "units_per_s": self.units / median,
+            "ms_per_unit": 1000 * median / self.units,
+            "spread": (max(self.seconds) - min(self.seconds)) / median,
+            "runs": len(self.seconds),
+        }
+
+
+def interleave(contestants: list[Contestant], device: str, warm_up: bool = True) -> list[dict]:
+    """Runs the contestants in turns and summarises each."""
+    if warm_up:
+        for contestant in contestants:
+            if contestant.repeats > 1:
+                contestant.run()
+    for turn in range(max(contestant.repeats for contestant in contestants)):
+        for contestant in contestants:
+            if turn < contestant.repeats:
+                contestant.seconds.append(timed(contestant.run, device))
+    return [contestant.summary() for contestant in contestants]
+
+
+def peak_memory_mb(device: str) -> float:
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def environment(arguments: argparse.Namespace) -> dict:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = arguments.device
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
+        **vars(arguments),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+    }
+
+
+def report(title: str, rows: list[dict], arguments: argparse.Namespace, **facts) -> None:
+    """A table for people, and one JSON line for machines, last."""
+    table = Table(title=title)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v := row.get(column, ""), float) else str(v) for column in columns))
+    Console(width=140).print(table)
+    print(json.dumps({"benchmark": title, "rows": rows, **facts, "environment": environment(arguments)}), flush=True)

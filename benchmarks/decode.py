@@ -1,0 +1,108 @@
+"""Bytes a second while generating: ours, the in-tree class, Meta's algorithm (no cache), and a Llama of equal shape.
+
+python benchmarks/decode.py                         # the mid-size shape on this machine's CPU
+python benchmarks/decode.py --shape 1b --dtype bfloat16 --device cuda --skip-in-tree
+"""
+
+import argparse
+
+import torch
+from common import (
+    BYTES_PER_TOKEN,
+    Contestant,
+    add_arguments,
+    build_blt,
+    build_in_tree,
+    build_llama,
+    check_equal,
+    interleave,
+    random_ids,
+    report,
+)
+from transformers.cache_utils import DynamicCache
+
+
+def decode_bytes(model, prompt: torch.Tensor, num_bytes: int):
+    """Generates through `generate()`, sampling so that a random model's bytes, and so its patches, vary."""
+    return model.generate(
+        prompt, max_new_tokens=num_bytes, do_sample=True, top_k=0, temperature=4.0, eos_token_id=None, pad_token_id=0
+    )
+
+
+class Continuation:
+    """Generation from a prompt that was read once, outside the timing."""
+
+    def __init__(self, model, prompt: torch.Tensor, num_bytes: int, make_cache=lambda: None):
+        self.model, self.prompt, self.num_bytes = model, prompt, num_bytes
+        with torch.no_grad():
+            self.cache = model(prompt[:, :-1], use_cache=True, past_key_values=make_cache()).past_key_values
+
+    def __call__(self):
+        import copy
+
+        return self.model.generate(
+            self.prompt, past_key_values=copy.deepcopy(self.cache), max_new_tokens=self.num_bytes, do_sample=True,
+            top_k=0, temperature=4.0, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+
+
+def full_forwards(model, ids: torch.Tensor, count: int):
+    """What each new byte costs without a cache: a forward of everything so far."""
+    with torch.no_grad():
+        for _ in range(count):
+            model(ids, use_cache=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 2048, 4096])
+    parser.add_argument("--new-bytes", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--skip-in-tree", action="store_true", help="leave out the two contestants without a cache")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = arguments.device
+    model = build_blt(arguments.shape, arguments.patch_bytes, device, arguments.dtype)
+    llama = build_llama(arguments.shape, device, arguments.dtype)
+    difference, in_tree = None, None
+    if not arguments.skip_in_tree:
+        in_tree = build_in_tree(model)
+        difference = check_equal(model, in_tree)
+    rows = []
+    for context in arguments.contexts:
+        prompt = random_ids(1, context, device, seed=2)
+        tokens = max(round(context / BYTES_PER_TOKEN), 2)
+        new_tokens = max(round(arguments.new_bytes / BYTES_PER_TOKEN), 8)
+        contestants = [
+            Contestant("blt_hf", Continuation(model, prompt, arguments.new_bytes), arguments.new_bytes, arguments.repeats),
+            Contestant(
+                "llama",
+                Continuation(llama, prompt[:, :tokens], new_tokens, DynamicCache),
+                new_tokens * BYTES_PER_TOKEN,
+                arguments.repeats,
+            ),
+        ]
+        if in_tree is not None:
+            count = 1 if context > 1024 else 3
+            contestants += [
+                Contestant("in-tree", lambda ids=prompt, n=count: full_forwards(in_tree, ids, n), count, 3),
+                Contestant("no cache (ours)", lambda ids=prompt, n=count: full_forwards(model, ids, n), count, 3),
+            ]
+        results = interleave(contestants, device)
+        base = results[0]["units_per_s"]
+        for result in results:
+            rows.append({"context": context, "batch": 1, **result, "blt_hf is faster by": base / result["units_per_s"]})
+    for batch in arguments.batch_sizes:
+        prompt = random_ids(batch, 256, device, seed=3)
+        run = Contestant(
+            "blt_hf", Continuation(model, prompt, arguments.new_bytes), arguments.new_bytes * batch, arguments.repeats
+        )
+        rows.append({"context": 256, "batch": batch, **interleave([run], device)[0]})
+    report("decode: bytes a second", rows, arguments, logit_difference=difference)
+
+
+if __name__ == "__main__":
+    main()

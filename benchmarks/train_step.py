@@ -1,0 +1,84 @@
+"""Seconds and memory of a training step (forward, backward, AdamW): ours against the in-tree class.
+
+python benchmarks/train_step.py
+python benchmarks/train_step.py --lengths 16384 --only blt_hf      # peak memory of one contestant alone
+"""
+
+import argparse
+
+import torch
+from common import (
+    Contestant,
+    add_arguments,
+    build_blt,
+    build_in_tree,
+    check_equal,
+    interleave,
+    peak_memory_mb,
+    random_ids,
+    report,
+)
+
+from blt_hf.patching_blt import compute_patch_lengths, PatchingRule
+
+
+def make_step(model, ids: torch.Tensor, **inputs):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def step():
+        model(ids, labels=ids, use_cache=False, **inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=["blt_hf", "in-tree"], help="one contestant, for its peak memory")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = arguments.device
+    model = build_blt(arguments.shape, arguments.patch_bytes, device, arguments.dtype)
+    in_tree = build_in_tree(model)
+    difference = check_equal(model, in_tree)
+    model.train()
+    in_tree.train()
+    rows = []
+    for length in arguments.lengths:
+        ids = random_ids(1, length, device, seed=4)
+        with torch.no_grad():
+            found = model(ids, output_patches=True, use_cache=False)
+        rule = PatchingRule.from_config(model.config)
+        patch_lengths = compute_patch_lengths(rule, ids, found.entropies)
+        repeats = 1 if length > 8192 else arguments.repeats
+        contestants = [
+            Contestant("blt_hf", make_step(model, ids), 1, repeats),
+            Contestant("blt_hf, precomputed patches", make_step(model, ids, patch_lengths=patch_lengths), 1, repeats),
+            Contestant("in-tree", make_step(in_tree, ids), 1, repeats),
+        ]
+        if arguments.only:
+            contestants = [c for c in contestants if c.name == arguments.only]
+        results = interleave(contestants, device)
+        base = results[0]["ms_per_unit"]
+        for result in results:
+            rows.append(
+                {
+                    "bytes": length,
+                    "name": result["name"],
+                    "s_per_step": result["ms_per_unit"] / 1000,
+                    "bytes_per_s": length * result["units_per_s"],
+                    "spread": result["spread"],
+                    "blt_hf is faster by": result["ms_per_unit"] / base,
+                    "peak_mb_so_far": peak_memory_mb(device),
+                }
+            )
+    report("train_step: seconds a step", rows, arguments, logit_difference=difference)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The README and the pages of `docs/` do what they show: snippets run, commands and links exist.
+
+Snippets load the checkpoints that the quickstart leaves behind; here tiny random ones stand in for them, so what the
+snippets print is not compared. A snippet after `<!-- not run: reason -->` is compiled only.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, tiny_config
+from transformers import set_seed
+
+from blt_hf import BltForCausalLM, BltTokenizer
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Pages whose snippets follow the convention above; others are run by tests of their own subject.
+PAGES_THAT_RUN = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "generation", "patching", "hub"))]
+SNIPPET = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?```python\n(?P<code>.*?)^```", re.M | re.S)
+
+
+def snippets(page: str) -> list[tuple[str, str | None]]:
+    return [(match["code"], match["reason"]) for match in SNIPPET.finditer((ROOT / page).read_text())]
+
+
+@pytest.fixture(scope="module")
+def quickstart_output(tmp_path_factory) -> Path:
+    """A folder that holds `quickstart-output`, as the quickstart leaves it."""
+    folder = tmp_path_factory.mktemp("docs")
+    model = make_model(tiny_config(patcher_config={"sliding_window": 64}, local_attention_window_len=64))
+    model.save_pretrained(folder / "quickstart-output" / "blt")
+    BltTokenizer().save_pretrained(folder / "quickstart-output" / "blt")
+    model.model.patcher.save_pretrained(folder / "quickstart-output" / "entropy-model")
+    BltTokenizer().save_pretrained(folder / "quickstart-output" / "entropy-model")
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES_THAT_RUN)
+def test_snippets_run(page, quickstart_output, monkeypatch):
+    """From top to bottom, each page in a namespace of its own."""
+    monkeypatch.chdir(quickstart_output)
+    set_seed(0)
+    namespace = {"__name__": "__main__"}
+    found = snippets(page)
+    assert found
+    for number, (code, reason) in enumerate(found, start=1):
+        program = compile(code, f"{page}, snippet {number}", "exec")
+        if reason is None:
+            with torch.enable_grad():
+                exec(program, namespace)
+
+
+def test_shown_commands_exist():
+    text = "\n".join(page.read_text() for page in PAGES) + (ROOT / "CONTRIBUTING.md").read_text()
+    scripts = set(re.findall(r"(?:bash|python) ((?:scripts|examples|docs|\.ci|benchmarks)/[\w./-]+)", text))
+    assert {"scripts/quickstart.sh", "scripts/test.sh", "examples/quickstart.py", ".ci/run"} <= scripts
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.M)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    missing = []
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        if not target.exists():
+            missing.append(link)
+        elif anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+            if anchor not in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}:
+                missing.append(link)
+    assert not missing
+
+
+def test_options_of_the_quickstart_are_those_shown():
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "quickstart.py", "--help"], capture_output=True, text=True, check=True
+    )
+    pages = (ROOT / "README.md").read_text() + (ROOT / "docs" / "quickstart.md").read_text()
+    shown = {option for line in re.findall(r"quickstart\.(?:sh|py) ([^`\n#]*)", pages) for option in line.split() if "--" in option}
+    assert shown
+    assert not [option for option in shown if option not in done.stdout]
+
+
+@pytest.mark.parametrize("script", sorted(path.relative_to(ROOT) for path in (ROOT / "scripts").glob("*.sh")), ids=str)
+def test_scripts_are_valid_bash(script):
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_model_of_the_snippets_loads(quickstart_output):
+    assert BltForCausalLM.from_pretrained(quickstart_output / "quickstart-output" / "blt").config.uses_patcher
