@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` set up what they need; the scripts say which variables they read.
-.PHONY: style quality test test-slow quickstart figures
+.PHONY: style quality test test-slow quickstart
 
 bin = $(or $(BLT_VENV),.venv)/bin
 

@@ -29,7 +29,7 @@ from blt_hf import BltConfig, BltForCausalLM, BltPatcher, BltPatcherConfig, BltT
 
 BYTES_PER_PATCH = 4.5
 PROMPT = "The import statement "
-SENTENCE = "When a function is called, the arguments are assigned to its parameters."
+SENTENCE = "A function call always returns some value, possibly None."
 
 console = Console(highlight=False)
 
@@ -190,12 +190,14 @@ def main() -> None:
     console.print(f"Held-out text: {bits:.2f} bits per byte.")
 
     console.rule("5. Generation, streamed")
-    text = write(model, tokenizer, num_bytes, TextStreamer(tokenizer))
+    text = write(model, tokenizer, num_bytes, TextStreamer(tokenizer, skip_special_tokens=True))
 
     console.rule("6. Saved and loaded again")
     folder = args.output_dir / "blt"
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    patcher.save_pretrained(args.output_dir / "entropy-model")
+    for name in ("blt", "entropy-model"):
+        tokenizer.save_pretrained(args.output_dir / name)
     again = write(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), num_bytes)
     if again != text:
         raise SystemExit(f"The loaded model wrote something else: {again!r}")

@@ -4,7 +4,6 @@ import types
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +17,7 @@ from blt_hf.attention_blt import (
     repeat_kv_heads,
     segment_attention,
 )
+from conftest import make_model, tiny_config
 
 
 SCALING = 0.35
@@ -48,11 +48,19 @@ def leaf(*shape):
 def test_segment_attention_is_softmax_over_each_patch(data, rows, heads, latents):
     num_keys, num_patches = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))  # some patches read nothing
     segments = data.draw(
-        st.lists(st.lists(st.integers(-1, num_patches - 1), min_size=num_keys, max_size=num_keys), min_size=rows, max_size=rows)
+        st.lists(
+            st.lists(st.integers(-1, num_patches - 1), min_size=num_keys, max_size=num_keys),
+            min_size=rows,
+            max_size=rows,
+        )
     )
     torch.manual_seed(data.draw(st.integers(0, 99)))
     segment = torch.tensor(segments)
-    query, key, value = leaf(rows, num_patches, latents, heads, 4), leaf(rows, num_keys, heads, 4), leaf(rows, num_keys, heads, 4)
+    query, key, value = (
+        leaf(rows, num_patches, latents, heads, 4),
+        leaf(rows, num_keys, heads, 4),
+        leaf(rows, num_keys, heads, 4),
+    )
     actual = segment_attention(query, key, value, segment.clamp_min(0), segment >= 0, SCALING)
     visible = segment[:, None, :] == torch.arange(num_patches)[:, None]  # (B, P, T)
     visible = visible[:, None, :, None].expand(-1, heads, -1, latents, -1).flatten(2, 3)
@@ -83,7 +91,13 @@ def test_segment_attention_survives_large_scores():
 def test_gathered_attention_is_softmax_over_a_window_of_patches(data, rows, latents, window, heads):
     (num_heads, num_kv_heads), length, num_patches = heads, data.draw(st.integers(1, 9)), data.draw(st.integers(1, 6))
     patch = torch.tensor(
-        data.draw(st.lists(st.lists(st.integers(0, num_patches - 1), min_size=length, max_size=length), min_size=rows, max_size=rows))
+        data.draw(
+            st.lists(
+                st.lists(st.integers(0, num_patches - 1), min_size=length, max_size=length),
+                min_size=rows,
+                max_size=rows,
+            )
+        )
     )
     first = (patch - data.draw(st.integers(0, 5))).clamp_min(0)
     torch.manual_seed(data.draw(st.integers(0, 99)))
@@ -96,7 +110,8 @@ def test_gathered_attention_is_softmax_over_a_window_of_patches(data, rows, late
         visible = visible & (patches >= first[..., None])
     visible = visible.repeat_interleave(latents, dim=-1)[:, None]
     wide_key, wide_value = (
-        repeat_kv_heads(states.flatten(1, 2).transpose(1, 2), num_heads // num_kv_heads, dim=1) for states in (key, value)
+        repeat_kv_heads(states.flatten(1, 2).transpose(1, 2), num_heads // num_kv_heads, dim=1)
+        for states in (key, value)
     )
     expected = dense_attention(query.transpose(1, 2), wide_key, wide_value, visible).transpose(1, 2)
     assert_same_gradients(actual, expected, (query, key, value))
@@ -149,7 +164,9 @@ def test_spans_with_a_first_key_equal_dense_masks(data, implementation, window, 
     num_past = data.draw(st.integers(0, 4 if window is None else window - 1), label="num_past")
     # A row that is shorter in the cache, and documents that begin somewhere.
     starts = [
-        torch.tensor(sorted(data.draw(st.lists(st.integers(0, num_past + length - 1), min_size=length, max_size=length))))
+        torch.tensor(
+            sorted(data.draw(st.lists(st.integers(0, num_past + length - 1), min_size=length, max_size=length)))
+        )
         for _ in range(2)
     ]
     own = num_past + torch.arange(length)
@@ -208,7 +225,9 @@ def ids_of(num_bytes: int, rows: int = 1) -> torch.Tensor:
     return ids
 
 
-@pytest.mark.parametrize("rule", [{}, {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}}])
+@pytest.mark.parametrize(
+    "rule", [{}, {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}}]
+)
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 @torch.no_grad()
 def test_implementations_agree_on_the_whole_model(rule, implementation):
@@ -270,7 +289,9 @@ def test_no_tensor_grows_faster_than_the_text(implementation, training):
     The global transformer's own attention is over patches x patches, as it should be; patches of 32 bytes and a
     narrow model keep it, and everything that is linear, below the quadratic things that are looked for.
     """
-    config = tiny_config(patching_mode="static", patch_size=32, local_attention_window_len=8, encoder_hash_byte_group_vocab=11)
+    config = tiny_config(
+        patching_mode="static", patch_size=32, local_attention_window_len=8, encoder_hash_byte_group_vocab=11
+    )
     torch.manual_seed(0)
     model = BltForCausalLM._from_config(config, attn_implementation=implementation).train(training)
     sizes = {}

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from transformers import DynamicCache, StaticCache
 
 from blt_hf import BltForCausalLM
 from blt_hf.cache_blt import BltCache, RollingTensor
+from conftest import make_model, tiny_config
 
 
 TEXT = "The quick brown fox, jumps over 13 lazy dogs!\nZażółć gęślą jaźń — naïve café über 速い狐."
@@ -61,7 +61,11 @@ def test_memory_of_the_byte_part_does_not_grow(model, ids):
 
     def storage(cache):
         tensors = [t.values for t in cache._rolling_tensors()]
-        tensors += [tensor for layer in (*cache.patcher, *cache.encoder, *cache.decoder) for tensor in (layer.keys, layer.values)]
+        tensors += [
+            tensor
+            for layer in (*cache.patcher, *cache.encoder, *cache.decoder)
+            for tensor in (layer.keys, layer.values)
+        ]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     cache, sizes = None, []
@@ -88,7 +92,9 @@ class GlobalCalls:
     def __init__(self, model):
         self.shapes = []
         layer = model.model.global_transformer.layers[0]
-        self.hook = layer.register_forward_hook(lambda module, args, result: self.shapes.append(tuple(args[0].shape[:2])))
+        self.hook = layer.register_forward_hook(
+            lambda module, args, result: self.shapes.append(tuple(args[0].shape[:2]))
+        )
 
     def __enter__(self):
         return self.shapes
@@ -293,7 +299,11 @@ def test_a_cache_may_be_reused_from_a_copy(model, ids):
 # Caches that do not fit.
 
 
-@pytest.mark.parametrize("make", [lambda config: DynamicCache(), lambda config: (torch.zeros(1, 2, 3, 8),) * 2], ids=["DynamicCache", "tuple"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda config: DynamicCache(), lambda config: (torch.zeros(1, 2, 3, 8),) * 2],
+    ids=["DynamicCache", "tuple"],
+)
 def test_foreign_caches_are_refused(model, ids, make):
     cache = make(model.config)
     if isinstance(cache, DynamicCache):
@@ -352,7 +362,9 @@ def test_patcher_cache_is_a_blt_cache(model, ids):
 # Training through a cache.
 
 
-@pytest.mark.parametrize("rule", [{}, {"patching_mode": "space"}, {"local_attention_window_len": None}], ids=["entropy", "space", "full"])
+@pytest.mark.parametrize(
+    "rule", [{}, {"patching_mode": "space"}, {"local_attention_window_len": None}], ids=["entropy", "space", "full"]
+)
 def test_gradients_through_chunks_are_those_of_the_whole(ids, rule):
     model = make_model(tiny_config(**rule), seed=5)
     weight = torch.randn(ids.shape[1], 260)
@@ -382,7 +394,9 @@ def test_rolling_tensor_against_concatenation():
         rolling, plain = RollingTensor(), torch.zeros(2, 3, 0, 5)
         for step in range(300):
             new = torch.randn(2, 3, int(torch.randint(1, 9, (), generator=generator)), 5)
-            plain = torch.cat([plain if keep is None else plain[..., max(plain.shape[-2] - keep, 0) :, :], new], dim=-2)
+            plain = torch.cat(
+                [plain if keep is None else plain[..., max(plain.shape[-2] - keep, 0) :, :], new], dim=-2
+            )
             assert torch.equal(rolling.append(new, keep), plain)
             if step % 7 == 3:
                 rolling.drop_last(2)

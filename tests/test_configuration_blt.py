@@ -7,7 +7,6 @@ import pathlib
 
 import pytest
 import transformers
-from conftest import tiny_config
 from transformers import AutoConfig
 from transformers.models.blt import configuration_blt as in_tree
 
@@ -19,6 +18,7 @@ from blt_hf import (
     BltLocalEncoderConfig,
     BltPatcherConfig,
 )
+from conftest import tiny_config
 
 
 # Fields that the in-tree class of the newest transformers does not have.
@@ -79,10 +79,16 @@ def test_default_dicts_are_equal(config_class):
 @config_classes
 def test_extra_fields_are_documented(config_class):
     for name in EXTRA_FIELDS[config_class] - {"pad_token_id", "bos_token_id", "eos_token_id"}:
-        assert f"`{name}`" in config_class.__doc__ or f"{name}:" in config_class.__doc__ or f"{name} (" in config_class.__doc__
+        assert (
+            f"`{name}`" in config_class.__doc__
+            or f"{name}:" in config_class.__doc__
+            or f"{name} (" in config_class.__doc__
+        )
 
 
-@pytest.mark.parametrize("values", [{}, {"patching_mode": "byte", "max_patch_length": 3, "cross_attn_k": 4}], ids=["plain", "other"])
+@pytest.mark.parametrize(
+    "values", [{}, {"patching_mode": "byte", "max_patch_length": 3, "cross_attn_k": 4}], ids=["plain", "other"]
+)
 def test_files_travel_in_both_directions(tmp_path, values):
     ours = tiny_config(**values)
     ours.save_pretrained(tmp_path / "ours")
@@ -199,7 +205,15 @@ def test_legacy_keys_of_real_files_load(tmp_path):
     assert config.patcher_config.sliding_window == 512
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (None, None, None)
     written = json.loads(config.to_json_string())
-    for name in ("pm_size", "realtime_patching", "patching_device", "attn_impl", "attn_bias_type", "device", "norm_eps"):
+    for name in (
+        "pm_size",
+        "realtime_patching",
+        "patching_device",
+        "attn_impl",
+        "attn_bias_type",
+        "device",
+        "norm_eps",
+    ):
         assert name not in written
     config.save_pretrained(tmp_path / "again")
     assert {**BltConfig.from_pretrained(tmp_path / "again").to_dict(), "_name_or_path": ""} == {
@@ -262,7 +276,11 @@ WRONG = {
         {"global_config": {"hidden_size": 512}},
         ["`decoder_config.hidden_size_global`", "`global_config.hidden_size`", "2048", "512"],
     ),
-    "wrong component": (BltConfig, {"patcher_config": BltLocalEncoderConfig()}, ["`patcher_config`", "BltLocalEncoderConfig"]),
+    "wrong component": (
+        BltConfig,
+        {"patcher_config": BltLocalEncoderConfig()},
+        ["`patcher_config`", "BltLocalEncoderConfig"],
+    ),
     "head size": (BltPatcherConfig, {"hidden_size": 770}, ["hidden_size", "770", "12"]),
     "no heads": (BltPatcherConfig, {"num_attention_heads": 0}, ["num_attention_heads", "0"]),
     "kv heads": (BltGlobalTransformerConfig, {"num_key_value_heads": 5}, ["num_key_value_heads", "16", "5"]),
@@ -364,7 +382,8 @@ def names_read_in_source() -> set[str]:
             properties = [
                 node
                 for node in ast.walk(tree)
-                if isinstance(node, ast.FunctionDef) and any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list)
+                if isinstance(node, ast.FunctionDef)
+                and any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list)
             ]
             tree = ast.Module(body=properties, type_ignores=[])
         for node in ast.walk(tree):

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer, TextStreamer
 
 from blt_hf import BltConfig, BltForCausalLM
 from blt_hf.cache_blt import BltCache
 from blt_hf.tokenization_blt import BltTokenizer
+from conftest import make_model, tiny_config
 
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 30}
@@ -114,7 +114,9 @@ def test_strategies_with_and_without_a_cache(model, batch, arguments):
     for use_cache in (True, False):
         torch.manual_seed(4)
         texts.append(
-            model.generate(ids, attention_mask=mask, max_new_tokens=20, eos_token_id=None, use_cache=use_cache, **arguments)
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=20, eos_token_id=None, use_cache=use_cache, **arguments
+            )
         )
     assert torch.equal(*texts)
     assert texts[0].shape == (3 * arguments.get("num_return_sequences", 1), ids.shape[1] + 20)
@@ -199,7 +201,12 @@ def test_prompt_lookup_is_greedy(model, text):
 
 
 def test_assisted_decoding_for_every_rule(ids):
-    for rule in ({"max_patch_length": 3}, {"monotonicity": True}, {"patching_mode": "space"}, {"patching_mode": "byte"}):
+    for rule in (
+        {"max_patch_length": 3},
+        {"monotonicity": True},
+        {"patching_mode": "space"},
+        {"patching_mode": "byte"},
+    ):
         model = make_model(tiny_config(**rule), seed=2)
         draft = make_model(tiny_config(), seed=2)
         assert torch.equal(model.generate(ids, assistant_model=draft, **GREEDY), model.generate(ids, **GREEDY)), rule
@@ -216,7 +223,9 @@ def test_eos_stops_and_pads(model, batch):
     rows, ids, mask = batch
     free = model.generate(ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :]
     eos = int(free[0, 7])
-    text = model.generate(ids, attention_mask=mask, do_sample=False, eos_token_id=eos, pad_token_id=0, max_new_tokens=30)
+    text = model.generate(
+        ids, attention_mask=mask, do_sample=False, eos_token_id=eos, pad_token_id=0, max_new_tokens=30
+    )
     for row, expected in zip(text[:, ids.shape[1] :].tolist(), free.tolist()):
         stop = expected.index(eos) + 1 if eos in expected else 30
         assert row[:stop] == expected[:stop]
@@ -251,7 +260,9 @@ def test_stop_strings(model, ids, tokenizer):
         start = 4
         stop = tokenizer.decode_bytes(produced[start : start + 2])
     stop = stop.decode()
-    text = model.generate(ids, do_sample=False, eos_token_id=None, max_new_tokens=20, stop_strings=[stop], tokenizer=tokenizer)
+    text = model.generate(
+        ids, do_sample=False, eos_token_id=None, max_new_tokens=20, stop_strings=[stop], tokenizer=tokenizer
+    )
     new = tokenizer.decode(text[0, ids.shape[1] :])
     first = tokenizer.decode(produced).index(stop) + len(stop)
     assert new == tokenizer.decode(produced)[:first]
@@ -393,7 +404,10 @@ def test_unknown_arguments_are_refused(model, ids):
 
 
 def test_lengths(model, ids):
-    assert model.generate(ids, do_sample=False, eos_token_id=None, max_length=ids.shape[1] + 4).shape[1] == ids.shape[1] + 4
+    assert (
+        model.generate(ids, do_sample=False, eos_token_id=None, max_length=ids.shape[1] + 4).shape[1]
+        == ids.shape[1] + 4
+    )
     config = GenerationConfig(max_new_tokens=3, do_sample=False)
     assert model.generate(ids, generation_config=config, eos_token_id=None).shape[1] == ids.shape[1] + 3
     eos = most_likely_bytes(model, ids, 1)[0]
@@ -419,6 +433,9 @@ def test_use_cache_off_in_the_config(ids):
 
 def test_reference_decoding_modes_need_remote_code(model, ids):
     """transformers moved these out of the library; ours says what transformers says, and does not run on."""
-    for arguments in ({"penalty_alpha": 0.6, "top_k": 4}, {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}):
+    for arguments in (
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    ):
         with pytest.raises(ValueError, match="trust_remote_code"):
             model.generate(ids, max_new_tokens=3, **arguments)

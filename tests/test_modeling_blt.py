@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from torch import nn
 
 from blt_hf import (
@@ -16,6 +15,7 @@ from blt_hf import (
     BltPatcherConfig,
 )
 from blt_hf.embedding_blt import HASH_PRIMES, ngram_hashes
+from conftest import make_model, tiny_config
 
 
 TEXT = "The quick brown fox, jumps over 13 lazy dogs!\nZażółć gęślą jaźń — naïve café über 速い狐."
@@ -102,7 +102,10 @@ def test_logits_to_keep(request, part, ids):
     assert_same(model(ids, logits_to_keep=index).logits, full[:, index])
     rows = ids[:, :40].repeat(2, 1)
     per_row = torch.tensor([[3, 4], [8, 1]])
-    assert_same(model(rows, logits_to_keep=per_row).logits, full[:, :40].repeat(2, 1, 1).gather(1, per_row[..., None].expand(-1, -1, 260)))
+    assert_same(
+        model(rows, logits_to_keep=per_row).logits,
+        full[:, :40].repeat(2, 1, 1).gather(1, per_row[..., None].expand(-1, -1, 260)),
+    )
 
 
 @torch.no_grad()
@@ -242,7 +245,9 @@ def test_output_patches(model, ids):
     assert out.entropies.shape == ids.shape and out.entropies.dtype == torch.float32
     logits = model.model.patcher(ids).logits
     assert_same(out.entropies, torch.distributions.Categorical(logits=logits).entropy())
-    starts = [0, 1] + [p for p in range(2, ids.shape[1] + 1) if out.entropies[0, p - 1] > model.config.patching_threshold]
+    starts = [0, 1] + [
+        p for p in range(2, ids.shape[1] + 1) if out.entropies[0, p - 1] > model.config.patching_threshold
+    ]
     assert out.patch_lengths[0].cumsum(0).tolist() == [*starts[1:], ids.shape[1] + 1]
     plain = model(ids)
     assert plain.entropies is None and plain.patch_lengths is None
@@ -344,7 +349,9 @@ def byte_and_hash_embeddings(model, ids):
     return model.get_input_embeddings()(ids) + model.model.encoder_hash_tok_embedding(hashes)
 
 
-@pytest.mark.parametrize("rule", [{"patching_mode": "byte"}, {"patching_mode": "static", "patch_size": 3}, {}, {"patching_mode": "space"}])
+@pytest.mark.parametrize(
+    "rule", [{"patching_mode": "byte"}, {"patching_mode": "static", "patch_size": 3}, {}, {"patching_mode": "space"}]
+)
 @torch.no_grad()
 def test_inputs_embeds(rule, padded):
     """Sum of byte and hash embeddings; the rules that read bytes need patch lengths."""
@@ -392,8 +399,14 @@ def test_wrong_inputs_are_named(request, part, ids):
         ({"input_ids": ids, "inputs_embeds": embeds}, ["`input_ids`", "`inputs_embeds`", "both"]),
         ({"input_ids": ids[0]}, ["`input_ids`", "two-dimensional", str(tuple(ids[0].shape))]),
         ({"input_ids": ids[:, :0]}, ["`input_ids`", "no columns"]),
-        ({"input_ids": ids, "attention_mask": torch.ones(1, 1, 9, 9)}, ["`attention_mask`", "(1, 1, 9, 9)", "two-dimensional"]),
-        ({"input_ids": ids, "attention_mask": torch.ones(1, 3)}, ["`attention_mask`", "(1, 3)", f"{ids.shape[1]} columns"]),
+        (
+            {"input_ids": ids, "attention_mask": torch.ones(1, 1, 9, 9)},
+            ["`attention_mask`", "(1, 1, 9, 9)", "two-dimensional"],
+        ),
+        (
+            {"input_ids": ids, "attention_mask": torch.ones(1, 3)},
+            ["`attention_mask`", "(1, 3)", f"{ids.shape[1]} columns"],
+        ),
         ({"input_ids": ids, "attention_mask": torch.ones(2, ids.shape[1])}, ["`attention_mask`", "1 rows"]),
         ({"input_ids": ids, "position_ids": torch.zeros(1, 3)}, ["`position_ids`", "(1, 3)", str(ids.shape[1])]),
         ({"input_ids": ids, "position_ids": torch.zeros(3, *ids.shape)}, ["`position_ids`"]),
@@ -464,12 +477,18 @@ def test_set_patcher(tmp_path, ids):
 def test_set_patcher_refuses_what_is_none(model):
     with pytest.raises(ValueError, match="`patcher` must be a BltPatcher; got Linear"):
         model.set_patcher(nn.Linear(2, 2))
-    other = BltPatcher(BltPatcherConfig(vocab_size=300, hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8))
+    other = BltPatcher(
+        BltPatcherConfig(
+            vocab_size=300, hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8
+        )
+    )
     with pytest.raises(ValueError, match="vocabulary of 300.*260"):
         model.set_patcher(other)
 
 
-@pytest.mark.parametrize("model_class", [BltForCausalLM, BltModel, BltForSequenceClassification, BltForTokenClassification])
+@pytest.mark.parametrize(
+    "model_class", [BltForCausalLM, BltModel, BltForSequenceClassification, BltForTokenClassification]
+)
 def test_the_patcher_is_frozen(model_class, tmp_path):
     torch.manual_seed(0)
     model = model_class(tiny_config(num_labels=3)).train()
@@ -583,7 +602,9 @@ def test_gradient_checkpointing_changes_nothing(part, use_reentrant, padded):
         loss = model(ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         hook.remove()
-        results.append((loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, len(calls)))
+        results.append(
+            (loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, len(calls))
+        )
     (loss, gradients, once), (other_loss, other_gradients, twice) = results
     assert (once, twice) == (1, 2), "checkpointing did recompute"
     assert_same(other_loss, loss)
@@ -611,7 +632,9 @@ def test_training_makes_no_cache_unless_asked(ids):
 
 
 def test_dropout_acts_in_training_alone(ids):
-    parts = {name: {"dropout": 0.3} for name in ("encoder_config", "decoder_config", "global_config", "patcher_config")}
+    parts = {
+        name: {"dropout": 0.3} for name in ("encoder_config", "decoder_config", "global_config", "patcher_config")
+    }
     model = make_model(tiny_config(**parts))
     assert_same(model(ids).logits, model(ids).logits)
     model.train()
@@ -697,8 +720,18 @@ def test_sequence_classification_does_not_see_padding(row_classifier, padded):
     "num_labels, labels, problem, loss",
     [
         (3, torch.tensor([2, 0]), "single_label_classification", nn.functional.cross_entropy),
-        (3, torch.tensor([[1.0, 0, 1], [0, 1, 0]]), "multi_label_classification", nn.functional.binary_cross_entropy_with_logits),
-        (1, torch.tensor([0.5, -1.0]), "regression", lambda logits, labels: nn.functional.mse_loss(logits.squeeze(-1), labels)),
+        (
+            3,
+            torch.tensor([[1.0, 0, 1], [0, 1, 0]]),
+            "multi_label_classification",
+            nn.functional.binary_cross_entropy_with_logits,
+        ),
+        (
+            1,
+            torch.tensor([0.5, -1.0]),
+            "regression",
+            lambda logits, labels: nn.functional.mse_loss(logits.squeeze(-1), labels),
+        ),
     ],
 )
 def test_sequence_classification_losses(padded, num_labels, labels, problem, loss):
@@ -753,7 +786,9 @@ def test_initialisation_follows_fan_in():
     assert 0.3 < float(logits.std()) < 3
 
 
-@pytest.mark.parametrize("model_class", [BltForCausalLM, BltModel, BltPatcher, BltForSequenceClassification, BltForTokenClassification])
+@pytest.mark.parametrize(
+    "model_class", [BltForCausalLM, BltModel, BltPatcher, BltForSequenceClassification, BltForTokenClassification]
+)
 @torch.no_grad()
 def test_save_and_load(model_class, tmp_path, ids):
     config = tiny_config(patching_mode="space")

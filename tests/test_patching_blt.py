@@ -83,7 +83,12 @@ rows = st.lists(st.tuples(token_ids, nats), min_size=1, max_size=30)
 limits = st.one_of(st.none(), st.integers(1, 6))
 rules = st.one_of(
     st.builds(PatchingRule, threshold=nats, max_patch_length=limits),
-    st.builds(PatchingRule, threshold=st.integers(-4, 4).map(lambda n: n / 4), monotonicity=st.just(True), max_patch_length=limits),
+    st.builds(
+        PatchingRule,
+        threshold=st.integers(-4, 4).map(lambda n: n / 4),
+        monotonicity=st.just(True),
+        max_patch_length=limits,
+    ),
     st.builds(
         PatchingRule, threshold=nats, threshold_add=st.integers(-4, 4).map(lambda n: n / 4), max_patch_length=limits
     ),
@@ -127,7 +132,12 @@ def test_one_text_against_the_oracle(rule, text):
     assert int(lengths.sum()) == len(text) + 1
 
 
-@given(rule=rules, texts=st.lists(rows, min_size=1, max_size=4), side=st.sampled_from(["left", "right"]), spare=st.integers(0, 3))
+@given(
+    rule=rules,
+    texts=st.lists(rows, min_size=1, max_size=4),
+    side=st.sampled_from(["left", "right"]),
+    spare=st.integers(0, 3),
+)
 def test_padded_batches_against_the_oracle(rule, texts, side, spare):
     width = max(map(len, texts)) + spare
     columns = [list(range(width))[-len(t) :] if side == "left" else list(range(len(t))) for t in texts]
@@ -138,9 +148,7 @@ def test_padded_batches_against_the_oracle(rule, texts, side, spare):
 @given(rule=rules, texts=st.lists(rows, min_size=1, max_size=3), data=st.data())
 def test_holes_against_the_oracle(rule, texts, data):
     width = max(map(len, texts)) + 6
-    columns = [
-        sorted(data.draw(st.permutations(range(width)), label="columns")[: len(text)]) for text in texts
-    ]
+    columns = [sorted(data.draw(st.permutations(range(width)), label="columns")[: len(text)]) for text in texts]
     ids, entropies, mask = batch_of(texts, columns, width)
     assert trimmed(compute_patch_lengths(rule, ids, entropies, mask)) == expected_lengths(rule, texts)
 
@@ -169,7 +177,9 @@ def test_ends_of_chunks_are_the_ends_of_the_text(rule, text, sizes):
     pieces, start, open_bytes = [], 0, torch.zeros(1, dtype=torch.int64)
     while start < len(text):
         stop = start + sizes[len(pieces) % len(sizes)]
-        previous = (ids[:, start - 1], entropies[:, start - 1]) if start else (torch.tensor([77]), torch.tensor([99.0]))
+        previous = (
+            (ids[:, start - 1], entropies[:, start - 1]) if start else (torch.tensor([77]), torch.tensor([99.0]))
+        )
         positions = torch.arange(start, min(stop, len(text)))[None]
         pieces.append(
             find_patch_ends(rule, ids[:, start:stop], entropies[:, start:stop], positions, *previous, open_bytes)
@@ -239,7 +249,11 @@ def test_ids_from_lengths(lengths):
     assert patch_ids_from_lengths(padded, num_bytes).tolist() == expected
 
 
-@given(mask=st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1, max_size=4)))
+@given(
+    mask=st.integers(1, 12).flatmap(
+        lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1, max_size=4)
+    )
+)
 def test_row_layout(mask):
     mask = torch.tensor(mask)
     layout = RowLayout.from_mask(mask)

@@ -893,6 +893,15 @@ class _Source:
     weights: dict[str, _Stored]
     entropy_weights: dict[str, _Stored] | None = None
 
+    @property
+    def is_on_hub(self) -> bool:
+        return not Path(self.label).expanduser().is_dir()
+
+    @property
+    def public_name(self) -> str:
+        """The Hub id, or the name of the folder without the path to it."""
+        return self.label if self.is_on_hub else self.folder.resolve().name
+
 
 def _locate(source: str | os.PathLike, revision: str | None) -> Path:
     """A folder as it is, a Hub id downloaded."""
@@ -1031,12 +1040,13 @@ def _write_card(folder: Path, source: _Source, config: BltConfig, dtype: torch.d
     from huggingface_hub import ModelCardData
 
     licence, sentence = _licence(source)
-    on_hub = not Path(source.label).expanduser().is_dir()
-    base = {"base_model": source.label} if on_hub else {}
+    base = {"base_model": source.label} if source.is_on_hub else {}
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["blt"], **base, **licence
     )
-    origin = f"[{source.label}](https://huggingface.co/{source.label})" if on_hub else f"`{source.folder.name}`"
+    origin = f"`{source.public_name}`"
+    if source.is_on_hub:
+        origin = f"[{source.label}](https://huggingface.co/{source.label})"
     rule = {name: getattr(config, name) for name in ("patching_threshold", "patching_threshold_add", "monotonicity")}
     settings = {"mode": config.patching_mode, **(rule if config.patching_mode == "entropy" else {})}
     settings |= {"patch_size": config.patch_size} if config.patching_mode == "static" else {}
@@ -1201,7 +1211,7 @@ def convert_meta_checkpoint(
         BltTokenizer().save_pretrained(folder)
         config.save_pretrained(folder)
         GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0).save_pretrained(folder)
-        _write_json(folder / META_ARGS_FILE, {"source": opened.label, "patching": patching, **files})
+        _write_json(folder / META_ARGS_FILE, {"source": opened.public_name, "patching": patching, **files})
         _write_card(folder, opened, config, main_dtype, notes)
     return out
 

@@ -1,9 +1,9 @@
-"""From text to rows of ids, and back to the characters that each id came from. Knows bytes and numpy, no tokenizer.
+"""From text to rows of ids, and back to the characters that each id came from.
 
-`encode_batch` takes one of two ways. The short one serves what models are fed with (`input_ids` and `attention_mask` of
-texts without added tokens): the bytes of the whole batch are shifted at once and no object is made for a row. The long
-one makes a `BltEncoding` for each row, which answers what `tokenizers.Encoding` answers, each thing when it is asked. The
-rows of the short way are made in the same manner when somebody looks at them (`LazyEncodings`).
+`encode_batch` takes one of two ways. The short one serves what models are fed with, `input_ids` and `attention_mask` of
+texts without added tokens: the bytes of the whole batch are shifted at once and no object is made for a row. The long
+one makes a `BltEncoding` for each row, which answers what `tokenizers.Encoding` answers, each thing when it is asked.
+The rows of the short way are made in the same manner when somebody looks at them (`LazyEncodings`).
 """
 
 import os
@@ -32,7 +32,7 @@ _WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that stands for each of the 256 bytes in a byte-level `tokenizer.json` (GPT-2's table)."""
+    """The printable character that names each of the 256 bytes in a byte-level `tokenizer.json` (GPT-2's table)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -42,7 +42,7 @@ BYTE_SYMBOLS = _byte_symbols()
 
 
 def to_bytes(text: str | bytes) -> bytes:
-    """UTF-8 of `text`. A lone surrogate stands for the byte that `surrogateescape` made it from, or else for itself."""
+    """UTF-8 of `text`; a lone surrogate stands for the byte that `surrogateescape` made it from, else for itself."""
     if isinstance(text, str):
         try:
             return text.encode()
@@ -153,7 +153,8 @@ class EncodePlan(NamedTuple):
             return lengths
         room = self.max_length - (len(self.bos) + len(self.eos)) * len(lengths)
         if room < 0:
-            raise ValueError(f"`max_length={self.max_length}` is less than the {self.max_length - room} special tokens.")
+            num_special = self.max_length - room
+            raise ValueError(f"`max_length` must hold the {num_special} special tokens; got {self.max_length}.")
         excess = sum(lengths) - room
         if excess <= 0 or room == 0:
             return lengths if excess <= 0 else [0] * len(lengths)
@@ -181,7 +182,7 @@ class EncodePlan(NamedTuple):
             return [(0, 0), (0, length)] if self.overflow else [(0, 0)]
         if self.stride >= size:
             raise ValueError(
-                f"`stride` must be less than the room that `max_length` leaves for the text, {size}; got {self.stride}."
+                f"`stride` must be less than the room that `max_length` leaves for a text, {size}; got {self.stride}."
             )
         if self.truncation_side == "right":
             starts = range(0, length - self.stride, size - self.stride)
@@ -285,10 +286,10 @@ class _Part(NamedTuple):
 class BltEncoding:
     """One row of a batch: the interface of `tokenizers.Encoding`, computed on demand.
 
-    Offsets count characters of a str and bytes of a bytes object; each byte of a character has the offsets of the whole
-    character. Words are those of the byte-level pre-tokenizer (about: runs of letters, of digits, of other signs), or the
-    given ones with `is_split_into_words=True`. Padding and the special tokens of the template have no sequence, no word
-    and the offsets (0, 0).
+    Offsets count characters of a str and bytes of a bytes object; each byte of a character has the offsets of the
+    whole character. Words are those of the byte-level pre-tokenizer (about: runs of letters, of digits, of other
+    signs), or the given ones with `is_split_into_words=True`. Padding, and the special tokens put around a text, have no
+    sequence, no word and the offsets (0, 0).
     """
 
     def __init__(self, parts: list[_Part], plan: EncodePlan):
@@ -326,7 +327,7 @@ class BltEncoding:
         return sum(self._padding) + sum(part.stop - part.start for part in self._parts)
 
     def __repr__(self) -> str:
-        return f"BltEncoding(num_tokens={len(self)}, n_sequences={self.n_sequences}, overflowing={len(self.overflowing)})"
+        return f"BltEncoding(num_tokens={len(self)}, n_sequences={self.n_sequences})"
 
     ids = property(lambda self: self.column("input_ids").tolist())
     type_ids = property(lambda self: self.column("token_type_ids").tolist())
@@ -450,7 +451,9 @@ def _check_rectangular(lengths: Sequence[int] | np.ndarray) -> None:
         )
 
 
-def encode_batch(items: list, plan: EncodePlan, names: Sequence[str], as_arrays: bool) -> tuple[dict, Sequence, list[int]]:
+def encode_batch(
+    items: list, plan: EncodePlan, names: Sequence[str], as_arrays: bool
+) -> tuple[dict, Sequence[BltEncoding], list[int]]:
     """Encode texts, or tuples of one or two, to the columns `names` of a `BatchEncoding`.
 
     Returns:
@@ -480,7 +483,7 @@ def encode_batch(items: list, plan: EncodePlan, names: Sequence[str], as_arrays:
 
 
 def _plain_bytes(texts: list, plan: EncodePlan) -> tuple[list[bytes], bool] | None:
-    """The bytes of each text, truncated, and whether all of them are UTF-8; None if a pair or an added token occurs."""
+    """The bytes of each text, truncated, and whether all are UTF-8; None if a pair or an added token occurs."""
     kinds = {*map(type, texts)}
     if tuple in kinds:
         return None
@@ -495,7 +498,8 @@ def _plain_bytes(texts: list, plan: EncodePlan) -> tuple[list[bytes], bool] | No
             return None
     elif any(plan.added_in(text, row) for text, row in zip(texts, data)):
         return None
-    if plan.max_length is not None and max(map(len, data), default=0) + len(plan.bos) + len(plan.eos) > plan.max_length:
+    longest = max(map(len, data), default=0) + len(plan.bos) + len(plan.eos)
+    if plan.max_length is not None and longest > plan.max_length:
         kept = (plan.windows(len(row), plan.room([len(row)])[0])[0] for row in data)
         data = [row[start:stop] for row, (start, stop) in zip(data, kept)]
     return data, is_utf8

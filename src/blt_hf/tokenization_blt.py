@@ -1,8 +1,8 @@
 """Tokenizer of the Byte Latent Transformer: id = byte + 4, and four special ids.
 
-`BltTokenizer` is a fast tokenizer of transformers. It keeps a `tokenizers` backend (a byte-level BPE without merges) that
-it saves as `tokenizer.json`, so that its files load in a plain transformers with the same ids. Texts themselves do not go
-through the backend: bytes are ids already, and `encoding_blt` shifts them a hundred times faster.
+`BltTokenizer` is a fast tokenizer of transformers. It keeps a `tokenizers` backend (a byte-level BPE without merges)
+and saves it as `tokenizer.json`, so that its files load in a plain transformers with the same ids. Texts themselves do
+not go through the backend: bytes are ids already, and `encoding_blt` shifts them a hundred times faster.
 """
 
 import codecs
@@ -22,21 +22,20 @@ from .encoding_blt import BYTE_OFFSET, BYTE_SYMBOLS, VOCAB_SIZE, AddedTokens, En
 
 SPECIAL_NAMES = ("<boe>", "<s>", "</s>", "<bpe>")  # ids 0 to 3
 
-# `assistant: ` closes a prompt and `</s>` closes an answer, so a prompt that waits for an answer never ends with EOS.
-# What is inside `generation` (the answer and its EOS) is what `return_assistant_tokens_mask` marks.
+# A prompt ends with `assistant: ` and an answer with EOS, so nothing that waits for an answer ends with EOS. What is in
+# `generation`, the answer and its EOS, is what `return_assistant_tokens_mask` marks.
 DEFAULT_CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- if tools or documents -%}
-    {{- raise_exception("The default chat template of BltTokenizer has no place for `tools` or `documents`; set `tokenizer.chat_template`.") -}}
+    {{- raise_exception("BltTokenizer's default chat template has no place for tools or documents") -}}
 {%- endif -%}
 {%- for message in messages -%}
+    {%- set content = message['content'] or '' -%}
     {%- if message['tool_calls'] -%}
-        {{- raise_exception("The default chat template of BltTokenizer has no place for `tool_calls`; set `tokenizer.chat_template`.") -}}
+        {{- raise_exception("BltTokenizer's default chat template has no place for tool calls") -}}
     {%- endif -%}
-    {%- if message['content'] is string -%}
-        {%- set content = message['content'] -%}
-    {%- else -%}
-        {%- set content = (message['content'] or []) | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}
+    {%- if content is not string -%}
+        {%- set content = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}
     {%- endif -%}
     {%- if not loop.first -%}{{- '\\n\\n' -}}{%- endif -%}
     {{- message['role'] + ': ' -}}
@@ -47,7 +46,7 @@ DEFAULT_CHAT_TEMPLATE = """\
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '\\n\\nassistant: ' -}}{%- endif -%}
-"""  # fmt: skip
+"""
 
 _UNSHIFT = bytes((byte - BYTE_OFFSET) % 256 for byte in range(256))
 _BYTE_IDS = bytes(range(BYTE_OFFSET, 256))  # those that fit in a byte
@@ -102,13 +101,14 @@ def _check_encode_arguments(padding_side, truncation_side, max_length, stride, p
     for name, value in (("padding_side", padding_side), ("truncation_side", truncation_side)):
         if value not in ("left", "right"):
             raise ValueError(f"`{name}` must be 'left' or 'right'; got {value!r}.")
-    for name, value, least in (("max_length", max_length, 0), ("stride", stride, 0), ("pad_to_multiple_of", pad_to_multiple_of, 1)):
+    at_least = {"max_length": (max_length, 0), "stride": (stride, 0), "pad_to_multiple_of": (pad_to_multiple_of, 1)}
+    for name, (value, least) in at_least.items():
         if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
             raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
 
 
 def _as_items(text, text_pair, is_split_into_words: bool) -> tuple[list, bool]:
-    """What was passed as texts, and as tuples of one or two where there are pairs or words; and whether it is a batch."""
+    """The texts, as tuples of one or two where there are pairs or words, and whether they came as a batch."""
     listed = (list, tuple)
     batched = isinstance(text, listed) and (not is_split_into_words or (len(text) > 0 and isinstance(text[0], listed)))
     if not batched:
@@ -136,8 +136,8 @@ class BltTokenizer(PreTrainedTokenizerFast):
     """Tokenizer of the Byte Latent Transformer: each byte of the text is one token, id = byte + 4.
 
     Takes `str` and `bytes`, single or in lists; every byte string comes back unchanged (`decode_bytes`), and every str
-    too (`decode`). Added tokens such as `"</s>"` are found in a str unless `split_special_tokens=True`; in `bytes`, which
-    are data, only with an explicit `split_special_tokens=False`.
+    too (`decode`). Special tokens such as `"</s>"` are found in a str unless `split_special_tokens=True`; in `bytes`,
+    which are data, no added token is found unless the call says `split_special_tokens=False`.
 
     Args:
         errors: what `decode` does with bytes that are no UTF-8, as in `bytes.decode`.
@@ -153,9 +153,9 @@ class BltTokenizer(PreTrainedTokenizerFast):
 
     Example: `BltTokenizer()("hé").input_ids` is `[1, 108, 199, 173]`.
 
-    Files on the Hub that this class did not write (they have no `errors` in `tokenizer_config.json`) may ask for EOS after
-    every text and name tokens beyond the 260 rows of the embedding: there `add_eos_token` counts only when the caller
-    passes it, an unknown `unk_token` is dropped and an unknown `pad_token` becomes id 0.
+    Files that this class did not write (they have no `errors` in `tokenizer_config.json`) may ask for EOS after every
+    text and name tokens beyond the 260 rows of the embedding. There `add_eos_token` counts only when the caller passes
+    it, an `unk_token` beyond the 260 is dropped and a `pad_token` beyond them becomes id 0.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
@@ -176,7 +176,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         tokenizer_file: str | os.PathLike | None = None,
         **kwargs,
     ):
-        self._added = None
+        self._added = None  # (size of the vocabulary, AddedTokens)
         self._errors = _check_errors(errors)
         backend = kwargs.pop("tokenizer_object", None)
         if kwargs.pop("merges", None):
@@ -209,64 +209,54 @@ class BltTokenizer(PreTrainedTokenizerFast):
             **kwargs,
         )
 
-    # Loading and saving
-
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files, *args, **kwargs):
         config = {}
         if (path := resolved_vocab_files.get("tokenizer_config_file")) is not None:
             with open(path, encoding="utf-8") as reader:
                 config = json.load(reader)
-        facts = {
-            "written_here": "errors" in config,
-            "asks_for": {key: config[key] for key in ("add_bos_token", "add_eos_token") if key in config},
-            "passed": tuple(kwargs),
-        }
-        return super()._from_pretrained(resolved_vocab_files, *args, _file_facts=facts, **kwargs)
+        asked = {key: config[key] for key in ("add_bos_token", "add_eos_token") if key in config}
+        # What `convert_to_native_format` can no longer tell once the file and the caller's arguments are merged
+        origin = {"written_here": "errors" in config, "file_asks": asked, "caller_passed": tuple(kwargs)}
+        return super()._from_pretrained(resolved_vocab_files, *args, _origin=origin, **kwargs)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
-        """Turn a `tokenizer.json` into a backend. Called by `from_pretrained` with all that goes to `__init__`."""
-        facts = kwargs.pop("_file_facts", {"written_here": True, "asks_for": {}, "passed": tuple(kwargs)})
-        path = kwargs.pop("tokenizer_file", None)
-        spec = None
-        if path is not None:
+        """Turn a `tokenizer.json` into a backend. `from_pretrained` passes all that is to go to `__init__`."""
+        origin = kwargs.pop("_origin", {"written_here": True, "file_asks": {}, "caller_passed": tuple(kwargs)})
+        spec, vocab = None, dict(zip(SPECIAL_NAMES, range(BYTE_OFFSET)))
+        if (path := kwargs.pop("tokenizer_file", None)) is not None:
             with open(path, encoding="utf-8") as reader:
                 spec = json.load(reader)
+            names = {index: name for name, index in vocab.items()}
             vocab = spec.get("model", {}).get("vocab")
             _check_byte_vocabulary(vocab if isinstance(vocab, dict) else {}, f"`{path}`")
-            for index in sorted({*range(BYTE_OFFSET)} - {*vocab.values()}):
-                vocab[SPECIAL_NAMES[index]] = index
-        else:
-            vocab = dict(zip(SPECIAL_NAMES, range(BYTE_OFFSET)))
+            vocab.update({names[index]: index for index in names.keys() - {*vocab.values()}})
 
-        written = facts["asks_for"]
-        if spec is not None and (spec.get("post_processor") or {}).get("type") == "TemplateProcessing":
-            in_template = {index for token in spec["post_processor"]["special_tokens"].values() for index in token["ids"]}
-            written = {"add_bos_token": 1 in in_template, "add_eos_token": 2 in in_template}
-        if not facts["written_here"]:
-            written = {**written, "add_eos_token": False}
-        kwargs.update({key: value for key, value in written.items() if key not in facts["passed"]})
-
-        if not facts["written_here"]:
-            cls._drop_tokens_without_embedding(kwargs, facts["passed"], vocab, spec)
+        settings = origin["file_asks"]
+        if spec is not None and "single" in (spec.get("post_processor") or {}):
+            pieces = ["Sequence" in piece for piece in spec["post_processor"]["single"]]
+            settings = {"add_bos_token": not pieces[0], "add_eos_token": not pieces[-1]}
+        if not origin["written_here"]:
+            settings = {**settings, "add_eos_token": False}
+            cls._drop_tokens_beyond(kwargs, origin["caller_passed"], vocab, spec)
+        kwargs |= {key: value for key, value in settings.items() if key not in origin["caller_passed"]}
         if spec is not None:
             kwargs["tokenizer_object"] = Tokenizer.from_str(json.dumps(spec))
         return kwargs
 
     @staticmethod
-    def _drop_tokens_without_embedding(kwargs, passed, vocab, spec):
-        """Forget an `unk_token` or `pad_token` beyond the 260 rows, unless tokens after it need their ids kept."""
-        beyond = {str(kwargs[key]) for key in ("unk_token", "pad_token") if key not in passed and kwargs.get(key)}
-        beyond -= vocab.keys()
-        if {token["content"] for token in (spec or {}).get("added_tokens", []) if token["id"] >= VOCAB_SIZE} <= beyond:
-            for key, replacement in (("unk_token", None), ("pad_token", next(n for n, i in vocab.items() if i == 0))):
-                if key not in passed and str(kwargs.get(key)) in beyond:
-                    kwargs[key] = replacement
+    def _drop_tokens_beyond(kwargs: dict, caller_passed: tuple, vocab: Mapping[str, int], spec: dict | None) -> None:
+        """Forget an `unk_token` or `pad_token` that has no row of the 260, unless other tokens follow it."""
+        named = {key: str(kwargs[key]) for key in ("unk_token", "pad_token") if kwargs.get(key)}
+        dropped = {key: name for key, name in named.items() if key not in caller_passed and name not in vocab}
+        added = spec["added_tokens"] if spec is not None else []
+        if {token["content"] for token in added if token["id"] >= VOCAB_SIZE} <= {*dropped.values()}:
+            pad = next(name for name, index in vocab.items() if index == 0)
+            kwargs |= {key: pad if key == "pad_token" else None for key in dropped}
+            added[:] = [token for token in added if token["content"] not in dropped.values()]
             decoder = kwargs.get("added_tokens_decoder") or {}
-            kwargs["added_tokens_decoder"] = {i: token for i, token in decoder.items() if str(token) not in beyond}
-            if spec is not None:
-                spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in beyond]
+            kwargs["added_tokens_decoder"] = {i: t for i, t in decoder.items() if str(t) not in dropped.values()}
 
     def _save_pretrained(self, *args, **kwargs):
         self.update_post_processor()  # the names of BOS and EOS may have changed since
@@ -278,8 +268,6 @@ class BltTokenizer(PreTrainedTokenizerFast):
 
     def train_new_from_iterator(self, *args, **kwargs):
         raise NotImplementedError("A BLT reads bytes: its vocabulary is fixed and there is nothing to train.")
-
-    # Vocabulary
 
     @property
     def errors(self) -> str:
@@ -293,7 +281,8 @@ class BltTokenizer(PreTrainedTokenizerFast):
     def _add_tokens(self, new_tokens, special_tokens=False) -> int:
         for token in map(str, new_tokens):
             if token in _SYMBOL_BYTES and not token.isascii():
-                raise ValueError(f"{token!r} cannot be added: it names byte 0x{_SYMBOL_BYTES[token][0]:02X} in the vocabulary.")
+                byte = _SYMBOL_BYTES[token][0]
+                raise ValueError(f"{token!r} cannot be added: it is the name of byte 0x{byte:02X} in the vocabulary.")
         self._added = None
         return super()._add_tokens(new_tokens, special_tokens=special_tokens)
 
@@ -311,8 +300,6 @@ class BltTokenizer(PreTrainedTokenizerFast):
         bos, eos = [1] * bool(self.add_bos_token), [1] * bool(self.add_eos_token)
         texts = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
         return [value for ids in texts for value in (*bos, *[0] * len(ids), *eos)]
-
-    # Encoding
 
     def __call__(self, text=None, *args, **kwargs) -> BatchEncoding:
         """As in every tokenizer of transformers; texts may be `bytes` as well. Unknown arguments are an error."""
@@ -345,12 +332,12 @@ class BltTokenizer(PreTrainedTokenizerFast):
         split_special_tokens: bool | None = None,
         **kwargs,
     ) -> BatchEncoding:
-        call = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
+        arguments = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
         sanitize = kwargs.pop("sanitize_control_tokens", False)
         _reject_unknown(kwargs.keys() - {"src_lang", "tgt_lang"}, "__call__")  # clients pass languages to every tokenizer
         if sanitize or self._tokenizer.normalizer is not None:
-            result = super()._encode_plus(**call, sanitize_control_tokens=sanitize)
-            self._tokenizer.no_truncation()
+            result = super()._encode_plus(**arguments, sanitize_control_tokens=sanitize)
+            self._tokenizer.no_truncation()  # the backend would remember, and save, what this call asked for
             self._tokenizer.no_padding()
             return result
 
@@ -404,8 +391,6 @@ class BltTokenizer(PreTrainedTokenizerFast):
         is_pair = bool(items) and isinstance(items[0], tuple) and len(items[0]) == 2
         return BatchEncoding(columns, rows, None if as_arrays else tensor_type, n_sequences=1 + is_pair)
 
-    # Decoding
-
     def decode_bytes(self, token_ids, skip_special_tokens: bool = True) -> bytes | list[bytes]:
         """The raw bytes of one sequence of ids, or a list of them for a batch.
 
@@ -421,8 +406,10 @@ class BltTokenizer(PreTrainedTokenizerFast):
             token_ids = token_ids.detach().cpu().numpy()
         if not isinstance(token_ids, (list, tuple)):
             token_ids = np.atleast_1d(token_ids)
-        if len(token_ids) and np.ndim(token_ids[0]):
-            return [self._join_bytes(row, skip_special_tokens) for row in token_ids]
+        first = token_ids[0] if len(token_ids) else 0
+        if isinstance(first, (list, tuple)) or getattr(first, "ndim", 0):
+            rows = (row.detach().cpu().numpy() if hasattr(row, "detach") else row for row in token_ids)
+            return [self._join_bytes(row, skip_special_tokens) for row in rows]
         return self._join_bytes(token_ids, skip_special_tokens)
 
     def _join_bytes(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool) -> bytes:

@@ -8,11 +8,11 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from transformers.models.blt import modeling_blt as in_tree
 from transformers.models.blt.configuration_blt import BltConfig as InTreeConfig
 
 from blt_hf import BltConfig, BltForCausalLM, BltModel, BltPatcher
+from conftest import make_model, tiny_config
 
 
 # Local windows came into the in-tree class after 5.17; before, all its attention is full.
@@ -200,7 +200,9 @@ def test_gradients(rule, tmp_path):
     torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=1e-5)
     assert set(gradients) == set(expected) and gradients
     for name in expected:
-        torch.testing.assert_close(gradients[name], expected[name], atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradients[name], expected[name], atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_tied_embeddings(tmp_path):

@@ -22,7 +22,8 @@ from blt_hf.tokenization_blt import BltTokenizer
 from conftest import tiny_config
 
 
-TINY_MODELS = Path(tempfile.mkdtemp(prefix="blt-tiny-models-"))
+_folder = tempfile.TemporaryDirectory(prefix="blt-tiny-models-")
+TINY_MODELS = Path(_folder.name)
 os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = str(TINY_MODELS)
 
 MODEL_CLASSES = (
@@ -275,6 +276,11 @@ PATCHER_SKIPS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def summary(request):
+    request.config.pluginmanager.register(suites.Summary(__file__))
+
+
 class _OurRules:
     """What our runs of the suites share."""
 
@@ -300,6 +306,15 @@ class _OurRules:
 
         with mock.patch.object(inspect, "getfile", getfile):
             super().test_can_init_all_missing_weights()
+
+    def test_can_capture_specific_layers_hidden_states(self):
+        test = super().test_can_capture_specific_layers_hidden_states
+        if "assertIsNone" not in inspect.getsource(test):
+            raise unittest.SkipTest(
+                "indices leave the embeddings out in this transformers; with a BLT, as in later releases, they count "
+                "the states that `output_hidden_states=True` returns"
+            )
+        test()
 
     def test_retain_grad_hidden_states_attentions(self):
         # States of padded rows are returned in the caller's columns, and computed in others.
