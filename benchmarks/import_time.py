@@ -1,7 +1,7 @@
 """Time to import blt_hf and its names, against importing the same names from transformers.
 
-Each measurement is a fresh interpreter; the two sides alternate, so that what else the machine does hits both. Goal: at
-most 1.3 times the time.
+Each measurement is a fresh interpreter; the two sides alternate, so that what else the machine does hits both. Goal:
+at most 1.3 times the time.
 
     python benchmarks/import_time.py --rounds 15
 """

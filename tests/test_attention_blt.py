@@ -320,7 +320,7 @@ def test_padding_and_documents_stay_linear(packed):
 
 
 def test_cross_attention_never_sees_bytes_times_patches():
-    """One patch a byte is the worst case for a [bytes x patches] mask; only the global transformer may be quadratic."""
+    """One patch a byte is the worst case for a [bytes x patches] mask; only the global part may be quadratic."""
     config = tiny_config(patching_mode="byte", local_attention_window_len=8)
     torch.manual_seed(0)
     model = BltForCausalLM(config).train()

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from transformers.models.blt import modeling_blt as in_tree_blt
 from typer.testing import CliRunner
 
-from blt_hf import BltConfig, BltForCausalLM, convert
+from blt_hf import BltConfig, BltForCausalLM, convert, convert_arguments, convert_files
 from blt_hf.cli import app
 from blt_hf.convert import (
     config_from_meta_args,
@@ -158,14 +158,14 @@ def test_every_argument_of_metas_is_read_or_has_a_reason_not_to_be():
     def outcome(args):
         files = {"args": args, "train_args": None, "entropy_params": None}
         try:
-            patcher_args, notes = convert._choose_patcher_args(files, "args")
+            patcher_args, notes = convert_arguments.choose_patcher_args(files, "args")
             config, more_notes = config_from_meta_args(args, patcher_args, ENTROPY_ARGS)
             return config.to_dict(), notes + more_notes
         except ValueError as error:
             return str(error)
 
     def changed(args, key):
-        value = {**convert._MODEL_DEFAULTS, **args}[key]
+        value = {**convert_arguments._MODEL_DEFAULTS, **args}[key]
         if key in other:
             value = other[key]
         elif isinstance(value, bool):
@@ -174,10 +174,10 @@ def test_every_argument_of_metas_is_read_or_has_a_reason_not_to_be():
             value = "other" if isinstance(value, str) else (value or 0) + 1
         return outcome(args | {key: value}) != outcome(args)
 
-    ignored = set(" ".join(convert._MODEL_IGNORED.values()).split())
-    assert len(convert._MODEL_DEFAULTS) == 101
-    assert set(convert._MODEL_CHECKED) <= convert._MODEL_DEFAULTS.keys() - ignored
-    for key in convert._MODEL_DEFAULTS:
+    ignored = set(" ".join(convert_arguments._MODEL_IGNORED.values()).split())
+    assert len(convert_arguments._MODEL_DEFAULTS) == 101
+    assert set(convert_arguments._MODEL_CHECKED) <= convert_arguments._MODEL_DEFAULTS.keys() - ignored
+    for key in convert_arguments._MODEL_DEFAULTS:
         assert (changed(base, key) or changed(entropy_base, key)) == (key not in ignored), key
 
 
@@ -377,7 +377,7 @@ def test_checkpoint_is_complete(source, tmp_path):
 
 def test_pieces_smaller_than_a_tensor_change_nothing(source, tmp_path, monkeypatch):
     whole = all_tensors(convert_meta_checkpoint(source, tmp_path / "whole"))
-    monkeypatch.setattr(convert, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(convert_files, "_CHUNK_BYTES", 100)
     pieces = all_tensors(convert_meta_checkpoint(source, tmp_path / "pieces"))
     back = load_file(export_meta_checkpoint(tmp_path / "pieces", tmp_path / "back") / "model.safetensors")
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
@@ -597,7 +597,7 @@ def test_existing_folders(source, tmp_path):
 
 
 def test_a_full_disk_is_told_before_anything_is_written(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(convert_files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(ValueError, match="GB are needed"):
         convert_meta_checkpoint(source, tmp_path / "out")
 
@@ -734,7 +734,7 @@ def test_a_model_made_here_goes_to_meta_and_back(tmp_path):
     native = make_native(tmp_path)
     meta = export_meta_checkpoint(native, tmp_path / "meta")
     args = read_json(meta / "config.json")["args"]
-    assert set(args) == set(convert._MODEL_DEFAULTS)
+    assert set(args) == set(convert_arguments._MODEL_DEFAULTS)
     assert args["attn_bias_type"] == "block_causal" and args["cross_attn_encoder"] is True
     assert read_json(meta / "train_args.json")["model"] == args
     back = convert_meta_checkpoint(meta, tmp_path / "back")

@@ -65,6 +65,7 @@ def saved(model, tmp_path_factory) -> pathlib.Path:
     with torch.no_grad():
         torch.save(
             {
+                "source": TEXT,
                 "ids": ids,
                 "lm": model(ids).logits,
                 "base": model.model(ids).last_hidden_state,
@@ -99,6 +100,7 @@ import json, os, pathlib, torch
 folder = pathlib.Path(sys.argv[1])
 expected = torch.load(folder / "expected.pt")
 ids = expected["ids"]
+TEXT = expected["source"]
 
 def same(actual, name):
     torch.testing.assert_close(actual, expected[name], atol=1e-4, rtol=1e-4)
@@ -149,11 +151,12 @@ with torch.no_grad():
         seen[f"{auto_class.__name__} {name}"] = type(model).__name__
     model, tokenizer = load(AutoModelForCausalLM, "lm"), load(AutoTokenizer, "lm")
     assert type(model.config).__module__.startswith("transformers_modules.")
-    assert tokenizer("%(text)s", return_tensors="pt").input_ids.tolist() == ids.tolist()
-    assert model.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None).tolist() == expected["text"].tolist()
+    assert tokenizer(TEXT, return_tensors="pt").input_ids.tolist() == ids.tolist()
+    generated = model.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None)
+    assert generated.tolist() == expected["text"].tolist()
     writer = pipeline("text-generation", model=str(folder / "lm"), trust_remote_code=True)
     seen["pipeline"] = type(writer.model).__name__
-    text = writer("%(text)s", max_new_tokens=10, do_sample=False, eos_token_id=None, return_full_text=False)
+    text = writer(TEXT, max_new_tokens=10, do_sample=False, eos_token_id=None, return_full_text=False)
     seen["text"] = text[0]["generated_text"]
     # Saving there ships the code again.
     model.save_pretrained(folder / "again")
@@ -162,7 +165,7 @@ with torch.no_grad():
     same(model(ids).logits, "lm")
     seen["again"] = sorted(path.name for path in (folder / "again").glob("*.py"))
 print(json.dumps(seen))
-""" % {"text": TEXT}
+"""
 
 
 def test_remote_code_without_the_package(saved, model):
@@ -185,11 +188,11 @@ with torch.no_grad():
 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "lm")
 print(json.dumps({
     "difference": float((logits - expected["lm"]).abs().max()),
-    "ids": tokenizer("%(text)s").input_ids,
+    "ids": tokenizer(TEXT).input_ids,
     "text": tokenizer.decode(ids[0], skip_special_tokens=True),
     "tokenizer": type(tokenizer).__module__,
 }))
-""" % {"text": TEXT}
+"""
 
 
 def test_plain_transformers_loads_it(saved):

@@ -584,10 +584,8 @@ def gradients_of(model, ids, **kwargs):
 def test_gradient_checkpointing_changes_nothing(part, use_reentrant, padded):
     _, ids, mask = padded
     config = tiny_config(encoder_config={"num_hidden_layers": 2, "cross_attn_all_layers": True})
-    if part == "patcher":
-        model = make_model(config.patcher_config, BltPatcher).train()
-    else:
-        model = make_model(config).train()
+    parts = {"model": (config, BltForCausalLM), "patcher": (config.patcher_config, BltPatcher)}
+    model = make_model(*parts[part]).train()
     labels = ids.masked_fill(mask == 0, -100)
     model.zero_grad()
     results = []

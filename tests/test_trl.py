@@ -1,4 +1,4 @@
-"""TRL on a BLT and its tokenizer: fine-tuning on conversations, preferences and rewards, from Python and from the shell."""
+"""TRL on a BLT and its tokenizer: conversations, preferences and rewards, from Python and from the shell."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -35,7 +37,7 @@ ARGUMENTS = {
 }
 SFT = {
     "assistant_only": {"assistant_only_loss": True},
-    "padding_free": {"padding_free": True},
+    "padding_free": {"padding_free": True, "max_length": None},
     "packing": {"packing": True, "max_length": 128},
     "packing_wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 64},
     "no_checkpointing": {"gradient_checkpointing": False},
@@ -156,10 +158,8 @@ def test_sft_from_the_shell(model_folder, use_lora, tmp_path):
     (tmp_path / "data").mkdir()
     lines = [json.dumps(row) for row in CONVERSATIONS]
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
-    # No site directory of this package: the code comes from the model's folder.
-    hide = "import sys; sys.modules['blt_hf'] = None; from trl.cli import main; main()"
     result = subprocess.run(
-        [sys.executable, "-c", hide, "sft", "--model_name_or_path", model_folder, "--trust_remote_code"]
+        [sys.executable, "-m", "trl.cli", "sft", "--model_name_or_path", model_folder, "--trust_remote_code"]
         + ["--dataset_name", str(tmp_path / "data"), "--assistant_only_loss", "--output_dir", str(tmp_path / "out")]
         + ["--max_steps", "2", "--use_cpu", "--bf16", "False", "--report_to", "none", "--logging_steps", "1"]
         + (["--use_peft", "--lora_target_modules", "all-linear"] if use_lora else []),
@@ -170,11 +170,13 @@ def test_sft_from_the_shell(model_folder, use_lora, tmp_path):
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     assert "'loss'" in result.stdout
+    assert "transformers/models/blt" not in result.stderr  # no warning of the in-tree class
     if use_lora:
-        from safetensors import safe_open
-
         with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as adapter:
-            assert not any("patcher" in name for name in adapter.keys())
+            assert not any("patcher" in name for name in adapter.keys())  # noqa: SIM118
     else:
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        before, after = (load_file(f"{folder}/model.safetensors") for folder in (model_folder, tmp_path / "out"))
+        for name, weight in before.items():
+            assert torch.equal(weight, after[name]) == ("patcher" in name), name
+        assert (tmp_path / "out" / "modeling_blt.py").exists()  # our class has saved it
     AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)

@@ -1,6 +1,6 @@
 """Draws `patches.png`: how hard each byte of a sentence is to guess, and the patches that follow from it.
 
-    python docs/images/patches.py [MODEL]        # MODEL: a BLT, by default what the quickstart leaves behind
+python docs/images/patches.py [MODEL]        # MODEL: a BLT, by default what the quickstart leaves behind
 """
 
 import sys

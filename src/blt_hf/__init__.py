@@ -6,8 +6,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
 )
 
+from .cache_blt import BltCache
 from .configuration_blt import (
     BltConfig,
     BltGlobalTransformerConfig,
@@ -22,6 +24,23 @@ from .modeling_blt import (
     BltModel,
     BltPatcher,
 )
+from .tokenization_blt import BltTokenizer
+
+
+__all__ = [
+    "BltCache",
+    "BltConfig",
+    "BltForCausalLM",
+    "BltForSequenceClassification",
+    "BltForTokenClassification",
+    "BltGlobalTransformerConfig",
+    "BltLocalDecoderConfig",
+    "BltLocalEncoderConfig",
+    "BltModel",
+    "BltPatcher",
+    "BltPatcherConfig",
+    "BltTokenizer",
+]
 
 
 def _register() -> None:
@@ -39,6 +58,8 @@ def _register() -> None:
     AutoModelForCausalLM.register(BltPatcherConfig, BltPatcher, exist_ok=True)
     AutoModelForSequenceClassification.register(BltConfig, BltForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(BltConfig, BltForTokenClassification, exist_ok=True)
+    for config_class in (BltConfig, BltPatcherConfig):
+        AutoTokenizer.register(config_class, fast_tokenizer_class=BltTokenizer, exist_ok=True)
 
     # Makes `save_pretrained` ship the code, for processes that do not have this package.
     for config_class in (BltConfig, BltPatcherConfig):
@@ -51,6 +72,7 @@ def _register() -> None:
         ("AutoModelForTokenClassification", BltForTokenClassification),
     ):
         model_class.register_for_auto_class(auto_class)
+    BltTokenizer.register_for_auto_class("AutoTokenizer")
 
 
 _register()

@@ -1,7 +1,7 @@
 """Checkpoints travel between transformers' in-tree class and ours, in both directions, with equal logits (law 2).
 
-The in-tree class is called with `use_cache=False`, the only mode in which it runs, and with right padding, the only side
-on which it is right. It splits no text at its documents and has no rule but entropy thresholds and single bytes.
+The in-tree class is called with `use_cache=False`, the only mode in which it runs, and with right padding, the only
+side on which it is right. It splits no text at its documents and has no rule but entropy thresholds and single bytes.
 """
 
 import json

@@ -295,6 +295,7 @@ class _OurRules:
     def setUp(self):
         self.model_tester = self.model_tester_class()
         self.config_tester = ConfigTester(self, config_class=type(self.model_tester.get_config()))
+        common.global_rng.seed(0)  # inputs do not depend on which tests ran before
 
     def test_config(self):
         self.config_tester.run_common_tests()
@@ -346,6 +347,13 @@ class BltSuite(
     test_all_params_have_gradient = "frozen" in inspect.getsource(
         common.ModelTesterMixin.check_training_gradient_checkpointing
     )
+
+    def setUp(self):
+        super().setUp()
+        if "_fp16_" in self._testMethodName or "_bf16_" in self._testMethodName:
+            # Kernels differ by more, in half precision, than some entropy differs from the threshold: they are compared
+            # on patches that do not hang on it. (`PatcherSuite` compares them in the entropy model.)
+            self.model_tester = BltTester(patching_mode="static", patch_size=3)
 
     def test_attention_outputs(self):
         # The model and the language model return the states of three stacks, the classifiers those of the last one.
