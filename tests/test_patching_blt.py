@@ -204,6 +204,14 @@ def test_positions_that_restart_begin_a_text(rule, texts):
         start += len(text)
 
 
+def test_space_patches_of_every_pair_of_ids():
+    """The edges of each class of bytes, specials and ids that were added included."""
+    pairs = [[1, first, second] for first in range(262) for second in range(262)]
+    lengths = compute_patch_lengths(PatchingRule(mode="space"), torch.tensor(pairs))
+    expected = [oracle_patch_lengths(PatchingRule(mode="space"), ids, []) for ids in pairs]
+    assert trimmed(lengths) == expected
+
+
 @pytest.mark.parametrize(
     "text, patches",
     [

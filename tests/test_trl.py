@@ -159,7 +159,7 @@ def test_sft_from_the_shell(model_folder, use_lora, tmp_path):
     lines = [json.dumps(row) for row in CONVERSATIONS]
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
     result = subprocess.run(
-        [sys.executable, "-m", "trl.cli", "sft", "--model_name_or_path", model_folder, "--trust_remote_code"]
+        [sys.executable, "-m", "trl.cli.main", "sft", "--model_name_or_path", model_folder, "--trust_remote_code"]
         + ["--dataset_name", str(tmp_path / "data"), "--assistant_only_loss", "--output_dir", str(tmp_path / "out")]
         + ["--max_steps", "2", "--use_cpu", "--bf16", "False", "--report_to", "none", "--logging_steps", "1"]
         + (["--use_peft", "--lora_target_modules", "all-linear"] if use_lora else []),

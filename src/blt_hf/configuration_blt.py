@@ -318,6 +318,10 @@ class BltConfig(PreTrainedConfig):
                 setattr(self, name, config_class.from_dict(component.to_dict()))
         self.encoder_hash_byte_group_size = self.encoder_hash_byte_group_size or [3, 4, 5, 6, 7, 8]
         self.encoder_config.sliding_window = self.local_attention_window_len
+        _check(
+            self.cross_attn_k is not None and self.cross_attn_k >= 1,
+            f"`cross_attn_k` must be at least 1 latent a patch; got {self.cross_attn_k}.",
+        )
         pooled_size = self.encoder_config.hidden_size * self.cross_attn_k
         self.global_config.encoder_cross_output_size = (
             pooled_size if pooled_size != self.global_config.hidden_size else None
@@ -400,6 +404,14 @@ class BltConfig(PreTrainedConfig):
             self.max_patch_length is None or self.max_patch_length >= 1,
             f"`max_patch_length` must be None or at least 1 byte; got {self.max_patch_length}.",
         )
+
+    def __setattr__(self, name, value):
+        # Resizing a model's embeddings sets `vocab_size` here only; files hold the size in these parts as well.
+        if name == "vocab_size":
+            for part in (self.__dict__.get("encoder_config"), self.__dict__.get("decoder_config")):
+                if isinstance(part, PreTrainedConfig) and part.vocab_size == self.vocab_size:
+                    part.vocab_size = value
+        super().__setattr__(name, value)
 
     @property
     def uses_patcher(self) -> bool:

@@ -1,9 +1,9 @@
 """From text to rows of ids, and back to the characters that each id came from.
 
-`encode_batch` takes one of two ways. The short one serves what models are fed with, `input_ids` and `attention_mask` of
-texts without added tokens: the bytes of the whole batch are shifted at once and no object is made for a row. The long
-one makes a `BltEncoding` for each row, which answers what `tokenizers.Encoding` answers, each thing when it is asked.
-The rows of the short way are made in the same manner when somebody looks at them (`LazyEncodings`).
+`encode_batch` takes one of two ways. The short one serves what models are fed with, `input_ids` and `attention_mask`
+of texts without added tokens: the bytes of the whole batch are shifted at once and no object is made for a row. The
+long one makes a `BltEncoding` for each row, which answers what `tokenizers.Encoding` answers, each thing when it is
+asked. The rows of the short way are made in the same manner when somebody looks at them (`LazyEncodings`).
 """
 
 import os
@@ -288,8 +288,8 @@ class BltEncoding:
 
     Offsets count characters of a str and bytes of a bytes object; each byte of a character has the offsets of the
     whole character. Words are those of the byte-level pre-tokenizer (about: runs of letters, of digits, of other
-    signs), or the given ones with `is_split_into_words=True`. Padding, and the special tokens put around a text, have no
-    sequence, no word and the offsets (0, 0).
+    signs), or the given ones with `is_split_into_words=True`. Padding, and the special tokens put around a text, have
+    no sequence, no word and the offsets (0, 0).
     """
 
     def __init__(self, parts: list[_Part], plan: EncodePlan):
@@ -446,8 +446,8 @@ def _check_rectangular(lengths: Sequence[int] | np.ndarray) -> None:
     shortest, longest = np.min(lengths, initial=2**62), np.max(lengths, initial=0)
     if shortest < longest:
         raise ValueError(
-            f"`return_tensors` needs rows of one length; got lengths from {shortest} to {longest}. Pass `padding=True`, "
-            "and `truncation=True` with `max_length` where rows are too long."
+            f"`return_tensors` needs rows of one length; got lengths from {shortest} to {longest}. Pass "
+            "`padding=True`, and `truncation=True` with `max_length` where rows are too long."
         )
 
 

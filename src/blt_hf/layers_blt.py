@@ -44,14 +44,19 @@ class BltRotaryEmbedding(LlamaRotaryEmbedding):
     """Angles of transformers' rotary embedding, one for each pair of neighbours."""
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What [`rotate_pairs`] multiplies by, `(B or 1, 1, S, D)` each, for positions `(B or 1, S)`.
+        """Cosines and sines `(B or 1, S, D)` for positions `(B or 1, S)`.
 
         Both are in the dtype of `hidden_states`; the sines carry the sign of the rotation.
         """
         cos, sin = super().forward(hidden_states, position_ids)
         half = cos.shape[-1] // 2
-        cos, sin = cos[:, None, :, :half, None], sin[:, None, :, :half, None]
+        cos, sin = cos[..., :half, None], sin[..., :half, None]
         return torch.cat([cos, cos], dim=-1).flatten(-2), torch.cat([-sin, sin], dim=-1).flatten(-2)
+
+    def for_heads(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What [`rotate_pairs`] multiplies by, `(B or 1, 1, S, D)` each."""
+        cos, sin = self(hidden_states, position_ids)
+        return cos[:, None], sin[:, None]
 
 
 def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -237,11 +242,16 @@ def run_layers(
 
 
 class StateTrace:
-    """Hidden states and attention weights of one stack, kept if asked for."""
+    """Hidden states and attention weights of one stack, kept if asked for.
 
-    def __init__(self, hidden_states: bool, attentions: bool):
-        self.hidden_states = () if hidden_states else None
+    Args:
+        hidden_states: whether to keep them, or the indices of those that are returned (the others are None).
+    """
+
+    def __init__(self, hidden_states: bool | list[int], attentions: bool):
+        self.hidden_states = () if hidden_states is not False else None
         self.attentions = () if attentions else None
+        self._indices = None if isinstance(hidden_states, bool) else hidden_states
 
     def add(self, hidden_states: Tensor | None, weights: Tensor | None = None) -> None:
         if self.hidden_states is not None and hidden_states is not None:
@@ -249,12 +259,19 @@ class StateTrace:
         if self.attentions is not None and weights is not None:
             self.attentions += (weights,)
 
+    def selected(self, states: tuple | None) -> tuple | None:
+        """`states` with None in the place of those that were not asked for."""
+        if states is None or self._indices is None:
+            return states
+        kept = {index % len(states) for index in self._indices if -len(states) <= index < len(states)}
+        return tuple(state if index in kept else None for index, state in enumerate(states))
+
     def unpacked(self, chunk, last: Tensor | None = None) -> tuple[tuple | None, tuple | None]:
         """Both, in the caller's columns; `last` replaces the last hidden state (models report it after the norm)."""
         states, weights = self.hidden_states, self.attentions
         if states is not None:
-            states = states if last is None else (*states[:-1], last)
-            states = tuple(chunk.unpack(s) for s in states)
+            states = self.selected(states if last is None else (*states[:-1], last))
+            states = tuple(None if s is None else chunk.unpack(s) for s in states)
         return states, None if not weights else tuple(chunk.unpack_weights(w) for w in weights)
 
 

@@ -26,11 +26,13 @@ from .layers_blt import (
     BltPatchCrossAttention,
     BltRMSNorm,
     BltRotaryEmbedding,
+    BltSelfAttention,
     BltTransformerLayer,
     StateTrace,
     run_layers,
 )
 from .patching_blt import (
+    BYTE_OFFSET,
     PatchingRule,
     entropy_from_logits,
     find_patch_ends,
@@ -41,6 +43,7 @@ from .patching_blt import (
 
 logger = logging.get_logger(__name__)
 
+_BOS_TOKEN_ID = 1
 _NO_PATCH = -(2**31)  # index of the patch that holds a column without a byte
 
 
@@ -137,9 +140,11 @@ class BltPreTrainedModel(PreTrainedModel):
             self.config.auto_map = dict(self._auto_map)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _wants(self, name: str, value: bool | None) -> bool:
-        """An `output_*` argument, or what the config says of it."""
+    def _wants(self, name: str, value: bool | list[int] | None) -> bool | list[int]:
+        """An `output_*` argument, or what the config says of it; hidden states may be chosen by index."""
         value = bool(getattr(self.config, name, False)) if value is None else value
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = [value]
         if value and name == "output_attentions" and self.config._attn_implementation != "eager":
             logger.warning_once(
                 f"`output_attentions=True` needs `attn_implementation='eager'`; it is "
@@ -191,6 +196,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
     config_class = BltPatcherConfig
     config: BltPatcherConfig
     base_model_prefix = ""
+    _can_record_outputs = {"hidden_states": BltTransformerLayer, "attentions": BltSelfAttention}
     _auto_map = {
         "AutoConfig": "configuration_blt.BltPatcherConfig",
         "AutoModelForCausalLM": "modeling_blt.BltPatcher",
@@ -228,7 +234,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         output_patches: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -258,7 +264,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
                 mask_documents=self.config.mask_documents, eos_token_id=self.config.eos_token_id,
             )  # fmt: skip
             inputs_embeds = None if inputs_embeds is None else chunk.pack(inputs_embeds)
-        hidden_states = _embed(self.embed_tokens, chunk.input_ids, inputs_embeds)
+        hidden_states = _embed(self.embed_tokens, input_ids if is_part else chunk.input_ids, inputs_embeds)
         trace = StateTrace(
             self._wants("output_hidden_states", output_hidden_states), self._wants("output_attentions", output_attentions)
         )
@@ -272,7 +278,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             self.config._attn_implementation,
             wants_weights=trace.attentions is not None,
         )
-        position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions)
+        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
         cache_layers = None if cache is None else cache.patcher
         hidden_states = run_layers(self.layers, hidden_states, position_embeddings, span, cache_layers, trace)
         hidden_states = self.norm(hidden_states)
@@ -358,7 +364,7 @@ class BltLocalEncoder(BltPreTrainedModel):
         """
         cache = past_key_values
         hidden_states = self.dropout(inputs_embeds)
-        position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions)
+        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
         byte_patch = routing.byte_patch
         if chunk.is_text is not None:
             byte_patch = torch.where(chunk.is_text, byte_patch, _NO_PATCH)
@@ -467,7 +473,7 @@ class BltGlobalTransformer(BltPreTrainedModel):
             wants_weights=trace is not None and trace.attentions is not None,
             last_key=positions if is_ragged else None,
         )
-        position_embeddings = self.rotary_emb(hidden_states, positions)
+        position_embeddings = self.rotary_emb.for_heads(hidden_states, positions)
         cache_layers, cache_kwargs = None, {}
         if past_key_values is not None:
             cache_layers = past_key_values.global_transformer
@@ -517,7 +523,7 @@ class BltLocalDecoder(BltPreTrainedModel):
             latents = self.patch_embedding_projection(global_states)
             latents = latents.view(*latents.shape[:2], self.config.cross_attn_k, -1)
         hidden_states = self.dropout(byte_states)
-        position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions)
+        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
         first = -chunk.previous["num_patches"][:, None]
         if trace is not None:
             trace.add(hidden_states)
@@ -537,6 +543,7 @@ class BltModel(BltPreTrainedModel):
     """The Byte Latent Transformer without a head."""
 
     config: BltConfig
+    _can_record_outputs = {"hidden_states": BltTransformerLayer, "attentions": BltSelfAttention}
 
     def __init__(self, config: BltConfig):
         super().__init__(config)
@@ -561,15 +568,16 @@ class BltModel(BltPreTrainedModel):
         """Swaps in another entropy model, frozen.
 
         Args:
-            patcher: any [`BltPatcher`] with this model's vocabulary; its configuration becomes part of this model's.
+            patcher: any [`BltPatcher`] that knows all bytes; its configuration becomes part of this model's. Ids that
+                this model has and it lacks (added tokens) read as BOS to it.
         Raises:
-            ValueError: it is not a [`BltPatcher`], or has another vocabulary.
+            ValueError: it is not a [`BltPatcher`], or knows fewer ids than there are bytes and special tokens.
         """
         if not isinstance(patcher, BltPatcher):
             raise ValueError(f"`patcher` must be a BltPatcher; got {type(patcher).__name__}.")
-        if patcher.config.vocab_size != self.config.vocab_size:
+        if patcher.config.vocab_size < BYTE_OFFSET + 256:
             raise ValueError(
-                f"`patcher` has a vocabulary of {patcher.config.vocab_size}; this model's is {self.config.vocab_size}."
+                f"`patcher` has a vocabulary of {patcher.config.vocab_size}; {BYTE_OFFSET + 256} ids or more are needed."
             )
         patcher.config.mask_documents = self.config.mask_documents
         self.patcher = patcher.to(self.device)
@@ -599,7 +607,7 @@ class BltModel(BltPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         patch_lengths: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         output_patches: bool | None = None,
         **kwargs,
@@ -722,7 +730,8 @@ class BltModel(BltPreTrainedModel):
                     )
             else:
                 with torch.no_grad():
-                    entropies = self.patcher(chunk=chunk, past_key_values=cache)
+                    known_ids = self._ids_known_to_patcher(chunk.input_ids)
+                    entropies = self.patcher(known_ids, chunk=chunk, past_key_values=cache)
         if patch_lengths is not None:
             return entropies, self._given_ends(chunk, patch_lengths)
         if config.uses_patcher and entropies is None:
@@ -742,6 +751,11 @@ class BltModel(BltPreTrainedModel):
             chunk.previous["open_bytes"],
         )
         return entropies, ends
+
+    def _ids_known_to_patcher(self, input_ids: Tensor) -> Tensor:
+        """Tokens that were added to this model's vocabulary read as a beginning of text to the frozen entropy model."""
+        size = self.patcher.config.vocab_size
+        return input_ids if self.config.vocab_size <= size else torch.where(input_ids < size, input_ids, _BOS_TOKEN_ID)
 
     def _given_ends(self, chunk: ByteChunk, patch_lengths: Tensor) -> Tensor:
         rows = chunk.num_bytes.shape[0]
@@ -789,7 +803,7 @@ class BltModel(BltPreTrainedModel):
             attentions=weights,
             encoder_hidden_states=encoder_states,
             encoder_attentions=encoder_weights,
-            global_hidden_states=traces[1].hidden_states,
+            global_hidden_states=traces[1].selected(traces[1].hidden_states),
             global_attentions=traces[1].attentions or None,
             entropies=entropies if output_patches else None,
             patch_lengths=patch_lengths,
@@ -839,7 +853,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         labels: Tensor | None = None,
         patch_lengths: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         output_patches: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -912,7 +926,10 @@ class BltForSequenceClassification(_BltClassifier):
         past_key_values: BltCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        patch_lengths: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """
@@ -922,10 +939,9 @@ class BltForSequenceClassification(_BltClassifier):
             `logits` `(B, num_labels)`; other arguments as [`BltModel.forward`]. The last byte is told by
             `attention_mask`: without one, every column is text.
         """
-        model_kwargs = {name: kwargs.pop(name) for name in list(kwargs) if name in _MODEL_ARGUMENTS}
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache,
-            return_dict=True, **model_kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, patch_lengths, use_cache,
+            output_hidden_states, output_attentions, return_dict=True,
         )  # fmt: skip
         states = outputs.last_hidden_state
         last = torch.full((states.shape[0],), states.shape[1] - 1, device=states.device)
@@ -959,14 +975,16 @@ class BltForTokenClassification(_BltClassifier):
         past_key_values: BltCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        patch_lengths: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> TokenClassifierOutput:
         """`logits` `(B, S, num_labels)`; `labels` int64 `(B, S)`, -100 is ignored; the rest as [`BltModel.forward`]."""
-        model_kwargs = {name: kwargs.pop(name) for name in list(kwargs) if name in _MODEL_ARGUMENTS}
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache,
-            return_dict=True, **model_kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, patch_lengths, use_cache,
+            output_hidden_states, output_attentions, return_dict=True,
         )  # fmt: skip
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
@@ -974,8 +992,6 @@ class BltForTokenClassification(_BltClassifier):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-
-_MODEL_ARGUMENTS = ("patch_lengths", "output_hidden_states", "output_attentions", "output_patches")
 
 __all__ = [
     "BltCausalLMOutput",

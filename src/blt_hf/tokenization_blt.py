@@ -22,8 +22,8 @@ from .encoding_blt import BYTE_OFFSET, BYTE_SYMBOLS, VOCAB_SIZE, AddedTokens, En
 
 SPECIAL_NAMES = ("<boe>", "<s>", "</s>", "<bpe>")  # ids 0 to 3
 
-# A prompt ends with `assistant: ` and an answer with EOS, so nothing that waits for an answer ends with EOS. What is in
-# `generation`, the answer and its EOS, is what `return_assistant_tokens_mask` marks.
+# A prompt ends with `assistant: ` and an answer with EOS, so nothing that waits for an answer ends with EOS. What is
+# in `generation`, the answer and its EOS, is what `return_assistant_tokens_mask` marks.
 DEFAULT_CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- if tools or documents -%}
@@ -334,7 +334,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
     ) -> BatchEncoding:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
         sanitize = kwargs.pop("sanitize_control_tokens", False)
-        _reject_unknown(kwargs.keys() - {"src_lang", "tgt_lang"}, "__call__")  # clients pass languages to every tokenizer
+        _reject_unknown(kwargs.keys() - {"src_lang", "tgt_lang"}, "__call__")  # clients pass these to all tokenizers
         if sanitize or self._tokenizer.normalizer is not None:
             result = super()._encode_plus(**arguments, sanitize_control_tokens=sanitize)
             self._tokenizer.no_truncation()  # the backend would remember, and save, what this call asked for
@@ -376,9 +376,9 @@ class BltTokenizer(PreTrainedTokenizerFast):
 
         items, batched = _as_items(text, text_pair, is_split_into_words)
         columns, rows, samples = encode_batch(items, plan, names, as_arrays)
-        lengths = [*map(len, columns["input_ids"])] if return_length or not as_arrays else columns["input_ids"].shape[1:]
-        self._eventual_warn_about_too_long_sequence(range(max(lengths, default=0)), max_length, verbose)
-        counts = {"length": lengths} if return_length else {}
+        longest = columns["input_ids"].shape[1] if as_arrays else max(map(len, columns["input_ids"]), default=0)
+        self._eventual_warn_about_too_long_sequence(range(longest), max_length, verbose)
+        counts = {"length": [*map(len, columns["input_ids"])]} if return_length else {}
         counts |= {"overflow_to_sample_mapping": samples} if return_overflowing_tokens else {}
         columns |= {name: np.array(count, dtype=np.int64) if as_arrays else count for name, count in counts.items()}
 

@@ -351,7 +351,7 @@ class BltSuite(
     def setUp(self):
         super().setUp()
         if "_fp16_" in self._testMethodName or "_bf16_" in self._testMethodName:
-            # Kernels differ by more, in half precision, than some entropy differs from the threshold: they are compared
+            # In half precision, kernels differ by more than some entropy differs from the threshold: they are compared
             # on patches that do not hang on it. (`PatcherSuite` compares them in the entropy model.)
             self.model_tester = BltTester(patching_mode="static", patch_size=3)
 
