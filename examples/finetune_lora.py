@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFl
 import blt_hf  # noqa: F401 (registers the classes)
 
 
-WORDS = "apple bread cloud dream earth flame grape house index joker knife lemon mango night ocean pearl".split()
+WORDS = ["apple", "bread", "cloud", "dream", "earth", "flame", "grape", "house", "knife", "lemon", "mango", "night"]
 
 
 def example(tokenizer, word: str) -> dict[str, list[int]]:

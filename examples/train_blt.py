@@ -1,6 +1,6 @@
-"""Trains a BLT from scratch on text files with `Trainer`: texts of one batch are packed into one row, nothing is padded.
+"""Trains a BLT from scratch on text files with `Trainer`; the texts of a batch are packed into one row, without padding.
 
-    python examples/train_blt.py                                          # the prose that comes with Python, small model
+    python examples/train_blt.py  # the prose that comes with Python, small model
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_blt.py --files data/*.txt --size 1b
 
 The entropy model that cuts the patches is taken from `--patcher` (see examples/train_patcher.py); without one, patches
@@ -8,12 +8,13 @@ follow the spaces between words.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from blt_hf import BltConfig, BltForCausalLM, BltPatcher
+from blt_hf import BltConfig, BltForCausalLM, BltPatcher, BltTokenizer
 
 
 SIZES = {  # encoder and decoder width, decoder layers, global width, global layers, rows of a hash table
@@ -107,10 +108,11 @@ def main() -> None:
         train_dataset=data["train"],
         eval_dataset=data["test"],
         data_collator=DataCollatorWithFlattening(),
+        processing_class=BltTokenizer(),
     )
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     trainer.save_model(f"{arguments.output}/model")
-    print(f"bits per byte on held-out text: {trainer.evaluate()['eval_loss'] / 0.6931:.2f}")
+    print(f"bits per byte on held-out text: {trainer.evaluate()['eval_loss'] / math.log(2):.2f}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from conftest import make_model, tiny_config
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
+from blt_hf import BltForCausalLM
 from blt_hf.data import BltDataCollator, PrecomputePatches, byte_ids, read_texts, without_next_byte
 from blt_hf.patching_blt import PatchingRule
 
@@ -59,7 +60,7 @@ def test_losses_are_those_of_live_patches(overrides, collator):
         model.zero_grad()
         loss = model(**batch).loss
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         gradients.append(model.model.global_transformer.layers[0].mlp.up_proj.weight.grad.clone())
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     torch.testing.assert_close(gradients[0], gradients[1])
@@ -68,7 +69,7 @@ def test_losses_are_those_of_live_patches(overrides, collator):
 def test_padding_free_rows_have_the_loss_of_padded_ones():
     model = make_model()
     rows = list(with_patches(model, dataset()))
-    losses = [float(model(**BltDataCollator(padding_free=joined)(rows)).loss) for joined in (False, True)]
+    losses = [model(**BltDataCollator(padding_free=joined)(rows)).loss.item() for joined in (False, True)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -78,7 +79,7 @@ def test_wrong_patches_would_be_seen():
     data = dataset()
     ready = BltDataCollator()(list(with_patches(model, data)))
     other = BltDataCollator()(list(with_patches(model, data, rule=PatchingRule("byte"))))
-    assert abs(float(model(**ready).loss) - float(model(**other).loss)) > 1e-4
+    assert abs(model(**ready).loss.item() - model(**other).loss.item()) > 1e-4
 
 
 def test_trainer_uses_the_column(tmp_path):
@@ -150,10 +151,7 @@ def test_what_cannot_be_precomputed_is_refused():
     with pytest.raises(ValueError, match="no entropy model"):
         PrecomputePatches(make_model(tiny_config(patching_mode="space")), add_entropies=True)
     with pytest.raises(ValueError, match="`set_patcher`"):
-        config = tiny_config(patch_in_forward=False)
-        from blt_hf import BltForCausalLM
-
-        PrecomputePatches(BltForCausalLM(config))
+        PrecomputePatches(BltForCausalLM(tiny_config(patch_in_forward=False)))
 
 
 def test_collator_pads_and_masks():

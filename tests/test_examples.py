@@ -1,6 +1,7 @@
 """Every example runs, in a small setting."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,12 @@ import blt_hf  # noqa: F401
 ROOT = Path(__file__).parents[1]
 
 
-def run_example(name: str, *arguments, **environment: str) -> str:
+def run_example(name: str, *arguments, timeout: float = 280, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / name, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,3 +48,13 @@ def test_quickstart_leaves_two_models_that_load(quickstart):
         model = AutoModelForCausalLM.from_pretrained(folder / name)
         ids = tokenizer("To be", return_tensors="pt")
         assert model.generate(**ids, max_new_tokens=3, eos_token_id=None).shape == (1, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_quickstart_learns(tmp_path):
+    printed = run_example("quickstart.py", "--output-dir", tmp_path, timeout=1750)
+    found = re.search(r"Held-out text: ([\d.]+) bits per byte, ([\d.]+) bytes a patch", printed)
+    bits, bytes_per_patch = map(float, found.groups())
+    assert bits < 2.3
+    assert 4 < bytes_per_patch < 5

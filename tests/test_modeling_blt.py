@@ -316,6 +316,8 @@ def test_patch_lengths_without_the_next_byte_leave_the_patch_open(model, ids):
         ([[1, 3]], ["row 0", "[1, 3]", "8 bytes", "sum"]),
         ([[1, 9]], ["row 0", "[1, 9]"]),
         ([[1, -1, 8]], ["row 0", "negative"]),
+        ([[1, 0, 8]], ["row 0", "zeros on the right"]),
+        ([[1.0, 8.0]], ["float"]),
         ([[4, 4]], ["row 0", "begin with a patch of 1 byte"]),
         ([[1, 7], [1, 7]], ["(2, 2)", "1 rows"]),
         ([1, 7], ["(2,)"]),
@@ -477,13 +479,9 @@ def test_set_patcher(tmp_path, ids):
 def test_set_patcher_refuses_what_is_none(model):
     with pytest.raises(ValueError, match="`patcher` must be a BltPatcher; got Linear"):
         model.set_patcher(nn.Linear(2, 2))
-    other = BltPatcher(
-        BltPatcherConfig(
-            vocab_size=300, hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8
-        )
-    )
-    with pytest.raises(ValueError, match="vocabulary of 300.*260"):
-        model.set_patcher(other)
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
+    with pytest.raises(ValueError, match="`patcher` has a vocabulary of 100; 260"):
+        model.set_patcher(BltPatcher(BltPatcherConfig(vocab_size=100, **sizes)))
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ class AttentionSpan:
         """What the attention interface takes as `attention_mask`, built once a forward and shared by all layers."""
         if name not in self._masks:
             mask = build(query.device)
-            if mask is not None and mask.dtype == torch.bool and self.implementation == "sdpa":
+            if isinstance(mask, Tensor) and self.implementation == "sdpa":
                 # Otherwise every layer makes, and keeps for its backward, floats of its own.
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
             self._masks[name] = mask

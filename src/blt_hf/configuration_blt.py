@@ -42,6 +42,10 @@ class _BltComponentConfig(PreTrainedConfig):
             f"`{name}.hidden_size` must be a positive multiple of `num_attention_heads`; got "
             f"{self.hidden_size} and {self.num_attention_heads}.",
         )
+        _check(
+            self.num_hidden_layers >= 1,
+            f"`{name}.num_hidden_layers` must be at least 1; got {self.num_hidden_layers}.",
+        )
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.hidden_size // self.num_attention_heads
         self.intermediate_size = self.intermediate_size or int(8 * self.hidden_size / 3)
@@ -308,7 +312,10 @@ class BltConfig(PreTrainedConfig):
         for name, config_class in self.sub_configs.items():
             component = getattr(self, name)
             if component is None or isinstance(component, dict):
-                component = {"initializer_range": self.initializer_range, **(component or {})}
+                inherited = {"initializer_range": self.initializer_range}
+                if name in ("encoder_config", "decoder_config"):
+                    inherited["vocab_size"] = self.vocab_size
+                component = {**inherited, **(component or {})}
                 component.pop("model_type", None)
                 setattr(self, name, config_class(**component))
             elif not isinstance(component, config_class):
@@ -338,6 +345,11 @@ class BltConfig(PreTrainedConfig):
             "`cross_attn_k` must be the same in the three places that hold it; got "
             f"{self.cross_attn_k} at the top, {encoder.cross_attn_k} in `encoder_config` and "
             f"{decoder.cross_attn_k} in `decoder_config`.",
+        )
+        _check(
+            encoder.vocab_size == self.vocab_size,
+            f"`vocab_size` must be the same at the top and in `encoder_config`; got {self.vocab_size} and "
+            f"`encoder_config.vocab_size={encoder.vocab_size}`.",
         )
         _check(
             encoder.hidden_size == decoder.hidden_size,

@@ -177,8 +177,11 @@ class PatchFinder:
         )  # fmt: skip
 
     def _entropies(self, chunk: ByteChunk) -> Tensor:
+        # Tokens that were added to the model's vocabulary are a beginning of text to the entropy model.
+        size = self.patcher.config.vocab_size
+        known_ids = torch.where(chunk.input_ids < size, chunk.input_ids, BOS_TOKEN_ID)
         with evaluating(self.patcher):
-            return self.patcher(chunk=chunk)
+            return self.patcher(known_ids, chunk=chunk)
 
 
 class PrecomputePatches:

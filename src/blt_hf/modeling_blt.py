@@ -721,6 +721,8 @@ class BltModel(BltPreTrainedModel):
         """Entropies `(B, S)` where the entropy model ran, and patch ends `(B, S)`."""
         config = self.config
         entropies = None
+        # Checked before anything is written to the cache.
+        given_ends = None if patch_lengths is None else self._given_ends(chunk, patch_lengths)
         # With given patches the entropy model only runs to leave its state in the cache.
         if config.uses_patcher and (patch_lengths is None or cache is not None) and self.patcher is not None:
             if chunk.input_ids is None:
@@ -732,8 +734,8 @@ class BltModel(BltPreTrainedModel):
                 with torch.no_grad():
                     known_ids = self._ids_known_to_patcher(chunk.input_ids)
                     entropies = self.patcher(known_ids, chunk=chunk, past_key_values=cache)
-        if patch_lengths is not None:
-            return entropies, self._given_ends(chunk, patch_lengths)
+        if given_ends is not None:
+            return entropies, given_ends
         if config.uses_patcher and entropies is None:
             raise ValueError(
                 "`patching_mode='entropy'` needs an entropy model, and this model was built with "
@@ -814,6 +816,8 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
     """The Byte Latent Transformer with a head over the next byte."""
 
     config: BltConfig
+    # As in-tree: with `tie_word_embeddings`, files hold the head alone.
+    _tied_weights_keys = {"model.local_encoder.embed_tokens.weight": "lm_head.weight"}
 
     def __init__(self, config: BltConfig):
         super().__init__(config)

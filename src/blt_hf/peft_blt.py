@@ -59,7 +59,7 @@ def _refusing_prompts(function):
             peft_type = getattr(peft_config.peft_type, "value", peft_config.peft_type)
             raise ValueError(
                 f"`peft_type={peft_type!r}` puts vectors that stand for no byte in front of the text, and a Byte "
-                "Latent Transformer finds patches and hashes from bytes; use a method that adapts modules (LORA, IA3, ...)."
+                "Latent Transformer finds patches and hashes from bytes; use a method that adapts modules (LORA, IA3)."
             )
         return function(peft_config, model_config, *args, **kwargs)
 
