@@ -1,4 +1,4 @@
-"""Trains a BLT from scratch on text files with `Trainer`; the texts of a batch are packed into one row, without padding.
+"""Trains a BLT from scratch on text files with `Trainer`; texts of a batch are packed into one row, without padding.
 
     python examples/train_blt.py  # the prose that comes with Python, small model
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_blt.py --files data/*.txt --size 1b

@@ -229,7 +229,7 @@ def test_attentions_after_a_cache(eager_model, ids):
 def test_attentions_without_eager_are_said_to_be_missing(ids):
     model, said = make_model(), []
     model.set_attn_implementation("sdpa")
-    logger = __import__("blt_hf.modeling_blt", fromlist=["logger"]).logger
+    logger = __import__("blt_hf.modeling_base_blt", fromlist=["logger"]).logger
     original, logger.warning_once = logger.warning_once, said.append
     try:
         assert model(ids, output_attentions=True).attentions is None

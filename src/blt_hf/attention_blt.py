@@ -175,7 +175,9 @@ class AttentionSpan:
         block, history = self.block, self.window - 1
         num_blocks = -(-length // block)
         tail = num_blocks * block - length
-        query = nn.functional.pad(query, (0, 0, 0, tail)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
+        query = (
+            nn.functional.pad(query, (0, 0, 0, tail)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
+        )
         extra = max(key.shape[2] + missing - history - length, 0)  # keys of the past beyond the window
         key, value = (nn.functional.pad(states[:, :, extra:], (0, 0, missing, tail)) for states in (key, value))
         key, value = (
@@ -221,7 +223,6 @@ def segment_attention(
         `(B, P, K, H, D)`; 0 for a patch that reads no byte.
     """
     rows, num_patches, latents, heads, size = query.shape
-    num_keys = key.shape[1]
     flat = (segment + torch.arange(rows, device=segment.device)[:, None] * num_patches).flatten()  # (B*T,)
     queries_of_bytes = query.flatten(0, 1).index_select(0, flat)  # (B*T, K, H, D)
     scores = (queries_of_bytes * key.flatten(0, 1)[:, None]).sum(dim=-1).float() * scaling  # (B*T, K, H)
@@ -238,7 +239,9 @@ def segment_attention(
     return output.view(rows, num_patches, latents, heads, size)
 
 
-def gathered_attention(query: Tensor, key: Tensor, value: Tensor, patch: Tensor, first: Tensor | None, window: int, scaling: float) -> Tensor:
+def gathered_attention(
+    query: Tensor, key: Tensor, value: Tensor, patch: Tensor, first: Tensor | None, window: int, scaling: float
+) -> Tensor:
     """Cross attention in which each byte reads the latents of `window` patches, the last of them `patch`.
 
     Args:
@@ -254,7 +257,9 @@ def gathered_attention(query: Tensor, key: Tensor, value: Tensor, patch: Tensor,
     rows, length, heads, size = query.shape
     num_patches, latents, kv_heads = key.shape[1:4]
     if num_patches == 1:  # between two patch ends of a decoding row there is nothing to choose
-        return _attend_latents(query, key.expand(rows, length, -1, -1, -1), value.expand(rows, length, -1, -1, -1), None, scaling)
+        return _attend_latents(
+            query, key.expand(rows, length, -1, -1, -1), value.expand(rows, length, -1, -1, -1), None, scaling
+        )
     index = patch[..., None]
     if window > 1:
         index = index - torch.arange(window, device=patch.device)
@@ -265,7 +270,9 @@ def gathered_attention(query: Tensor, key: Tensor, value: Tensor, patch: Tensor,
         states.flatten(0, 1).flatten(1).index_select(0, flat).view(rows, length, window * latents, kv_heads, size)
         for states in (key, value)
     )
-    return _attend_latents(query, key, value, hidden.repeat_interleave(latents, dim=-1) if window > 1 else None, scaling)
+    return _attend_latents(
+        query, key, value, hidden.repeat_interleave(latents, dim=-1) if window > 1 else None, scaling
+    )
 
 
 def _attend_latents(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float) -> Tensor:

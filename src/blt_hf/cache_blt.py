@@ -248,7 +248,9 @@ class BltPatchLayer(_BltCacheLayer):
                 stored[:, :, counts[0] : needed] = new
             else:
                 row_index = torch.tensor(range(len(counts)) if rows is None else rows, device=stored.device)
-                columns = torch.tensor(counts, device=stored.device)[:, None] + torch.arange(num_new, device=stored.device)
+                columns = torch.tensor(counts, device=stored.device)[:, None] + torch.arange(
+                    num_new, device=stored.device
+                )
                 stored[row_index[:, None], :, columns] = new.transpose(1, 2)
         keys, values = self.keys[:, :, :needed], self.values[:, :, :needed]
         if rows is None:

@@ -183,12 +183,16 @@ def make_chunk(
     else:
         state = cache.log.integers.values[:, -1]
         # A row without text so far has no state: its columns hold padding.
-        state = torch.where(cached_bytes[:, None] > 0, state, torch.zeros_like(state)) if cache.min_bytes == 0 else state
+        state = (
+            torch.where(cached_bytes[:, None] > 0, state, torch.zeros_like(state)) if cache.min_bytes == 0 else state
+        )
         previous = dict(zip(ByteLog.FIELDS, state.unbind(-1)))
         if cache.min_bytes == 0:
             previous["position"] = torch.where(cached_bytes > 0, previous["position"], zeros - 1)
         previous_entropy = cache.log.last_entropy
-        history = cache.log.last("input_id", min(len(cache.log), cache.num_hash_bytes)) if cache.num_hash_bytes else None
+        history = (
+            cache.log.last("input_id", min(len(cache.log), cache.num_hash_bytes)) if cache.num_hash_bytes else None
+        )
 
     text_starts = None
     if position_ids is not None:
@@ -214,7 +218,9 @@ def make_chunk(
     if may_hold_documents or mask_documents or newline_reset:
         previous_ids = None if input_ids is None else shift_right(input_ids, previous["input_id"])
         if input_ids is None and (mask_documents or newline_reset):
-            raise ValueError("document boundaries are read from `input_ids`; with `inputs_embeds` set them by `position_ids`.")
+            raise ValueError(
+                "document boundaries are read from `input_ids`; with `inputs_embeds` set them by `position_ids`."
+            )
         begins = torch.zeros(rows, columns, dtype=torch.bool, device=device) if text_starts is None else text_starts
         if mask_documents:
             eos_token_id = DEFAULT_EOS_TOKEN_ID if eos_token_id is None else eos_token_id
@@ -272,7 +278,9 @@ class PatchRouting:
     log: Tensor
 
 
-def route_patches(chunk: ByteChunk, ends: Tensor, mask_documents: bool, eos_token_id: int | list[int] | None) -> PatchRouting:
+def route_patches(
+    chunk: ByteChunk, ends: Tensor, mask_documents: bool, eos_token_id: int | list[int] | None
+) -> PatchRouting:
     """Numbers the patches that `ends` `(B, S)` closes; see [`PatchRouting`]."""
     is_text = chunk.is_text
     if is_text is not None:
@@ -333,7 +341,9 @@ def route_patches(chunk: ByteChunk, ends: Tensor, mask_documents: bool, eos_toke
     )
 
 
-def _patch_document_starts(chunk, closes, byte_patch, previous_open, mask_documents, eos_token_id) -> tuple[Tensor, Tensor]:
+def _patch_document_starts(
+    chunk, closes, byte_patch, previous_open, mask_documents, eos_token_id
+) -> tuple[Tensor, Tensor]:
     """First patch that the patch of each byte may see, and that later patches may see; both int64 `(B, S)`.
 
     A text that `position_ids` begin starts with a patch of its own. An `eos` in the middle of a patch leaves that

@@ -1,4 +1,4 @@
-"""Configuration of the Byte Latent Transformer: same `model_type`s, fields and defaults as transformers' in-tree classes."""
+"""Configuration of the Byte Latent Transformer: model types, fields and defaults of transformers' in-tree classes."""
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -401,7 +401,11 @@ class BltConfig(PreTrainedConfig):
                 f"monotonicity=True and patching_threshold_add={self.patching_threshold_add}.",
             )
         else:
-            for name, off in (("monotonicity", False), ("patching_threshold_add", None), ("patching_newline_reset", False)):
+            for name, off in (
+                ("monotonicity", False),
+                ("patching_threshold_add", None),
+                ("patching_newline_reset", False),
+            ):
                 _check(
                     getattr(self, name) == off,
                     f"`{name}` belongs to `patching_mode='entropy'`; got {name}={getattr(self, name)} with "

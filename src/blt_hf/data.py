@@ -141,7 +141,9 @@ class PatchFinder:
             raise ValueError(f"`model` must be a BLT or a BltPatcher; got {type(model).__name__}.")
         patcher = getattr(model, "model", model).patcher if config.uses_patcher else None
         if config.uses_patcher and patcher is None:
-            raise ValueError("`model` was built with `patch_in_forward=False`; give it an entropy model: `set_patcher`.")
+            raise ValueError(
+                "`model` was built with `patch_in_forward=False`; give it an entropy model: `set_patcher`."
+            )
         return cls(
             patcher,
             PatchingRule.from_config(config),

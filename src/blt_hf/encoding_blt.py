@@ -526,24 +526,36 @@ def _flat_arrays(data: list[bytes], is_utf8: bool, plan: EncodePlan) -> tuple[di
     width = plan.padded_length(lengths.tolist())
     _check_rectangular(np.maximum(lengths, width))
     width = max([width, *lengths[:1].tolist()])
+    missing = width - lengths
+    is_left = plan.padding_side == "left"
 
-    # Rows of bytes become a matrix by padding them as bytes: one operation for all rows, and no copy of a single one
-    pad = bytes.rjust if plan.padding_side == "left" else bytes.ljust
-    text_width = width - num_bos - num_eos
-    text = np.frombuffer(b"".join([pad(row, text_width) for row in data]), dtype=np.uint8)
+    # Rows of bytes become a matrix by padding them as bytes: one operation for all rows, and no copy of a single one.
+    # The shift is modulo 256: UTF-8 has no byte from 0xFC on, so one of these can become the id of the padding.
     input_ids = np.empty((len(data), width), dtype=np.int64)
     text_ids = input_ids[:, num_bos : width - num_eos]
-    np.add(text.reshape(text_ids.shape), BYTE_OFFSET, out=text_ids, dtype=np.int64)
-
-    if (lengths == width).all():
-        attention_mask = np.ones_like(input_ids)
+    fill = bytes([(plan.pad_id - BYTE_OFFSET) % 256])
+    pad = bytes.rjust if is_left else bytes.ljust
+    text = b"".join([pad(row, text_ids.shape[1], fill) for row in data])
+    is_short_id = is_utf8 and plan.pad_id < 256
+    if is_short_id and len(data) > 1:
+        text_ids[...] = np.frombuffer(text.translate(_SHIFT), dtype=np.uint8).reshape(text_ids.shape)
     else:
-        columns, missing = np.arange(width, dtype=np.int32), (width - lengths).astype(np.int32)[:, None]
-        is_padding = columns < missing if plan.padding_side == "left" else columns >= width - missing
-        np.copyto(input_ids, plan.pad_id, where=is_padding)
-        attention_mask = (~is_padding).astype(np.int64)
+        text = np.frombuffer(text, dtype=np.uint8).reshape(text_ids.shape)
+        np.add(text, BYTE_OFFSET, out=text_ids, dtype=np.int64)
+
+    if missing.any():
+        columns, missing = np.arange(width, dtype=np.int32), missing.astype(np.int32)[:, None]
+        attention_mask = np.empty_like(input_ids)
+        if is_left:
+            np.greater_equal(columns, missing, out=attention_mask)
+        else:
+            np.less(columns, width - missing, out=attention_mask)
+        if num_bos + num_eos or not is_short_id:
+            np.copyto(input_ids, plan.pad_id, where=attention_mask == 0)
+    else:
+        attention_mask = np.ones_like(input_ids)
     every_row = np.arange(len(data))
-    first = width - lengths if plan.padding_side == "left" else np.zeros_like(lengths)
+    first = width - lengths if is_left else np.zeros_like(lengths)
     for offset, index in enumerate(plan.bos):
         input_ids[every_row, first + offset] = index
     for offset, index in enumerate(plan.eos, start=1):

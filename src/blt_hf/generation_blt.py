@@ -62,7 +62,9 @@ class BltGenerationMixin(GenerationMixin):
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if isinstance(cache, BltCache) and not cache.is_empty:
-            known = getattr(generation_config, "_mask_length", -1) if attention_mask is None else attention_mask.shape[1]
+            known = (
+                getattr(generation_config, "_mask_length", -1) if attention_mask is None else attention_mask.shape[1]
+            )
             if known == input_ids.shape[1]:  # the whole text was passed, so its cached part must not be fed again
                 kwargs["num_cached_columns"] = cache.get_seq_length()
         return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)

@@ -291,7 +291,9 @@ class RowLayout:
         """Moves them back; 0 where there is no text."""
         is_text = self.rank < self.num_bytes[:, None]
         is_text = is_text.view(*is_text.shape, *[1] * (values.dim() - 2))
-        return torch.where(is_text, self._gather(values, self.rank), torch.zeros((), dtype=values.dtype, device=values.device))
+        return torch.where(
+            is_text, self._gather(values, self.rank), torch.zeros((), dtype=values.dtype, device=values.device)
+        )
 
 
 __all__ = [

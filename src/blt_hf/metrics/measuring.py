@@ -46,10 +46,11 @@ class Measurement:
 
 @dataclass
 class _Window:
-    """`ids`: a start token, `context` ids that were scored before, and those to score."""
+    """`ids`: a start token, `context` ids that were scored before, and those to score, about `num_bytes` of text."""
 
     ids: list[int]
     context: int
+    num_bytes: float = 0.0
 
 
 def measure_bits_per_byte(
@@ -60,7 +61,7 @@ def measure_bits_per_byte(
     max_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 4,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Measurement:
     """Bits per byte of a causal language model.
 
@@ -75,7 +76,7 @@ def measure_bits_per_byte(
         max_length: ids a window, start token included; None: what the config says, at most 4096.
         stride: ids scored in each window after the first; None: half a window.
         batch_size: windows at a time.
-        on_progress: called with the number of ids scored, after each batch.
+        on_progress: called with the number of bytes scored (of a token model, about), after each batch.
     Returns:
         [`Measurement`].
     Raises:
@@ -105,10 +106,9 @@ def measure_bits_per_byte(
         seconds += time.perf_counter() - started
         nats += batch_nats
         num_patches += batch_patches
-        scored = sum(len(window.ids) - 1 - window.context for window in pending)
-        num_tokens += scored
+        num_tokens += sum(len(window.ids) - 1 - window.context for window in pending)
         if on_progress is not None:
-            on_progress(scored)
+            on_progress(sum(window.num_bytes for window in pending))
         pending.clear()
 
     with evaluating(model):
@@ -119,6 +119,7 @@ def measure_bits_per_byte(
             num_texts += 1
             num_bytes += size
             for window in _windows(start, ids, max_length, stride):
+                window.num_bytes = size * (len(window.ids) - 1 - window.context) / len(ids)
                 pending.append(window)
                 if len(pending) == batch_size:
                     flush()

@@ -1,0 +1,194 @@
+"""What all BLT models share: outputs, loading and saving, initialisation, and the reading of common arguments."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .cache_blt import BltCache
+from .configuration_blt import BltConfig
+from .generation_blt import BltGenerationMixin
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class BltModelOutput(ModelOutput):
+    """What [`BltModel`] returns.
+
+    Attributes:
+        last_hidden_state: `(B, S, W)`, byte states after the decoder's norm.
+        past_key_values: a [`BltCache`], with `use_cache`.
+        hidden_states: with `output_hidden_states`, the decoder's: its input, then each layer's output (the last one
+            after the norm).
+        attentions: with `output_attentions`, the decoder's self-attention weights, `(B, H, S, T)` a layer.
+        encoder_hidden_states, encoder_attentions: the same for the local encoder (its last states are the decoder's
+            input).
+        global_hidden_states, global_attentions: the same for the global transformer, `(B, P, W)` over the patches
+            closed in this call.
+        entropies: with `output_patches` and an entropy model, fp32 `(B, S)`: nats of the byte after each byte.
+        patch_lengths: with `output_patches`, int64 `(B, P)`: bytes of each patch, the next, unknown byte included;
+            after a cache, the first one holds what this call added to the open patch.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: BltCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    global_hidden_states: tuple[Tensor, ...] | None = None
+    global_attentions: tuple[Tensor, ...] | None = None
+    entropies: Tensor | None = None
+    patch_lengths: Tensor | None = None
+
+
+@dataclass
+class BltCausalLMOutput(ModelOutput):
+    """As [`BltModelOutput`], with `loss` (a scalar, with `labels`) and `logits` `(B, S, vocabulary)` in fp32."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: BltCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    global_hidden_states: tuple[Tensor, ...] | None = None
+    global_attentions: tuple[Tensor, ...] | None = None
+    entropies: Tensor | None = None
+    patch_lengths: Tensor | None = None
+
+
+class BltPreTrainedModel(PreTrainedModel):
+    """Base of all models here: loading, saving, initialisation."""
+
+    config_class = BltConfig
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BltTransformerLayer", "BltPatchCrossAttention", "BltByteCrossAttention"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False
+    _supports_attention_backend = False
+    _can_compile_fullgraph = False
+
+    def post_init(self):
+        super().post_init()
+        if isinstance(self, BltGenerationMixin):
+            self.fill_special_token_ids()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated normals of standard deviation `fan_in ** -0.5` (an embedding's fan-in is its width); norms are 1.
+
+        Source: the reference's initialisation, with its depth factors switched off as in the released models.
+        """
+        super()._init_weights(module)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            std = module.weight.shape[-1] ** -0.5
+            init.trunc_normal_(module.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
+
+    _auto_map = {
+        "AutoConfig": "configuration_blt.BltConfig",
+        "AutoModel": "modeling_blt.BltModel",
+        "AutoModelForCausalLM": "modeling_blt.BltForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_blt.BltForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_blt.BltForTokenClassification",
+    }
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the code that travels along serves every Auto class, not only the one saved."""
+        if self._auto_class is not None:
+            self.config.auto_map = dict(self._auto_map)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _wants(self, name: str, value: bool | list[int] | None) -> bool | list[int]:
+        """An `output_*` argument, or what the config says of it; hidden states may be chosen by index."""
+        value = bool(getattr(self.config, name, False)) if value is None else value
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = [value]
+        if value and name == "output_attentions" and self.config._attn_implementation != "eager":
+            logger.warning_once(
+                f"`output_attentions=True` needs `attn_implementation='eager'`; it is "
+                f"{self.config._attn_implementation!r}, which computes no weights, so `attentions` will be None."
+            )
+            return False
+        return value
+
+    def _start_cache(self, cache, use_cache: bool | None, config) -> BltCache | None:
+        """The cache to write to: the caller's, a new one, or None."""
+        if use_cache is None:
+            use_cache = cache is not None or (config.use_cache and not self.training)
+        if use_cache and self.training and self.is_gradient_checkpointing:
+            logger.warning_once(
+                "`use_cache=True` is incompatible with gradient checkpointing; setting `use_cache=False`."
+            )
+            use_cache = False
+        if not use_cache:
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError("`past_key_values` holds bytes, so `use_cache=False` cannot be honoured.")
+            return None
+        if cache is None:
+            return BltCache(config)
+        if isinstance(cache, BltCache):
+            return cache
+        if hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0:
+            return BltCache(config)  # a placeholder that some callers make without asking the model
+        raise ValueError(
+            f"`past_key_values` must be a BltCache (as a forward returns it); got {type(cache).__name__}."
+        )
+
+
+def embed_inputs(module: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """`inputs_embeds`, or the embeddings of `input_ids`."""
+    return module(input_ids) if inputs_embeds is None else inputs_embeds
+
+
+def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[tuple[int, int], torch.device]:
+    """Shape `(B, S)` and device of the input.
+
+    Raises:
+        ValueError: none or both were given, or `input_ids` is not two-dimensional.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(
+            "exactly one of `input_ids` and `inputs_embeds` is needed; got "
+            f"{'neither' if input_ids is None else 'both'}."
+        )
+    if input_ids is not None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"`input_ids` must be two-dimensional (rows, bytes); got shape {tuple(input_ids.shape)}.")
+        return tuple(input_ids.shape), input_ids.device
+    return tuple(inputs_embeds.shape[:2]), inputs_embeds.device
+
+
+def keeps_all(logits_to_keep: int | Tensor) -> bool:
+    return isinstance(logits_to_keep, int) and logits_to_keep == 0
+
+
+def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The last `logits_to_keep` positions of `(B, S, W)` (0: all), or those of an index tensor, as in transformers."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+__all__ = [
+    "BltCausalLMOutput",
+    "BltModelOutput",
+    "BltPreTrainedModel",
+    "check_inputs",
+    "embed_inputs",
+    "keep_positions",
+]
