@@ -1,11 +1,10 @@
 """Megabytes of text per second, from text to ids and back, against other tokenizers that read bytes.
 
-Contestants: `BltTokenizer`; transformers' `ByT5Tokenizer`; and the fast tokenizer of a plain transformers with a
-byte-level model without merges, which is what our own `tokenizer.json` is without our code. The texts are English, Chinese,
-Russian, Arabic, Hindi, emoji and code in turns, cut in several ways: one text, documents of about 4 kB, single lines. All
-that is timed is checked first against a loop in plain Python. Contestants take turns in one process; the slow ones get a
-part of the text (`--slow-megabytes`), which favours them, since they slow down with size. A run's result is dropped
-outside of the clock.
+Contestants: `BltTokenizer`; transformers' `ByT5Tokenizer`; and what a plain transformers makes of our `tokenizer.json`, a
+byte-level model without merges in the `tokenizers` library. The text is English, code, Chinese, Russian, Arabic, Hindi
+and emoji in turns, cut in three ways: one text, documents of 2500 characters, single lines. Outputs are checked first
+against plain Python. Contestants take turns in one process; the slow ones get a part of the text (`--slow-megabytes`),
+which favours them, since they slow down with size. A result is dropped outside of the clock.
 
     python benchmarks/tokenize.py --megabytes 10 --repeats 5
 """
@@ -26,14 +25,30 @@ if __name__ != "__main__":
     SourceFileLoader("tokenize", standard.__file__).exec_module(standard)
 else:
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != HERE]
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core for each contestant
+
+    import argparse
+    import inspect
+    import json
+    import platform
+    import pydoc_data.topics
+    import statistics
+    import subprocess
+    import time
+
+    import tokenizers
+    import torch
+    import transformers
+    from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+    from blt_hf import BltTokenizer
+
+OURS, BYT5, BACKEND = "BltTokenizer", "ByT5Tokenizer", "our tokenizer.json"
 
 
 def sample_text(num_bytes: int) -> str:
     """About `num_bytes` of text in several scripts; the English and the code come with every Python."""
-    import argparse
-    import inspect
-    import pydoc_data.topics
-
     pieces = {
         "English": "\n".join(pydoc_data.topics.topics.values()),
         "code": inspect.getsource(argparse),
@@ -64,126 +79,101 @@ def cut(text: str, how: str) -> list[list[str]]:
     return [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
+def check(contestants: dict, text: str) -> None:
+    """No timing from a wrong result."""
+    for batch in cut(text, "documents") + cut(text, "lines"):
+        rows = [[byte + 4 for byte in row.encode()] for row in batch]
+        width = 1 + max(map(len, rows))
+        padded_ids = [[0] * (width - 1 - len(row)) + [1, *row] for row in rows]
+        padded_mask = [[0] * (width - 1 - len(row)) + [1] * (1 + len(row)) for row in rows]
+        for name in (OURS, BACKEND):
+            tokenizer = contestants[name]
+            tensors = tokenizer(batch, padding=True, return_tensors="pt")
+            if (
+                tokenizer(batch)["input_ids"] != [[1, *row] for row in rows]
+                or tensors["input_ids"].tolist() != padded_ids
+                or tensors["attention_mask"].tolist() != padded_mask
+                or tokenizer.batch_decode(rows) != batch
+            ):
+                raise SystemExit(f"{name} does not do what plain Python does: no timing from a wrong result")
+        if contestants[BYT5](batch)["input_ids"] != [[*(index - 1 for index in row), 1] for row in rows]:
+            raise SystemExit(f"{BYT5} is not id = byte + 3 and EOS: no comparison")
+
+
+def race(contestants: dict, work: dict, function, repeats: int, clock) -> list[dict]:
+    """Runs `function(tokenizer, batch)` over each one's batches, in turns; `work` maps to `(batches, megabytes)`."""
+    rates = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, tokenizer in contestants.items():
+            batches, megabytes = work[name]
+            spent = 0.0
+            for batch in batches:
+                begin = clock()
+                result = function(tokenizer, batch)
+                spent += clock() - begin
+                del result
+            rates[name].append(megabytes / spent)
+    rows = []
+    for name, values in rates.items():
+        median = statistics.median(values)
+        # Turns are neighbours in time: the median of their ratios is steadier than the ratio of the medians
+        ratio = statistics.median(rate / other for rate, other in zip(values, rates[BYT5]))
+        spread = (max(values) - min(values)) / median
+        row = {"tokenizer": name, "mb_per_s": round(median, 2), "spread": round(spread, 2)}
+        rows.append(row | {"times_byt5": round(ratio, 1), "megabytes": round(work[name][1], 2)})
+    return rows
+
+
 def main() -> None:
-    import argparse
-    import json
-    import platform
-    import statistics
-    import subprocess
-    import time
-
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core for each contestant
-    import tokenizers
-    import torch
-    import transformers
-    from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
-
-    from blt_hf.tokenization_blt import BltTokenizer
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=10.0, help="of text, for BltTokenizer")
     parser.add_argument("--slow-megabytes", type=float, default=1.0, help="of text, for the others")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu where the machine has other work"
+    )
     arguments = parser.parse_args()
+    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
 
     ours = BltTokenizer()
-    contestants = {
-        "BltTokenizer": ours,
-        "ByT5Tokenizer": ByT5Tokenizer(),
-        "byte-level, tokenizers": PreTrainedTokenizerFast(
-            tokenizer_object=ours.backend_tokenizer, padding_side="left", **ours.special_tokens_map
-        ),
-    }
+    backend = PreTrainedTokenizerFast(
+        tokenizer_object=ours.backend_tokenizer, padding_side="left", **ours.special_tokens_map
+    )
+    contestants = {OURS: ours, BYT5: ByT5Tokenizer(), BACKEND: backend}
     text = sample_text(int(arguments.megabytes * 1e6))
     slow_text = text.encode()[: int(min(arguments.slow_megabytes, arguments.megabytes) * 1e6)].decode(errors="ignore")
-    texts = {name: text if name == "BltTokenizer" else slow_text for name in contestants}
+    check(contestants, text[:20000])
 
-    def lists(tokenizer, batch):
-        return tokenizer(batch)
+    def size(texts: list[str]) -> float:
+        return sum(len(text.encode()) for text in texts) / 1e6
 
-    def tensors(tokenizer, batch):
-        return tokenizer(batch, padding=True, return_tensors="pt")
-
-    # Correctness first
-    sample = cut(text[:20000], "documents") + cut(text[:20000], "lines")
-    for batch in sample:
-        expected = [[byte + 4 for byte in row.encode()] for row in batch]
-        width = 1 + max(map(len, expected))
-        for name in ("BltTokenizer", "byte-level, tokenizers"):
-            tokenizer = contestants[name]
-            assert lists(tokenizer, batch)["input_ids"] == [[1, *row] for row in expected], name
-            padded = tensors(tokenizer, batch)
-            assert padded["input_ids"].tolist() == [[0] * (width - 1 - len(r)) + [1, *r] for r in expected], name
-            assert padded["attention_mask"].tolist() == [
-                [0] * (width - 1 - len(r)) + [1] * (1 + len(r)) for r in expected
-            ]
-            assert tokenizer.batch_decode(expected) == batch, name
-        byt5 = contestants["ByT5Tokenizer"](batch)["input_ids"]  # id = byte + 3, and EOS where BLT has BOS
-        assert byt5 == [[*(i - 1 for i in row), 1] for row in expected]
-
-    cases = [
-        (how, to, function)
-        for how in ("one text", "documents", "lines")
-        for to, function in (("lists", lists), ("tensors", tensors))
-    ]
     rows = []
-    for how, to, function in cases:
-        seconds = {name: [] for name in contestants}
-        work = {name: cut(texts[name], how) for name in contestants}
-        megabytes = {name: sum(len(t.encode()) for batch in work[name] for t in batch) / 1e6 for name in contestants}
-        for _ in range(arguments.repeats):
+    functions = {
+        "lists": lambda tokenizer, batch: tokenizer(batch),
+        "tensors": lambda tokenizer, batch: tokenizer(batch, padding=True, return_tensors="pt"),
+        "decoded": lambda tokenizer, batch: tokenizer.batch_decode(batch),
+    }
+    for how in ("one text", "documents", "lines"):
+        for what, function in functions.items():
+            work = {}
             for name, tokenizer in contestants.items():
-                spent = 0.0
-                for batch in work[name]:
-                    begin = time.perf_counter()
-                    result = function(tokenizer, batch)
-                    spent += time.perf_counter() - begin
-                    del result
-                seconds[name].append(spent)
-        rates = {name: [megabytes[name] / s for s in values] for name, values in seconds.items()}
-        for name, values in rates.items():
-            # Turns are neighbours in time: the median of their ratios is steadier than the ratio of the medians
-            ratio = statistics.median(rate / other for rate, other in zip(values, rates["ByT5Tokenizer"]))
-            spread = (max(values) - min(values)) / statistics.median(values)
-            rows.append({"text": how, "to": to, "tokenizer": name, "mb_per_s": round(statistics.median(values), 2)})
-            rows[-1] |= {
-                "spread": round(spread, 2),
-                "times_byt5": round(ratio, 1),
-                "megabytes": round(megabytes[name], 2),
-            }
+                batches = cut(text if name == OURS else slow_text, how)
+                megabytes = sum(map(size, batches))
+                if what == "decoded":
+                    batches = [tokenizer(batch)["input_ids"] for batch in batches]
+                work[name] = (batches, megabytes)
+            results = race(contestants, work, function, arguments.repeats, clock)
+            rows += [{"text": how, "to": what, **result} for result in results]
 
-    for how in ("one text", "lines"):
-        name_ids = {}
-        for name, tokenizer in contestants.items():
-            name_ids[name] = [ids for batch in cut(texts[name], how) for ids in tokenizer(batch)["input_ids"]]
-        seconds = {name: [] for name in contestants}
-        for _ in range(arguments.repeats):
-            for name, tokenizer in contestants.items():
-                begin = time.perf_counter()
-                tokenizer.batch_decode(name_ids[name])
-                seconds[name].append(time.perf_counter() - begin)
-        for name, values in seconds.items():
-            size = sum(map(len, name_ids[name])) / 1e6
-            ratio = statistics.median(
-                (size / s) / (sum(map(len, name_ids["ByT5Tokenizer"])) / 1e6 / other)
-                for s, other in zip(values, seconds["ByT5Tokenizer"])
-            )
-            row = {
-                "text": how,
-                "to": "text (decode)",
-                "tokenizer": name,
-                "mb_per_s": round(size / statistics.median(values), 2),
-            }
-            rows.append(row | {"spread": round((max(values) - min(values)) / statistics.median(values), 2), "times_byt5": round(ratio, 1), "megabytes": round(size, 2)})  # fmt: skip  # noqa: E501
-
-    header = f"{'text':<11}{'to':<15}{'tokenizer':<25}{'MB/s':>9}{'spread':>8}{'x ByT5':>8}{'MB':>7}"
-    print(header + "\n" + "-" * len(header))
+    columns = {"text": 11, "to": 9, "tokenizer": 25, "mb_per_s": 10, "spread": 8, "times_byt5": 12, "megabytes": 11}
+    align = {name: "<" if name in ("text", "to", "tokenizer") else ">" for name in columns}
+    print("".join(f"{name:{align[name]}{width}}" for name, width in columns.items()))
     for row in rows:
-        print(f"{row['text']:<11}{row['to']:<15}{row['tokenizer']:<25}{row['mb_per_s']:>9.2f}{row['spread']:>8.0%}{row['times_byt5']:>8.1f}{row['megabytes']:>7.2f}")  # fmt: skip  # noqa: E501
+        cells = {name: str(value) for name, value in row.items()} | {"spread": f"{row['spread']:.0%}"}
+        print("".join(f"{cells[name]:{align[name]}{width}}" for name, width in columns.items()))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
     versions = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
     environment = {**vars(arguments), **versions, "python": platform.python_version(), "commit": commit.strip()}

@@ -27,7 +27,7 @@ from blt_hf.tokenization_blt import BltTokenizer
 ROOT = Path(__file__).parents[1]
 SPECIALS = {"<boe>": 0, "<s>": 1, "</s>": 2, "<bpe>": 3}
 MIXED = "naïve café — 你好，世界! Привет 🚀👩‍👩‍👧 עברית हिन्दी x\u0301\n\ttab </p>"
-# What is likely to go wrong: markers, parts of markers, blanks around them, characters of 1 to 4 bytes, combining marks
+# Likely to go wrong: markers, parts of markers, blanks around them, characters of 1 to 4 bytes, combining marks
 ATOMS = [
     "</s>",
     "<s>",
@@ -629,7 +629,8 @@ folder, text = sys.argv[1:]
 plain = PreTrainedTokenizerFast.from_pretrained(folder)
 remote = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert "blt_hf" not in sys.modules and type(remote).__module__.startswith("transformers_modules")
-assert type(remote).__name__ == "BltTokenizer" and remote.decode_bytes(remote(bytes(range(256))).input_ids) == bytes(range(256))
+raw = bytes(range(256))
+assert type(remote).__name__ == "BltTokenizer" and remote.decode_bytes(remote(raw).input_ids) == raw
 for tokenizer in (plain, remote):
     ids = tokenizer(text).input_ids
     print(json.dumps([ids, tokenizer.decode(ids), tokenizer.decode(ids[:-1], skip_special_tokens=True)]))

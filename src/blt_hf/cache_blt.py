@@ -383,6 +383,7 @@ class BltCache(Cache):
         self.num_bytes: Tensor | None = None  # (B,) int64, bytes of text seen
         self.min_bytes = 0  # lower bound of `num_bytes`, known without asking the device
         self.num_croppable = 0  # columns at the end that are text in every row
+        self.hides_ids = False  # whether some bytes came as embeddings
         self.has_documents = False  # whether some row holds more than one document
         self.record_past = False
 

@@ -49,10 +49,13 @@ def _load(load: Callable, name: str, *args, **kwargs):
         raise ValueError(f"{name} cannot be loaded: {str(error).strip()}") from error
 
 
-def _load_model(name: str, dtype: "Dtype", device: str | None):
+def _load_model(name: str, dtype: "Dtype", device: str | None, quiet: bool):
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if quiet:
+        logging.disable_progress_bar()
     model = _load(AutoModelForCausalLM.from_pretrained, name, dtype=dtype.value).eval()
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -174,7 +177,7 @@ def calibrate(
     with _plain_messages():
         config_file = _writable_config(model) if write else None
         found_texts = read_texts(texts, text_column)
-        loaded = _load_model(model, dtype, device)
+        loaded = _load_model(model, dtype, device, quiet or as_json)
         with progress_bar(sum(map(len, found_texts)), "Entropies", not quiet and not as_json) as advance:
             found = calibrate_threshold(
                 loaded,
@@ -267,7 +270,7 @@ def evaluate(
 
     with _plain_messages():
         found_texts = read_texts(texts, text_column)
-        loaded = _load_model(model, dtype, device)
+        loaded = _load_model(model, dtype, device, quiet or as_json)
         is_byte_model = loaded.config.model_type in ("blt", "blt_patcher")
         if is_byte_model and tokenizer is not None:
             raise ValueError("--tokenizer is for token models; this one reads bytes.")
@@ -358,11 +361,11 @@ def _print_flops(counted, reference, against: str | None, title: str | None) -> 
         return f"{value / 1e6:12,.2f} MFLOPs a byte{share}"
 
     rows = [(name.replace("_", " "), show(part.total)) for name, part in counted.parts.items() if part.total]
-    rows.append(("total, as the paper counts", show(counted.paper)))
     if counted.projections.total:
-        rows.append(("total without the entropy model", show(counted.without_patcher)))
+        rows.append(("total, as the paper counts", show(counted.paper)))
     if counted.patcher.total:
-        rows.append(("total", show(counted.total)))
+        rows.append(("total without the entropy model", show(counted.without_patcher)))
+    rows.append(("total", show(counted.total)))
     _print_rows(rows, title)
 
 

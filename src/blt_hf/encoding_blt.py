@@ -498,18 +498,18 @@ def _plain_bytes(texts: list, plan: EncodePlan) -> tuple[list[bytes], bool] | No
             return None
     elif any(plan.added_in(text, row) for text, row in zip(texts, data)):
         return None
-    longest = max(map(len, data), default=0) + len(plan.bos) + len(plan.eos)
-    if plan.max_length is not None and longest > plan.max_length:
-        kept = (plan.windows(len(row), plan.room([len(row)])[0])[0] for row in data)
+    if plan.max_length is not None:
+        kept = [plan.windows(len(row), plan.room([len(row)])[0])[0] for row in data]
         data = [row[start:stop] for row, (start, stop) in zip(data, kept)]
     return data, is_utf8
 
 
 def _flat_lists(data: list[bytes], is_utf8: bool, plan: EncodePlan) -> tuple[dict[str, list], int]:
+    bos, eos = plan.bos, plan.eos
     if is_utf8 or not any(row.translate(None, _LOW_BYTES) for row in data):
-        input_ids = [[*plan.bos, *row.translate(_SHIFT), *plan.eos] for row in data]
+        input_ids = [[*bos, *row.translate(_SHIFT), *eos] for row in data]
     else:
-        input_ids = [[*plan.bos, *(byte + BYTE_OFFSET for byte in row), *plan.eos] for row in data]
+        input_ids = [[*bos, *(byte + BYTE_OFFSET for byte in row), *eos] for row in data]
     attention_mask = [[1] * len(row) for row in input_ids]
     width = plan.padded_length(map(len, input_ids))
     if width:
@@ -536,21 +536,22 @@ def _flat_arrays(data: list[bytes], is_utf8: bool, plan: EncodePlan) -> tuple[di
     fill = bytes([(plan.pad_id - BYTE_OFFSET) % 256])
     pad = bytes.rjust if is_left else bytes.ljust
     text = b"".join([pad(row, text_ids.shape[1], fill) for row in data])
-    is_short_id = is_utf8 and plan.pad_id < 256
-    if is_short_id and len(data) > 1:
+    is_filled = is_utf8 and plan.pad_id < 256
+    if is_filled and missing.any():
         text_ids[...] = np.frombuffer(text.translate(_SHIFT), dtype=np.uint8).reshape(text_ids.shape)
     else:
         text = np.frombuffer(text, dtype=np.uint8).reshape(text_ids.shape)
         np.add(text, BYTE_OFFSET, out=text_ids, dtype=np.int64)
 
     if missing.any():
-        columns, missing = np.arange(width, dtype=np.int32), missing.astype(np.int32)[:, None]
         attention_mask = np.empty_like(input_ids)
+        columns, before = np.arange(width, dtype=np.int32), missing.astype(np.int32)[:, None]
         if is_left:
-            np.greater_equal(columns, missing, out=attention_mask)
+            np.greater_equal(columns, before, out=attention_mask)
         else:
-            np.less(columns, width - missing, out=attention_mask)
-        if num_bos + num_eos or not is_short_id:
+            np.less(columns, width - before, out=attention_mask)
+        input_ids[:, :num_bos] = input_ids[:, width - num_eos :] = plan.pad_id
+        if not is_filled:
             np.copyto(input_ids, plan.pad_id, where=attention_mask == 0)
     else:
         attention_mask = np.ones_like(input_ids)

@@ -103,6 +103,16 @@ class BltPreTrainedModel(PreTrainedModel):
         "AutoModelForTokenClassification": "modeling_blt.BltForTokenClassification",
     }
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; loading makes new parameters, so the entropy model is frozen once more."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if hasattr(module, "freeze_patcher"):
+                module.freeze_patcher()
+        return loaded
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the code that travels along serves every Auto class, not only the one saved."""
         if self._auto_class is not None:

@@ -123,6 +123,7 @@ class BltModel(BltPreTrainedModel):
         shape, device = check_inputs(input_ids, inputs_embeds)
         config = self.config
         cache = self._start_cache(past_key_values, use_cache, config)
+        self._check_history(cache, inputs_embeds)
         chunk = make_chunk(
             input_ids, attention_mask, position_ids, cache, shape, device,
             mask_documents=config.mask_documents, newline_reset=config.patching_newline_reset,
@@ -183,6 +184,16 @@ class BltModel(BltPreTrainedModel):
             self.config._attn_implementation,
             wants_weights=wants_weights,
         )
+
+    def _check_history(self, cache: BltCache | None, inputs_embeds: Tensor | None) -> None:
+        """Refuses to continue from bytes that only their embeddings told of, if something here reads ids."""
+        if cache is None or not cache.hides_ids or inputs_embeds is not None:
+            return
+        if self.config.encoder_hash_byte_group_nb_functions or self.config.patching_mode in ("entropy", "space"):
+            raise ValueError(
+                "`past_key_values` holds bytes that were passed as `inputs_embeds`, and the hashes and the patching rule "
+                "of later bytes read ids: pass `input_ids` from the start, or `inputs_embeds` and no cache."
+            )
 
     @property
     def _cross_windows(self) -> tuple[int, int]:
@@ -260,15 +271,21 @@ class BltModel(BltPreTrainedModel):
                 f"`patch_lengths` has shape {tuple(patch_lengths.shape)}; one row of lengths for each of the {rows} "
                 "rows of the input is accepted."
             )
+        if patch_lengths.shape[1] == 0 or patch_lengths.dtype.is_floating_point:
+            raise ValueError(
+                f"`patch_lengths` has shape {tuple(patch_lengths.shape)} and dtype {patch_lengths.dtype}; at least one "
+                "whole number for each row is accepted."
+            )
         excess = patch_lengths.sum(dim=1) - chunk.num_bytes
         wrong = ((excess != 0) & (excess != 1)) | (patch_lengths < 0).any(dim=1) | (patch_lengths[:, 0] > 1)
+        wrong = wrong | ((patch_lengths[:, 1:] > 0) & (patch_lengths[:, :-1] == 0)).any(dim=1)
         wrong = wrong & (chunk.num_bytes > 0)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0, 0])
             raise ValueError(
                 f"row {row} of `patch_lengths` is {patch_lengths[row].tolist()}, for {int(chunk.num_bytes[row])} bytes: "
-                "lengths must not be negative, begin with a patch of 1 byte, and sum to the bytes of the text, or to "
-                "one more (the next byte)."
+                "lengths must not be negative, begin with a patch of 1 byte, have zeros on the right alone, and sum to "
+                "the bytes of the text, or to one more (the next byte)."
             )
         ends = patch_ends_from_lengths(patch_lengths, chunk.num_columns)
         return ends | (chunk.text_positions == 0)
@@ -276,6 +293,7 @@ class BltModel(BltPreTrainedModel):
     def _end_step(self, cache: BltCache, chunk: ByteChunk, routing: PatchRouting, entropies: Tensor | None) -> None:
         if entropies is None:
             entropies = torch.zeros(routing.ends.shape, device=routing.ends.device)
+        cache.hides_ids |= chunk.input_ids is None
         cache.log.integers.append(routing.log)
         cache.log.entropies.append(entropies[..., None])
         patch_shift = None

@@ -1,0 +1,174 @@
+"""`blt-hf calibrate`, `evaluate` and `flops`: what they print is what the functions behind them give."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, tiny_config
+from pydoc_data.topics import topics
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+from blt_hf import BltConfig, cli
+from blt_hf.calibration import calibrate_threshold
+from blt_hf.flops import flops_per_byte, preset_config
+from blt_hf.metrics import measure_bits_per_byte
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A BLT, an entropy model and a text."""
+    path = tmp_path_factory.mktemp("cli")
+    model = make_model(tiny_config(patcher_config={"sliding_window": 64}, local_attention_window_len=64))
+    model.save_pretrained(path / "blt")
+    model.model.patcher.save_pretrained(path / "entropy")
+    (path / "text.txt").write_text(topics["for"][:1500])
+    (path / "more.jsonl").write_text(json.dumps({"text": topics["try"][:700]}))
+    return path
+
+
+def run(*arguments, status: int = 0) -> str:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output
+    return result.stdout if status == 0 else result.stderr
+
+
+def texts(folder: Path) -> list[bytes]:
+    return [(folder / "text.txt").read_bytes(), topics["try"][:700].encode()]
+
+
+def test_calibrate_prints_and_writes(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "blt")
+    model.save_pretrained(tmp_path / "blt")
+    before = json.loads((tmp_path / "blt" / "config.json").read_text())
+    inputs = (folder / "text.txt", folder / "more.jsonl")
+    printed = run("calibrate", tmp_path / "blt", *inputs, "--patch-size", 3.5, "--max-patch-length", 9, "--write", "--quiet")
+    found = calibrate_threshold(model, texts(folder), 3.5, max_patch_length=9)
+    assert f"{found.threshold:.6f} nats" in printed
+    assert f"{found.mean_patch_size:.3f} (wanted 3.5)" in printed
+    assert f"2,200 bytes in {found.num_patches:,} patches" in printed
+    assert "9 bytes" in printed and "█" in printed
+    after = json.loads((tmp_path / "blt" / "config.json").read_text())
+    assert {name for name in after if after[name] != before.get(name)} == {"patching_threshold", "max_patch_length"}
+    assert [file.name for file in (tmp_path / "blt").glob(".*")] == []
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "blt")
+    assert again.config.patching_threshold == found.threshold and again.config.max_patch_length == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [
+        (["--monotonic"], {"monotonicity": True}),
+        (["--threshold-add", "0.01"], {"threshold_add": 0.01}),
+        (["--newline-reset", "--batch-size", "2", "--max-length", "100"], {"newline_reset": True, "max_length": 100}),
+    ],
+    ids=str,
+)
+def test_calibrate_by_every_rule(folder, options, keywords):
+    found = json.loads(run("calibrate", folder / "entropy", folder / "text.txt", "--json", "--patch-size", 3, *options))
+    patcher = AutoModelForCausalLM.from_pretrained(folder / "entropy")
+    expected = calibrate_threshold(patcher, texts(folder)[:1], 3, **keywords)
+    assert found["settings"] == pytest.approx({**expected.settings}, rel=1e-4)
+    assert found["mean_patch_size"] == pytest.approx(expected.mean_patch_size, rel=1e-3)
+
+
+def test_a_config_stays_whole_when_writing_fails(folder, tmp_path, monkeypatch):
+    AutoModelForCausalLM.from_pretrained(folder / "blt").save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(cli.os, "replace", fail)
+    result = CliRunner().invoke(
+        cli.app, ["calibrate", str(tmp_path), str(folder / "text.txt"), "--write", "--quiet", "--patch-size", "3"]
+    )
+    assert isinstance(result.exception, OSError)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert list(tmp_path.glob(".config*")) == []
+
+
+def test_evaluate_prints_what_is_measured(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "blt")
+    expected = measure_bits_per_byte(model, texts(folder), max_length=300, stride=100)
+    arguments = ("evaluate", folder / "blt", folder / "text.txt", folder / "more.jsonl", "--max-length", 300, "--stride", 100)
+    printed = run(*arguments, "--quiet", "--batch-size", 2)
+    assert f"bits per byte   {expected.bits_per_byte:.3f}" in printed
+    assert f"bytes a patch   {expected.bytes_per_patch:.3f}" in printed
+    assert "2,200 bytes in 2 texts" in printed and "bytes a second" in printed
+    found = json.loads(run(*arguments, "--json"))
+    assert found["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-4)
+    assert "bytes a patch" not in run("evaluate", folder / "entropy", folder / "text.txt", "--quiet")
+
+
+def test_evaluate_token_models(folder, tmp_path):
+    from test_metrics import TEXTS
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXTS[3])
+    assert "--tokenizer" in run("evaluate", folder / "blt", tmp_path / "text.txt", "--tokenizer", tmp_path, status=1)
+    assert "cannot be loaded" in run("evaluate", tmp_path, tmp_path / "text.txt", "--tokenizer", tmp_path / "no", status=1)
+    tokenizer.save_pretrained(tmp_path)
+    expected = measure_bits_per_byte(model, TEXTS[3:], tokenizer)
+    printed = run("evaluate", tmp_path, tmp_path / "text.txt", "--quiet")
+    assert f"bits per byte   {expected.bits_per_byte:.3f}" in printed and "bytes a token   1.000" in printed
+
+
+def test_flops_of_presets():
+    found = json.loads(
+        run("flops", "--preset", "blt-7b", "--patch-bytes", 4.5, "--patch-bytes", 8, "--against", "llama-3-8b", "--json")
+    )
+    assert [line["patch_bytes"] for line in found] == [4.5, 8]
+    expected = flops_per_byte(preset_config("blt-7b"), 8)
+    assert found[1]["paper"] == expected.paper and found[1]["total"] == expected.total
+    assert found[1]["against"] == flops_per_byte(preset_config("llama-3-8b")).total
+    printed = run("flops", "--preset", "blt-7b", "--patch-bytes", 8, "--against", "llama-3-8b")
+    assert "8 bytes a patch:" in printed and "57.2% of llama-3-8b" in printed
+    assert "bytes a patch" not in run("flops", "--preset", "llama-3-8b")
+
+
+def test_flops_of_folders(folder):
+    config = BltConfig.from_pretrained(folder / "blt")
+    found = json.loads(run("flops", folder / "blt", "--training", "--context-bytes", 1000, "--json"))
+    assert found[0]["total"] == flops_per_byte(config, context_bytes=1000).training().total
+    assert "decoder" in run("flops", folder / "entropy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "{}/entropy", "{}/text.txt", "--write"], "no place for a threshold"),
+        (["calibrate", "some/name", "{}/text.txt", "--write"], "needs a local folder"),
+        (["calibrate", "{}/blt", "{}/none.txt"], "neither a file nor a folder"),
+        (["calibrate", "{}/blt", "{}/text.txt", "--patch-size", "5000"], "cannot be reached"),
+        (["calibrate", "{}/none", "{}/text.txt"], "cannot be loaded"),
+        (["evaluate", "{}/blt", "{}/text.txt", "--stride", "0"], "`stride` must be at least 1"),
+        (["flops"], "either CONFIG or --preset"),
+        (["flops", "{}/blt", "--preset", "blt-1b"], "either CONFIG or --preset"),
+        (["flops", "--preset", "blt-9b"], "no preset 'blt-9b'"),
+        (["flops", "--preset", "llama-3-8b", "--patch-bytes", "4"], "--patch-bytes is for a BLT"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_errors_are_one_line(folder, arguments, message):
+    told = run(*(argument.format(folder) for argument in arguments), "--quiet" * (arguments[0] != "flops") or "--json", status=1)
+    assert message in told and "Traceback" not in told
+
+
+def test_command_imports_no_optional_package():
+    """`evaluate` and `datasets` belong to the extra `train`; the command works without them."""
+    program = "import sys; import blt_hf.cli; print('evaluate' in sys.modules, 'datasets' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
