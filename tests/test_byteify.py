@@ -1,11 +1,11 @@
 """A byteified model's global transformer is the token model's, and learns at the rate that it is given."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +31,8 @@ from blt_hf.byteify import (
     interleave_rotary_rows,
 )
 from blt_hf.data import BltDataCollator, byte_ids
+from conftest import make_model, tiny_config
+from test_examples import run_example
 
 
 SIZE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -141,7 +143,9 @@ def test_with_an_entropy_model(tmp_path):
 
 def test_config_of_your_own():
     token_model = make_token_model(LlamaConfig(num_key_value_heads=2, **SIZE))
-    config = byteify_config(token_model.config, patching_mode="static", patch_size=4, encoder_config={"num_hidden_layers": 2})
+    config = byteify_config(
+        token_model.config, patching_mode="static", patch_size=4, encoder_config={"num_hidden_layers": 2}
+    )
     assert config.encoder_config.num_hidden_layers == 2
     model = byteify(token_model, config)
     assert model.config.patch_size == 4
@@ -242,3 +246,17 @@ def test_trainer_takes_the_optimizer(tmp_path):
     assert moved["global_transformer.layers"] / moved["local_decoder.layers"] == pytest.approx(0.1, rel=0.3)
     patcher = "model.patcher.embed_tokens.weight"
     assert torch.equal(model.state_dict()[patcher], before[patcher])
+
+
+@pytest.mark.parametrize("with_entropy_model", [False, True])
+def test_example(tmp_path, with_entropy_model):
+    options = []
+    if with_entropy_model:
+        make_model().model.patcher.save_pretrained(tmp_path / "entropy")
+        options = ["--entropy-model", tmp_path / "entropy", "--threshold", 5]
+    printed = run_example("byteify_llama.py", "--small", "--output-dir", tmp_path / "out", *options)
+    assert "global: learning rate 0.0001, weight decay 0.1" in printed
+    before, after = re.search(r"held-out text: ([0-9.]+), then ([0-9.]+)", printed).groups()
+    assert float(after) < float(before)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.patching_mode == ("entropy" if with_entropy_model else "space")

@@ -1,15 +1,20 @@
 """Thresholds for a wanted patch size: the closest there is, by every rule, and what the model then does with it."""
 
 import dataclasses
+import json
+import re
+from pydoc_data.topics import topics
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
+from transformers import AutoModelForCausalLM
 
 from blt_hf import BltConfig
 from blt_hf.calibration import calibrate_threshold
 from blt_hf.data import byte_ids
 from blt_hf.patching_blt import PatchingRule
+from conftest import make_model, tiny_config
+from test_examples import run_example
 
 
 TEXTS = [
@@ -115,7 +120,10 @@ def test_a_patcher_in_training_stays_so():
     [
         ({"target_patch_size": 0.5}, "at least 1 byte; got 0.5"),
         ({"target_patch_size": 500}, "cannot be reached on these texts: .* and [0-9.]+ "),
-        ({"max_patch_length": 2, "target_patch_size": 3}, "cannot be reached on these texts with `max_patch_length` 2"),
+        (
+            {"max_patch_length": 2, "target_patch_size": 3},
+            "cannot be reached on these texts with `max_patch_length` 2",
+        ),
         ({"monotonicity": True, "threshold_add": 0.1}, "two different rules"),
         ({"texts": []}, "hold no byte"),
         ({"texts": ["", b""]}, "hold no byte"),
@@ -142,3 +150,21 @@ def test_apply_sets_every_field_of_the_rule():
     assert config.patching_newline_reset and not config.monotonicity
     with pytest.raises(ValueError, match="must be a BltConfig"):
         found.apply(make_model().model.patcher)
+
+
+def test_example_trains_and_calibrates(tmp_path):
+    """And a BLT takes the entropy model and its rule over as the example's text says."""
+    printed = run_example("train_entropy_model.py", "--small", "--output-dir", tmp_path, "--patch-size", 4)
+    assert "bits per byte on" in printed
+    assert float(re.search(r"make patches of ([0-9.]+) bytes", printed)[1]) == pytest.approx(4, abs=0.05)
+    model = make_model()
+    model.set_patcher(AutoModelForCausalLM.from_pretrained(tmp_path))
+    model.config.update(json.loads((tmp_path / "calibration.json").read_text()))
+    num_bytes, lengths = patches_of_model(model, [topics["for"]])
+    assert 2 < num_bytes / len(lengths) < 8
+
+
+def test_example_takes_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("some text, and more of it\n" * 40)
+    printed = run_example("train_entropy_model.py", tmp_path / "a.txt", "--small", "--output-dir", tmp_path / "out")
+    assert "One text only" in printed and "1,040 bytes" in printed

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from blt_hf import BltForCausalLM
 from blt_hf.data import BltDataCollator, PrecomputePatches, byte_ids, read_texts, without_next_byte
 from blt_hf.patching_blt import PatchingRule
+from conftest import make_model, tiny_config
 
 
 TEXTS = [

@@ -36,7 +36,9 @@ def train_and_save(model_folder: str, folder: str) -> None:
     """What a user's script does; nothing here knows how many processes there are."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     rows = ROWS // int(os.environ.get("WORLD_SIZE", 1))
-    trainer = make_trainer(model, folder, per_device_train_batch_size=rows, max_steps=STEPS)
+    # The Trainer would let DDP look for unused parameters; none is unused, so DDP fails if it meets one.
+    options = {"per_device_train_batch_size": rows, "max_steps": STEPS, "ddp_find_unused_parameters": False}
+    trainer = make_trainer(model, folder, **options)
     trainer.train()
     kind = trainer.accelerator.distributed_type.value
     trainer.save_model(f"{folder}/model")

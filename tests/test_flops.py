@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen3Config
 
 from blt_hf import BltConfig
 from blt_hf.flops import Flops, FlopsPerByte, flops_per_byte, preset_config
+from conftest import make_model, tiny_config
 
 
 SIZES = {

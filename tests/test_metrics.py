@@ -8,7 +8,6 @@ import sys
 import evaluate
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
@@ -18,6 +17,7 @@ from blt_hf.data import BltDataCollator, byte_ids
 from blt_hf.metrics import TrainerBitsPerByte, load_bits_per_byte, measure_bits_per_byte
 from blt_hf.metrics import __file__ as metrics_file
 from blt_hf.metrics.measuring import _windows
+from conftest import make_model, tiny_config
 
 
 TEXTS = ["A byte is a small number.", "naïve café </s> 速い狐", "x", "def f(x):\n    return x + 1\n" * 3]

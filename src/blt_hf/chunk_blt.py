@@ -108,6 +108,8 @@ class ByteChunk:
 
 def _check_mask(attention_mask: Tensor, rows: int, columns: int, past: int) -> Tensor:
     """The columns of `attention_mask` that belong to the chunk."""
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(f"`attention_mask` must be a tensor; got {type(attention_mask).__name__}.")
     accepted = {columns, past + columns}
     if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] not in accepted:
         raise ValueError(

@@ -6,6 +6,7 @@ looks. PEFT itself is not imported here: all this happens when somebody else imp
 """
 
 import functools
+import importlib
 import importlib.abc
 import sys
 from contextlib import contextmanager
@@ -80,9 +81,10 @@ def _replace_everywhere(module, name: str, wrap) -> None:
 
 def teach_peft() -> None:
     """Changes PEFT, which has been imported; what a method adapts by default in a Llama, it adapts in a BLT."""
-    from peft.tuners import tuners_utils
-    from peft.utils import constants, other
-
+    # Not as statements: code on the Hub is refused where a package that it imports by name is missing.
+    tuners_utils, constants, other = (
+        importlib.import_module(f"peft.{name}") for name in ("tuners.tuners_utils", "utils.constants", "utils.other")
+    )
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
             for model_type in (_MODEL_TYPE, _PATCHER_TYPE):
