@@ -77,7 +77,9 @@ def main() -> None:
         tokens = max(round(context / BYTES_PER_TOKEN), 2)
         new_tokens = max(round(arguments.new_bytes / BYTES_PER_TOKEN), 8)
         contestants = [
-            Contestant("blt_hf", Continuation(model, prompt, arguments.new_bytes), arguments.new_bytes, arguments.repeats),
+            Contestant(
+                "blt_hf", Continuation(model, prompt, arguments.new_bytes), arguments.new_bytes, arguments.repeats
+            ),
             Contestant(
                 "llama",
                 Continuation(llama, prompt[:, :tokens], new_tokens, DynamicCache),
@@ -94,7 +96,9 @@ def main() -> None:
         results = interleave(contestants, device)
         base = results[0]["units_per_s"]
         for result in results:
-            rows.append({"context": context, "batch": 1, **result, "blt_hf is faster by": base / result["units_per_s"]})
+            rows.append(
+                {"context": context, "batch": 1, **result, "blt_hf is faster by": base / result["units_per_s"]}
+            )
     for batch in arguments.batch_sizes:
         prompt = random_ids(batch, 256, device, seed=3)
         run = Contestant(

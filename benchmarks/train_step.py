@@ -19,7 +19,7 @@ from common import (
     report,
 )
 
-from blt_hf.patching_blt import compute_patch_lengths, PatchingRule
+from blt_hf.patching_blt import PatchingRule, compute_patch_lengths
 
 
 def make_step(model, ids: torch.Tensor, **inputs):

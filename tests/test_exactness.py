@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
+
+from conftest import make_model, tiny_config
 
 
 RULES = {
@@ -201,7 +202,9 @@ def test_crop_leaves_no_trace(rule, text, wrong, keep, chunk):
     assert_same(torch.cat(rest), alone(model, row))
 
 
-@given(rule=rules, rows=st.lists(texts, min_size=2, max_size=3), order=st.lists(st.integers(0, 2), min_size=1, max_size=5))
+@given(
+    rule=rules, rows=st.lists(texts, min_size=2, max_size=3), order=st.lists(st.integers(0, 2), min_size=1, max_size=5)
+)
 @torch.no_grad()
 def test_rows_of_a_cache_can_be_reordered(rule, rows, order):
     model, rows = model_for(rule), [text_ids(rule, row) for row in rows]

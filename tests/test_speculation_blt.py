@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import make_model, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
-from test_exactness import encode, model_for, rules, text_ids, texts
 from transformers import GenerationConfig
+
+from conftest import make_model, tiny_config
+from test_exactness import encode, model_for, rules, text_ids, texts
 
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}

@@ -1,5 +1,6 @@
 """Byte Latent Transformers on the Hugging Face stack. Importing this package makes the Auto classes know them."""
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -60,6 +61,8 @@ def _register() -> None:
     AutoModelForTokenClassification.register(BltConfig, BltForTokenClassification, exist_ok=True)
     for config_class in (BltConfig, BltPatcherConfig):
         AutoTokenizer.register(config_class, fast_tokenizer_class=BltTokenizer, exist_ok=True)
+
+    transformers.BltForCausalLM = BltForCausalLM  # for callers that look `architectures` up there, as TRL does
 
     # Makes `save_pretrained` ship the code, for processes that do not have this package.
     for config_class in (BltConfig, BltPatcherConfig):

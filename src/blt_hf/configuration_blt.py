@@ -1,5 +1,6 @@
 """Configuration of the Byte Latent Transformer: model types, fields and defaults of transformers' in-tree classes."""
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -25,6 +26,24 @@ _LEGACY_KEYS = {
 }
 
 
+# Tensor-parallel plans: heads and feed-forward channels are split, everything between layers is whole.
+_LAYERS_TP_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+_CROSS_TP_PLAN = {
+    "cross_attn_layers.*.q_proj": "colwise",
+    "cross_attn_layers.*.k_proj": "colwise",
+    "cross_attn_layers.*.v_proj": "colwise",
+    "cross_attn_layers.*.o_proj": "rowwise",
+}
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -32,6 +51,8 @@ def _check(condition: bool, message: str) -> None:
 
 class _BltComponentConfig(PreTrainedConfig):
     """What the four transformer stacks have in common: derived sizes and their validation."""
+
+    base_model_tp_plan = _LAYERS_TP_PLAN
 
     def __post_init__(self, **kwargs):
         if (norm_eps := kwargs.pop("norm_eps", None)) is not None:
@@ -107,6 +128,7 @@ class BltLocalEncoderConfig(_BltComponentConfig):
     """
 
     model_type = "blt_local_encoder"
+    base_model_tp_plan = {**_LAYERS_TP_PLAN, **_CROSS_TP_PLAN}
     default_theta = 500000.0
 
     vocab_size: int = 260
@@ -148,6 +170,7 @@ class BltLocalDecoderConfig(_BltComponentConfig):
     """
 
     model_type = "blt_local_decoder"
+    base_model_tp_plan = {**_LAYERS_TP_PLAN, **_CROSS_TP_PLAN}
     default_theta = 500000.0
 
     vocab_size: int = 260
@@ -205,15 +228,6 @@ class BltPatcherConfig(_BltComponentConfig):
 
     model_type = "blt_patcher"
     keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
 
     vocab_size: int = 260
     hidden_size: int = 768
@@ -458,6 +472,29 @@ class BltConfig(PreTrainedConfig):
     def intermediate_size(self) -> int:
         return self.decoder_config.intermediate_size
 
+
+class _CausalLMByName:
+    """Stands under `transformers.BltForCausalLM` for the class of that name here, which it imports when it is used.
+
+    TRL does not ask an Auto class for a model that is given by its path: it takes the class that `architectures` names
+    from `transformers`, after it has read the configuration. With the in-tree class it would train slowly, and adapt
+    the entropy model. `import blt_hf` puts the class itself there.
+    """
+
+    def _load(self):
+        from .modeling_blt import BltForCausalLM
+
+        transformers.BltForCausalLM = BltForCausalLM
+        return BltForCausalLM
+
+    def __getattr__(self, name):
+        return getattr(self._load(), name)
+
+    def __call__(self, *args, **kwargs):
+        return self._load()(*args, **kwargs)
+
+
+transformers.BltForCausalLM = _CausalLMByName()
 
 __all__ = [
     "BltConfig",

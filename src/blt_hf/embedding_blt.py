@@ -76,8 +76,11 @@ class BltHashEmbedding(nn.Embedding):
 
     def forward(self, hashes: Tensor) -> Tensor:
         """Sum of the rows `hashes` `(B, S, G)` -> `(B, S, D)`."""
+        weight = self.weight
+        if hasattr(weight, "to_local"):  # under tensor parallelism: every rank sums its columns of the tables
+            weight, hashes = weight.to_local(), hashes.to_local()
         bags = hashes.flatten(0, 1)
-        summed = nn.functional.embedding_bag(bags, self.weight, mode="sum", sparse=self.sparse)
+        summed = nn.functional.embedding_bag(bags, weight, mode="sum", sparse=self.sparse)
         return summed.view(*hashes.shape[:2], -1)
 
 

@@ -101,7 +101,7 @@ class BltSelfAttention(nn.Module):
             key, value = past_key_values.update(key, value, **cache_kwargs)
         dropout = self.dropout if self.training else 0.0
         output, weights = span.attend(self, query, key, value, dropout)
-        return self.o_proj(output.flatten(2)), weights
+        return self.o_proj(output.flatten(2).contiguous()), weights
 
 
 class BltTransformerLayer(GradientCheckpointingLayer):
@@ -169,8 +169,10 @@ class BltPatchCrossAttention(_BltCrossAttention):
         Returns:
             `(B, P, K, W)`.
         """
-        num_patches = patch_states.shape[1]
-        query = self._split(self.q_proj(self.q_norm(patch_states)))
+        num_patches, latents = patch_states.shape[1:3]
+        # Linear layers get three dimensions: PEFT's OFT takes four for a convolution's.
+        query = self.q_proj(self.q_norm(patch_states).flatten(1, 2))
+        query = self._split(query.unflatten(1, (num_patches, latents)))
         byte_states = self.k_norm(byte_states)
         key = repeat_kv_heads(self._split(self.k_proj(byte_states)), self.num_key_value_groups, dim=2)
         value = repeat_kv_heads(self._split(self.v_proj(byte_states)), self.num_key_value_groups, dim=2)
@@ -180,7 +182,8 @@ class BltPatchCrossAttention(_BltCrossAttention):
             key, value = key.repeat(1, self.window, 1, 1), value.repeat(1, self.window, 1, 1)
         is_read = is_read & (segment >= 0) & (segment < num_patches)
         output = segment_attention(query, key, value, segment.clamp(0, num_patches - 1), is_read, self.scaling)
-        return self.o_proj(output.flatten(-2)) + patch_states
+        output = self.o_proj(output.flatten(-2).flatten(1, 2)).unflatten(1, (num_patches, latents))
+        return output + patch_states
 
 
 class BltByteCrossAttention(_BltCrossAttention):
@@ -207,8 +210,9 @@ class BltByteCrossAttention(_BltCrossAttention):
         query = self._split(self.q_proj(self.q_norm(hidden_states)))
         states = (None, None)
         if latents is not None:
-            normed = self.k_norm(latents)
-            states = tuple(proj(normed).flatten(2) for proj in (self.k_proj, self.v_proj))  # (B, P, K*H_kv*D)
+            normed = self.k_norm(latents).flatten(1, 2)
+            shape = (*latents.shape[:2], -1)  # (B, P, K*H_kv*D)
+            states = tuple(proj(normed).view(shape) for proj in (self.k_proj, self.v_proj))
         num_cached = 0
         if past_key_values is not None:
             num_cached = len(past_key_values[0])

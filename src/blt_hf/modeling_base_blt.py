@@ -11,8 +11,10 @@ from transformers.utils import ModelOutput, logging
 from .cache_blt import BltCache
 from .configuration_blt import BltConfig
 from .generation_blt import BltGenerationMixin
+from .peft_blt import teach_peft_when_imported
 
 
+teach_peft_when_imported()
 logger = logging.get_logger(__name__)
 
 
@@ -117,7 +119,13 @@ class BltPreTrainedModel(PreTrainedModel):
         """As in transformers; the code that travels along serves every Auto class, not only the one saved."""
         if self._auto_class is not None:
             self.config.auto_map = dict(self._auto_map)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        # FSDP2 makes a subclass on the fly, and its file is torch's: what is saved is the class under it.
+        current = type(self)
+        self.__class__ = next(cls for cls in current.__mro__ if not cls.__module__.startswith("torch."))
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = current
 
     def _wants(self, name: str, value: bool | list[int] | None) -> bool | list[int]:
         """An `output_*` argument, or what the config says of it; hidden states may be chosen by index."""

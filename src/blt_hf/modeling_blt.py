@@ -31,6 +31,7 @@ class BltModel(BltPreTrainedModel):
     """The Byte Latent Transformer without a head."""
 
     config: BltConfig
+    _tp_plan = {"encoder_hash_tok_embedding": "embedding_colwise"}
     _can_record_outputs = {"hidden_states": BltTransformerLayer, "attentions": BltSelfAttention}
 
     def __init__(self, config: BltConfig):
@@ -326,6 +327,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
     """The Byte Latent Transformer with a head over the next byte."""
 
     config: BltConfig
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     # As in-tree: with `tie_word_embeddings`, files hold the head alone.
     _tied_weights_keys = {"model.local_encoder.embed_tokens.weight": "lm_head.weight"}
 

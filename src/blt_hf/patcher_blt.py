@@ -27,6 +27,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
     config_class = BltPatcherConfig
     config: BltPatcherConfig
     base_model_prefix = ""
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _can_record_outputs = {"hidden_states": BltTransformerLayer, "attentions": BltSelfAttention}
     _auto_map = {
         "AutoConfig": "configuration_blt.BltPatcherConfig",
@@ -41,6 +42,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary_emb = BltRotaryEmbedding(config)
         self.vocab_size = config.vocab_size
+        self.loss_type = "ForCausalLM"  # which transformers would otherwise guess from the name of the class
         self.post_init()
 
     def get_input_embeddings(self):
