@@ -155,8 +155,8 @@ def write_tiny_model_summary(folder: Path, tokenizers: dict[str, str | None]) ->
 class Summary:
     """A pytest plugin that says at the end of a session how the tests of one file fared."""
 
-    def __init__(self, file: str):
-        self.file = Path(file).name
+    def __init__(self, file: str, subject: str = "our classes"):
+        self.file, self.subject = Path(file).name, subject
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
         tests = {"passed": set(), "failed": set(), "skipped": set()}
@@ -168,6 +168,6 @@ class Summary:
         failed, skipped = tests["failed"], tests["skipped"] - tests["failed"]
         passed = tests["passed"] - failed - skipped
         terminalreporter.write_line(
-            f"The suites of transformers {transformers.__version__} on our classes: {len(passed | failed)} ran, "
+            f"The suites of transformers {transformers.__version__} on {self.subject}: {len(passed | failed)} ran, "
             f"{len(passed)} passed, {len(failed)} failed; {len(skipped)} skipped."
         )
