@@ -143,7 +143,7 @@ def write(model, tokenizer: BltTokenizer, num_bytes: int, streamer: TextStreamer
     """Samples a continuation of the prompt, the same one each time."""
     set_seed(0)
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    result = generator(PROMPT, max_new_tokens=num_bytes, do_sample=True, temperature=0.5, streamer=streamer)
+    result = generator(PROMPT, max_new_tokens=num_bytes, do_sample=True, temperature=0.5, min_p=0.1, streamer=streamer)
     return result[0]["generated_text"]
 
 

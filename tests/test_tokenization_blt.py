@@ -1,6 +1,7 @@
 """The tokenizer against a plain-Python oracle, and against the `tokenizers` backend that it saves for others."""
 
 import copy
+import gc
 import inspect
 import io
 import json
@@ -371,6 +372,8 @@ def test_bos_and_eos(tokenizer):
     assert tokenizer.num_special_tokens_to_add() == 1 and tokenizer.num_special_tokens_to_add(pair=True) == 2
     assert tokenizer.get_special_tokens_mask([101], [102]) == [0, 1, 0, 1]
     assert tokenizer.get_special_tokens_mask([1, 101, 3], already_has_special_tokens=True) == [1, 0, 1]
+    tokenizer.eos_token = None
+    assert tokenizer("a").input_ids == [101]
     tokenizer.eos_token = "<bpe>"
     assert tokenizer(["a"], return_tensors="np").input_ids.tolist() == [[101, 3]]
     renamed = BltTokenizer(bos_token="[BOS]", pad_token="<bpe>")
@@ -451,6 +454,19 @@ def test_wrong_ids_and_files_are_named(tokenizer, tmp_path):
         BltTokenizer(add_prefix_space=True)
     with pytest.raises(NotImplementedError, match="nothing to train"):
         tokenizer.train_new_from_iterator([["a"]], 300)
+
+
+def test_garbage_collection_is_left_as_it_was(tokenizer):
+    try:
+        for enable in (gc.enable, gc.disable):
+            enable()
+            state = gc.isenabled()
+            tokenizer(["a"] * 9)
+            with pytest.raises(ValueError):
+                tokenizer(["a", "bc"], return_tensors="pt")
+            assert gc.isenabled() == state
+    finally:
+        gc.enable()
 
 
 def test_too_long_a_text_is_told(tokenizer, caplog):
@@ -617,9 +633,11 @@ def test_from_a_tokenizer_file(tokenizer, tmp_path):
 
 def test_calls_leave_no_trace_in_what_is_saved(tokenizer, tmp_path):
     """Caches of `datasets` are found by a hash of the pickled tokenizer."""
-    before = pickle.dumps(tokenizer.backend_tokenizer)
+    before = pickle.dumps(tokenizer)
     tokenizer(["a", "bc"], padding="max_length", truncation=True, max_length=2)
-    assert pickle.dumps(tokenizer.backend_tokenizer) == before
+    tokenizer.decode(tokenizer("a</s>").input_ids)
+    assert pickle.dumps(tokenizer) == before
+    assert "padding_side" in inspect.signature(tokenizer).parameters
 
 
 IN_PLAIN_TRANSFORMERS = """
@@ -710,6 +728,16 @@ def test_legacy_hub_files(kind, tmp_path):
     again = BltTokenizer.from_pretrained(tmp_path / "ours")
     assert again("a").input_ids == [1, 101, 2]  # asked for by somebody who has this class
     same(tokenizer, again)
+
+
+def test_auto_tokenizer_reads_legacy_files(tmp_path):
+    """The files name `PreTrainedTokenizerFast`; the registration in `blt_hf/__init__.py` knows better."""
+    folder = write_legacy_files(tmp_path / "legacy", "template with eos")
+    BltConfig().save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if type(tokenizer) is not BltTokenizer:
+        pytest.xfail("`blt_hf/__init__.py` does not claim the tokenizers of model type `blt` yet")
+    assert tokenizer("a").input_ids == [1, 101]
 
 
 def test_legacy_tokens_stay_where_others_follow_them(tmp_path):

@@ -6,6 +6,7 @@ not go through the backend: bytes are ids already, and `encoding_blt` shifts the
 """
 
 import codecs
+import functools
 import json
 import os
 import re
@@ -17,7 +18,16 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, TensorType
 
-from .encoding_blt import BYTE_OFFSET, BYTE_SYMBOLS, VOCAB_SIZE, AddedTokens, EncodePlan, encode_batch, to_bytes
+from .encoding_blt import (
+    BYTE_OFFSET,
+    BYTE_SYMBOLS,
+    VOCAB_SIZE,
+    AddedTokens,
+    EncodePlan,
+    PausedCollection,
+    encode_batch,
+    to_bytes,
+)
 
 
 SPECIAL_NAMES = ("<boe>", "<s>", "</s>", "<bpe>")  # ids 0 to 3
@@ -97,12 +107,13 @@ def _reject_unknown(names: Iterable[str], method: str) -> None:
         raise TypeError(f"`BltTokenizer.{method}` got unexpected arguments: {', '.join(map(repr, names))}.")
 
 
-def _check_encode_arguments(padding_side, truncation_side, max_length, stride, pad_to_multiple_of) -> None:
-    for name, value in (("padding_side", padding_side), ("truncation_side", truncation_side)):
-        if value not in ("left", "right"):
-            raise ValueError(f"`{name}` must be 'left' or 'right'; got {value!r}.")
-    at_least = {"max_length": (max_length, 0), "stride": (stride, 0), "pad_to_multiple_of": (pad_to_multiple_of, 1)}
-    for name, (value, least) in at_least.items():
+def _check_side(name: str, value: str) -> None:
+    if value not in ("left", "right"):
+        raise ValueError(f"`{name}` must be 'left' or 'right'; got {value!r}.")
+
+
+def _check_at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
         if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
             raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
 
@@ -293,6 +304,9 @@ class BltTokenizer(PreTrainedTokenizerFast):
             self._added = (size, AddedTokens(self.added_tokens_decoder, specials))
         return self._added[1]
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_added": None}  # a first call must not change the hash that `datasets` takes of us
+
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
         """1 for each special token, 0 for the others, in the row that these ids make (or made already)."""
         if already_has_special_tokens:
@@ -301,6 +315,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         texts = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
         return [value for ids in texts for value in (*bos, *[0] * len(ids), *eos)]
 
+    @functools.wraps(PreTrainedTokenizerFast.__call__, assigned=())
     def __call__(self, text=None, *args, **kwargs) -> BatchEncoding:
         """As in every tokenizer of transformers; texts may be `bytes` as well. Unknown arguments are an error."""
         kwargs.setdefault("split_special_tokens", None)  # tells a default from a request
@@ -332,28 +347,35 @@ class BltTokenizer(PreTrainedTokenizerFast):
         split_special_tokens: bool | None = None,
         **kwargs,
     ) -> BatchEncoding:
-        arguments = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
-        sanitize = kwargs.pop("sanitize_control_tokens", False)
-        _reject_unknown(kwargs.keys() - {"src_lang", "tgt_lang"}, "__call__")  # clients pass these to all tokenizers
-        if sanitize or self._tokenizer.normalizer is not None:
-            result = super()._encode_plus(**arguments, sanitize_control_tokens=sanitize)
+        if kwargs:
+            unknown = kwargs.keys() - {"sanitize_control_tokens", "src_lang", "tgt_lang"}
+            _reject_unknown(unknown, "__call__")  # the languages are what some clients pass to every tokenizer
+        if kwargs.get("sanitize_control_tokens") or self._tokenizer.normalizer is not None:
+            arguments = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
+            arguments.pop("unknown", None)
+            result = super()._encode_plus(**arguments, **kwargs)
             self._tokenizer.no_truncation()  # the backend would remember, and save, what this call asked for
             self._tokenizer.no_padding()
             return result
 
         padding_side = self.padding_side if padding_side is None else padding_side
-        _check_encode_arguments(padding_side, self.truncation_side, max_length, stride, pad_to_multiple_of)
-        pad_length = {PaddingStrategy.DO_NOT_PAD: 0, PaddingStrategy.MAX_LENGTH: max_length}.get(padding_strategy)
+        _check_side("padding_side", padding_side)
+        _check_side("truncation_side", self.truncation_side)
+        _check_at_least(0, max_length=max_length, stride=stride)
+        _check_at_least(1, pad_to_multiple_of=pad_to_multiple_of)
+        pads = padding_strategy != PaddingStrategy.DO_NOT_PAD
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        bos = self.bos_token_id if add_special_tokens and self.add_bos_token else None
+        eos = self.eos_token_id if add_special_tokens and self.add_eos_token else None
         plan = EncodePlan(
             added=self._added_tokens(),
             keep_special=not split,
             parse_bytes=split_special_tokens is False,
-            bos=(self.bos_token_id,) if add_special_tokens and self.add_bos_token else (),
-            eos=(self.eos_token_id,) if add_special_tokens and self.add_eos_token else (),
-            pad_id=self.pad_token_id or 0,
+            bos=() if bos is None else (bos,),
+            eos=() if eos is None else (eos,),
+            pad_id=self.pad_token_id if pads else 0,
             pad_type_id=self.pad_token_type_id,
-            pad_length=pad_length,
+            pad_length=(max_length if padding_strategy == PaddingStrategy.MAX_LENGTH else None) if pads else 0,
             pad_to_multiple_of=pad_to_multiple_of or 1,
             padding_side=padding_side,
             truncation=truncation_strategy,
@@ -363,33 +385,37 @@ class BltTokenizer(PreTrainedTokenizerFast):
             overflow=return_overflowing_tokens,
             is_split_into_words=is_split_into_words,
         )
-        wanted = {
-            "input_ids": True,
-            "token_type_ids": return_token_type_ids,
-            "attention_mask": return_attention_mask,
-            "special_tokens_mask": return_special_tokens_mask,
-            "offset_mapping": return_offsets_mapping,
-        }
-        names = [n for n, want in wanted.items() if want or (want is None and n in self.model_input_names)]
+        wanted = (
+            ("input_ids", True),
+            ("token_type_ids", return_token_type_ids),
+            ("attention_mask", return_attention_mask),
+            ("special_tokens_mask", return_special_tokens_mask),
+            ("offset_mapping", return_offsets_mapping),
+        )
+        names = [name for name, want in wanted if want or (want is None and name in self.model_input_names)]
         tensor_type = None if return_tensors is None else TensorType(return_tensors)
         as_arrays = tensor_type in (TensorType.PYTORCH, TensorType.NUMPY)
 
         items, batched = _as_items(text, text_pair, is_split_into_words)
-        columns, rows, samples = encode_batch(items, plan, names, as_arrays)
-        longest = columns["input_ids"].shape[1] if as_arrays else max(map(len, columns["input_ids"]), default=0)
-        self._eventual_warn_about_too_long_sequence(range(longest), max_length, verbose)
-        counts = {"length": [*map(len, columns["input_ids"])]} if return_length else {}
-        counts |= {"overflow_to_sample_mapping": samples} if return_overflowing_tokens else {}
-        columns |= {name: np.array(count, dtype=np.int64) if as_arrays else count for name, count in counts.items()}
-
-        if tensor_type == TensorType.PYTORCH:
-            import torch
-
-            columns = {name: torch.from_numpy(column) for name, column in columns.items()}
-        elif tensor_type is None and not batched and not return_overflowing_tokens:
-            columns = {name: column if name == "length" else column[0] for name, column in columns.items()}
         is_pair = bool(items) and isinstance(items[0], tuple) and len(items[0]) == 2
-        return BatchEncoding(columns, rows, None if as_arrays else tensor_type, n_sequences=1 + is_pair)
+        with PausedCollection():
+            columns, rows, samples = encode_batch(items, plan, names, as_arrays)
+            longest = columns["input_ids"].shape[1] if as_arrays else max(map(len, columns["input_ids"]), default=0)
+            self._eventual_warn_about_too_long_sequence(range(longest), max_length, verbose)
+            if return_length:
+                lengths = [*map(len, columns["input_ids"])]
+                columns["length"] = np.array(lengths, dtype=np.int64) if as_arrays else lengths
+            if return_overflowing_tokens:
+                samples = np.array(samples, dtype=np.int64) if as_arrays else [*samples]
+                columns["overflow_to_sample_mapping"] = samples
+
+            if tensor_type == TensorType.PYTORCH:
+                import torch
+
+                columns = {name: torch.from_numpy(column) for name, column in columns.items()}
+            elif tensor_type is None and not batched and not return_overflowing_tokens:
+                columns = {name: column if name == "length" else column[0] for name, column in columns.items()}
+            return BatchEncoding(columns, rows, None if as_arrays else tensor_type, n_sequences=1 + is_pair)
 
     def decode_bytes(self, token_ids, skip_special_tokens: bool = True) -> bytes | list[bytes]:
         """The raw bytes of one sequence of ids, or a list of them for a batch.
