@@ -735,8 +735,7 @@ def test_auto_tokenizer_reads_legacy_files(tmp_path):
     folder = write_legacy_files(tmp_path / "legacy", "template with eos")
     BltConfig().save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if type(tokenizer) is not BltTokenizer:
-        pytest.xfail("`blt_hf/__init__.py` does not claim the tokenizers of model type `blt` yet")
+    assert type(tokenizer) is BltTokenizer
     assert tokenizer("a").input_ids == [1, 101]
 
 

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.models.auto import tokenization_auto
 
 from .cache_blt import BltCache
 from .configuration_blt import (
@@ -61,6 +62,9 @@ def _register() -> None:
     AutoModelForTokenClassification.register(BltConfig, BltForTokenClassification, exist_ok=True)
     for config_class in (BltConfig, BltPatcherConfig):
         AutoTokenizer.register(config_class, fast_tokenizer_class=BltTokenizer, exist_ok=True)
+        # Files in the wild name a generic class, which transformers would otherwise believe.
+        tokenization_auto.TOKENIZER_MAPPING_NAMES[config_class.model_type] = BltTokenizer.__name__
+        tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config_class.model_type)
 
     transformers.BltForCausalLM = BltForCausalLM  # for callers that look `architectures` up there, as TRL does
 

@@ -81,11 +81,22 @@ class AddedTokens:
                 endings = sorted((token[len(prefix) :] for token in tokens), key=len, reverse=True)
                 pattern = re.escape(prefix) + b"(?:" + b"|".join(map(re.escape, endings)) + b")"
                 self.rounds.append((re.compile(pattern), tokens))
-        self.first_bytes = sorted({content[:1] for _, tokens in self.rounds for content in tokens})
+        self.contents = tuple(content for _, tokens in self.rounds for content in tokens)
+        self.first_bytes = sorted({content[:1] for content in self.contents})
 
     def __contains__(self, data: bytes) -> bool:
-        """Whether some added token may be in `data`; most often one scan for `<` tells that none is."""
-        return any(byte in data for byte in self.first_bytes) and any(p.search(data) for p, _ in self.rounds)
+        """Whether an added token may be in `data`. Most often a few jumps from one `<` to the next tell that none is."""
+        for byte in self.first_bytes:
+            position = data.find(byte)
+            for _ in range(16 + len(data) // 4096):
+                if position < 0:
+                    break
+                if data.startswith(self.contents, position):
+                    return True
+                position = data.find(byte, position + 1)
+            else:  # too many of them
+                return any(pattern.search(data) for pattern, _ in self.rounds)
+        return False
 
     def find(self, data: bytes, keep_special: bool) -> list[tuple[int, int, int]]:
         """`(first byte, byte after the last, id)` of each added token in `data`, in order and without overlap."""
@@ -517,10 +528,19 @@ def _plain_bytes(texts: list, plan: EncodePlan) -> tuple[list[bytes], bool] | No
     return data, is_utf8
 
 
+def _shifted(row: bytes) -> bytes:
+    """The ids of UTF-8 bytes, as bytes."""
+    if len(row) < 4096:
+        return row.translate(_SHIFT)
+    return (
+        np.frombuffer(row, dtype=np.uint8) + np.uint8(BYTE_OFFSET)
+    ).tobytes()  # faster once its overhead is nothing
+
+
 def _flat_lists(data: list[bytes], is_utf8: bool, plan: EncodePlan) -> tuple[dict[str, list], int]:
     bos, eos = plan.bos, plan.eos
     if is_utf8 or not any(row.translate(None, _LOW_BYTES) for row in data):
-        input_ids = [[*bos, *row.translate(_SHIFT), *eos] for row in data]
+        input_ids = [[*bos, *_shifted(row), *eos] for row in data]
     else:
         input_ids = [[*bos, *(byte + BYTE_OFFSET for byte in row), *eos] for row in data]
     attention_mask = [[1] * len(row) for row in input_ids]
