@@ -532,9 +532,8 @@ def _shifted(row: bytes) -> bytes:
     """The ids of UTF-8 bytes, as bytes."""
     if len(row) < 4096:
         return row.translate(_SHIFT)
-    return (
-        np.frombuffer(row, dtype=np.uint8) + np.uint8(BYTE_OFFSET)
-    ).tobytes()  # faster once its overhead is nothing
+    ids = np.frombuffer(row, dtype=np.uint8) + np.uint8(BYTE_OFFSET)
+    return ids.tobytes()  # numpy is faster where its overhead no longer counts
 
 
 def _flat_lists(data: list[bytes], is_utf8: bool, plan: EncodePlan) -> tuple[dict[str, list], int]:
