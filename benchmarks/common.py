@@ -6,10 +6,12 @@ import platform
 import resource
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
@@ -151,17 +153,50 @@ def interleave(contestants: list[Contestant], device: str, warm_up: bool = True)
     return [contestant.summary() for contestant in contestants]
 
 
+def weight_bytes_a_byte(model: BltForCausalLM, patch_bytes: float) -> float:
+    """Bytes of weights that decoding one byte of text reads: the global transformer's once a patch, no tables."""
+    parts = dict.fromkeys(("patcher", "local_encoder", "local_decoder", "global_transformer"), 0)
+    for name in parts:
+        module = getattr(model.model, name)
+        tables = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+        parts[name] = sum(p.nbytes for p in module.parameters() if id(p) not in tables)
+    parts["global_transformer"] /= patch_bytes
+    return sum(parts.values()) + model.lm_head.weight.nbytes
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second that a sum over 1 GB reads here, the best of five."""
+    data = torch.ones(2**28, device=device)
+    return data.nbytes / min(timed(data.sum, device) for _ in range(5))
+
+
+def matmul_peak(device: str, dtype: str) -> float:
+    """FLOPs a second of a large matrix product here, the best of five."""
+    size = 8192 if str(device).startswith("cuda") else 2048
+    a, b = (torch.ones(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(5))
+
+
 def peak_memory_mb(device: str) -> float:
     if str(device).startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
 def environment(arguments: argparse.Namespace) -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = arguments.device
     return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
         **vars(arguments),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

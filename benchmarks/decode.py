@@ -5,12 +5,14 @@ python benchmarks/decode.py --shape 1b --dtype bfloat16 --device cuda --skip-in-
 """
 
 import argparse
+import copy
 
 import torch
 from common import (
     BYTES_PER_TOKEN,
     Contestant,
     add_arguments,
+    bandwidth,
     build_blt,
     build_in_tree,
     build_llama,
@@ -18,7 +20,9 @@ from common import (
     interleave,
     random_ids,
     report,
+    weight_bytes_a_byte,
 )
+from transformers import CompileConfig
 from transformers.cache_utils import DynamicCache
 
 
@@ -32,14 +36,14 @@ def decode_bytes(model, prompt: torch.Tensor, num_bytes: int):
 class Continuation:
     """Generation from a prompt that was read once, outside the timing."""
 
-    def __init__(self, model, prompt: torch.Tensor, num_bytes: int, make_cache=lambda: None):
+    def __init__(self, model, prompt: torch.Tensor, num_bytes: int, make_cache=lambda: None, compile_config=None):
         self.model, self.prompt, self.num_bytes = model, prompt, num_bytes
         with torch.no_grad():
             self.cache = model(prompt[:, :-1], use_cache=True, past_key_values=make_cache()).past_key_values
+        if compile_config is not None:
+            self.cache.compile_steps(compile_config, prompt.shape[1] + num_bytes)
 
     def __call__(self):
-        import copy
-
         return self.model.generate(
             self.prompt, past_key_values=copy.deepcopy(self.cache), max_new_tokens=self.num_bytes, do_sample=True,
             top_k=0, temperature=4.0, eos_token_id=None, pad_token_id=0,
@@ -57,9 +61,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 2048, 4096])
-    parser.add_argument("--new-bytes", type=int, default=96)
+    parser.add_argument("--new-bytes", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile (its time is not counted)")
     parser.add_argument("--skip-in-tree", action="store_true", help="leave out the two contestants without a cache")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -71,6 +76,8 @@ def main() -> None:
     if not arguments.skip_in_tree:
         in_tree = build_in_tree(model)
         difference = check_equal(model, in_tree)
+    # CUDA graphs take over what is left of the overhead on a GPU.
+    compile_config = CompileConfig(mode="reduce-overhead" if device.startswith("cuda") else None)
     rows = []
     for context in arguments.contexts:
         prompt = random_ids(1, context, device, seed=2)
@@ -87,6 +94,9 @@ def main() -> None:
                 arguments.repeats,
             ),
         ]
+        if arguments.compile:
+            run = Continuation(model, prompt, arguments.new_bytes, compile_config=compile_config)
+            contestants.insert(1, Contestant("blt_hf, compiled", run, arguments.new_bytes, arguments.repeats))
         if in_tree is not None:
             count = 1 if context > 1024 else 3
             contestants += [
@@ -105,7 +115,16 @@ def main() -> None:
             "blt_hf", Continuation(model, prompt, arguments.new_bytes), arguments.new_bytes * batch, arguments.repeats
         )
         rows.append({"context": 256, "batch": batch, **interleave([run], device)[0]})
-    report("decode: bytes a second", rows, arguments, logit_difference=difference)
+    read, speed = weight_bytes_a_byte(model, arguments.patch_bytes), bandwidth(device)
+    report(
+        "decode: bytes a second",
+        rows,
+        arguments,
+        logit_difference=difference,
+        mb_of_weights_a_byte=read / 1e6,
+        memory_gb_per_s=speed / 1e9,
+        ms_a_byte_to_read_weights=1000 * read / speed,
+    )
 
 
 if __name__ == "__main__":

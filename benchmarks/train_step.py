@@ -14,11 +14,13 @@ from common import (
     build_in_tree,
     check_equal,
     interleave,
+    matmul_peak,
     peak_memory_mb,
     random_ids,
     report,
 )
 
+from blt_hf.flops import flops_per_byte
 from blt_hf.patching_blt import PatchingRule, compute_patch_lengths
 
 
@@ -48,7 +50,7 @@ def main() -> None:
     difference = check_equal(model, in_tree)
     model.train()
     in_tree.train()
-    rows = []
+    rows, peak = [], matmul_peak(device, arguments.dtype)
     for length in arguments.lengths:
         ids = random_ids(1, length, device, seed=4)
         with torch.no_grad():
@@ -65,7 +67,10 @@ def main() -> None:
             contestants = [c for c in contestants if c.name == arguments.only]
         results = interleave(contestants, device)
         base = results[0]["ms_per_unit"]
+        flops = flops_per_byte(model.config, arguments.patch_bytes, length).training()
         for result in results:
+            # What the model needs, whoever computes it: half of a causal attention, and no more than the windows.
+            needed = flops.without_patcher if "precomputed" in result["name"] else flops.total
             rows.append(
                 {
                     "bytes": length,
@@ -73,11 +78,12 @@ def main() -> None:
                     "s_per_step": result["ms_per_unit"] / 1000,
                     "bytes_per_s": length * result["units_per_s"],
                     "spread": result["spread"],
+                    "share of matmul peak": needed * length / (result["ms_per_unit"] / 1000) / peak,
                     "blt_hf is faster by": result["ms_per_unit"] / base,
                     "peak_mb_so_far": peak_memory_mb(device),
                 }
             )
-    report("train_step: seconds a step", rows, arguments, logit_difference=difference)
+    report("train_step: seconds a step", rows, arguments, logit_difference=difference, matmul_tflops=peak / 1e12)
 
 
 if __name__ == "__main__":

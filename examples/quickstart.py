@@ -1,18 +1,16 @@
-"""Train a small Byte Latent Transformer from nothing, look at its patches, let it write, save it, load it again.
+"""Load the small BLT that comes with this project, let it write, look at its patches, fine-tune it with LoRA, compare.
 
-Takes about two minutes on two idle cores and downloads nothing: the text is the language reference that comes with
-every Python.
+Takes about a minute and a half on two cores and downloads nothing: what it learns is this project's own code.
 
     python examples/quickstart.py [--steps N] [--output-dir DIR] [--small]
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.text import Text
 from transformers import (
@@ -25,105 +23,37 @@ from transformers import (
     set_seed,
 )
 
-from blt_hf import BltConfig, BltForCausalLM, BltPatcher, BltPatcherConfig, BltTokenizer
+import blt_hf  # noqa: F401 (makes the Auto classes know BLT)
+from blt_hf.data import BltDataCollator, PrecomputePatches, byte_ids
+from blt_hf.metrics import measure_bits_per_byte
 
 
-BYTES_PER_PATCH = 4.5
-PROMPT = "The import statement "
-SENTENCE = "A function call always returns some value, possibly None."
+ROOT = Path(__file__).parent.parent
+PRETRAINED = ROOT / "pretrained" / "blt-5m"
+PROMPTS = ["The import statement ", "dog (noun): ", "Das Paket "]
+SENTENCES = [
+    "A function call always returns some value, possibly None.",
+    "for name in sorted(os.listdir(path)): print(name)",
+    "Die Installation des Pakets ist einfach.",
+    "El paquete se instala con una sola orden.",
+]
+HELD_OUT = ("src/blt_hf/stacks_blt.py", "src/blt_hf/calibration.py")
+CODE_PROMPT = "    def forward(self, "
+BLOCK = 512
 
 console = Console(highlight=False)
 
 
-def load_text() -> tuple[str, str]:
-    """Training and held-out text. Whole topics are held out, and paragraphs that occur twice are taken once."""
-    train, held_out, seen = [], [], set()
-    for index, name in enumerate(sorted(topics)):
-        paragraphs = [p for p in topics[name].split("\n\n") if p not in seen]
-        seen.update(paragraphs)
-        (held_out if index % 10 == 5 else train).extend(paragraphs)
-    return "\n\n".join(train), "\n\n".join(held_out)
-
-
-def make_blocks(tokenizer: BltTokenizer, text: str, length: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of `length` ids, BOS and bytes, as `Trainer` takes them."""
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    bos = torch.tensor([tokenizer.bos_token_id])
-    rows = [torch.cat([bos, row]) for row in ids.split(length - 1) if len(row) == length - 1]
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def make_patcher(small: bool) -> BltPatcher:
-    width = 32 if small else 96
-    return BltPatcher(
-        BltPatcherConfig(
-            hidden_size=width,
-            num_hidden_layers=1 if small else 2,
-            num_attention_heads=4,
-            intermediate_size=3 * width,
-            sliding_window=64,
-        )
-    )
-
-
-def make_model(small: bool, patcher: BltPatcher, threshold: float) -> BltForCausalLM:
-    width, global_width = (32, 64) if small else (96, 256)
-    local = {
-        "hidden_size": width,
-        "num_attention_heads": 4,
-        "intermediate_size": 3 * width,
-        "hidden_size_global": global_width,
-    }
-    config = BltConfig(
-        patcher_config=patcher.config,
-        encoder_config={**local, "num_hidden_layers": 1},
-        decoder_config={**local, "num_hidden_layers": 1 if small else 2},
-        global_config={
-            "hidden_size": global_width,
-            "num_hidden_layers": 1 if small else 3,
-            "num_attention_heads": 4,
-            "intermediate_size": 3 * global_width,
-        },
-        encoder_hash_byte_group_vocab=500 if small else 3000,
-        local_attention_window_len=128,
-        patching_threshold=threshold,
-    )
-    model = BltForCausalLM(config)
-    model.set_patcher(patcher)
-    return model
-
-
-def train(model, blocks: list, steps: int, learning_rate: float, output_dir: Path) -> None:
-    arguments = TrainingArguments(
-        output_dir=str(output_dir),
-        max_steps=steps,
-        per_device_train_batch_size=8,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        logging_steps=max(steps // 4, 1),
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=False,
-        use_cpu=True,
-    )
-    Trainer(model=model, args=arguments, train_dataset=blocks).train()
-    model.eval()
+def write(model, tokenizer, prompt: str, num_bytes: int, streamer: TextStreamer | None = None) -> str:
+    """Samples a continuation of the prompt, the same one each time."""
+    set_seed(0)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    result = generator(prompt, max_new_tokens=num_bytes, do_sample=True, temperature=0.5, min_p=0.1, streamer=streamer)
+    return result[0]["generated_text"]
 
 
 @torch.no_grad()
-def evaluate(model, blocks: list) -> tuple[float, list]:
-    """Bits per byte, and all that the model gave for each batch."""
-    rows = torch.stack([block["input_ids"] for block in blocks])
-    outputs = [model(batch, labels=batch, output_patches=True) for batch in rows.split(16)]
-    nats = sum(output.loss * len(output.logits) for output in outputs) / len(rows)
-    return float(nats) / math.log(2), outputs
-
-
-@torch.no_grad()
-def cut_into_patches(model, tokenizer: BltTokenizer, text: str) -> list[str]:
+def cut_into_patches(model, tokenizer, text: str) -> list[str]:
     ids = tokenizer(text, return_tensors="pt").input_ids
     lengths = model(ids, output_patches=True).patch_lengths[0].tolist()
     lengths[-1] -= 1  # the last patch counts the next byte, which is not there yet
@@ -139,72 +69,89 @@ def show_patches(patches: list[str]) -> None:
     console.print(line)
 
 
-def write(model, tokenizer: BltTokenizer, num_bytes: int, streamer: TextStreamer | None = None) -> str:
-    """Samples a continuation of the prompt, the same one each time."""
-    set_seed(0)
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    result = generator(PROMPT, max_new_tokens=num_bytes, do_sample=True, temperature=0.5, min_p=0.1, streamer=streamer)
-    return result[0]["generated_text"]
+def load_code() -> tuple[list[str], list[str]]:
+    """This project's code: files to learn from, and files held out."""
+    files = sorted((ROOT / "src" / "blt_hf").glob("*.py"))
+    held_out = [ROOT / name for name in HELD_OUT]
+    return [file.read_text() for file in files if file not in held_out], [file.read_text() for file in held_out]
+
+
+def make_rows(model, texts: list[str]) -> list[dict]:
+    """Rows of BOS and bytes with their patches, which the frozen entropy model finds once."""
+    ids = [byte for text in texts for byte in byte_ids(text)]
+    rows = [{"input_ids": [1, *ids[start : start + BLOCK - 1]]} for start in range(0, len(ids), BLOCK - 1)]
+    find_patches = PrecomputePatches(model)
+    return [{**row, **find_patches(row)} for row in rows]
+
+
+def fine_tune(model, rows: list[dict], steps: int, output_dir: Path):
+    """LoRA on every linear layer; the adapter is merged at the end."""
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64, target_modules="all-linear"))
+    model.print_trainable_parameters()
+    arguments = TrainingArguments(
+        output_dir=str(output_dir / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        learning_rate=4e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 10,
+        logging_steps=max(steps // 4, 1),
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=False,
+        use_cpu=True,
+    )
+    Trainer(model, arguments, train_dataset=rows, data_collator=BltDataCollator()).train()
+    return model.merge_and_unload().eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="training steps of each of the two models")
+    parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--output-dir", type=Path, default=Path("quickstart-output"))
-    parser.add_argument("--small", action="store_true", help="tiny models and a few steps: seconds, and no sense")
+    parser.add_argument("--small", action="store_true", help="a few steps and short texts")
     args = parser.parse_args()
-    steps = args.steps or (4 if args.small else 400)
-    num_bytes = 40 if args.small else 400
+    num_bytes = 40 if args.small else 200
     started = time.monotonic()
-    set_seed(0)
 
-    console.rule("1. Text")
-    tokenizer = BltTokenizer()
-    train_text, held_out_text = load_text()
-    blocks, held_out = (make_blocks(tokenizer, text, 256) for text in (train_text, held_out_text))
-    held_out = held_out[:8] if args.small else held_out
-    sizes = [f"{len(text.encode()) / 1000:.0f} kB" for text in (train_text, held_out_text)]
-    console.print(f"{sizes[0]} of English to learn from, {sizes[1]} held out; each byte is a token.")
+    console.rule("1. Generate at once")
+    tokenizer = AutoTokenizer.from_pretrained(PRETRAINED)
+    model = AutoModelForCausalLM.from_pretrained(PRETRAINED)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"{weights / 1e6:.1f} million weights, one token for each byte.")
+    for prompt in PROMPTS:
+        write(model, tokenizer, prompt, num_bytes, TextStreamer(tokenizer, skip_special_tokens=True))
 
-    console.rule("2. Entropy model: a small byte LM that says where the text is hard to guess")
-    patcher = make_patcher(args.small)
-    train(patcher, blocks, steps, 6e-3, args.output_dir)
-    bits, outputs = evaluate(patcher, held_out)
-    entropies = torch.cat([output.entropies for output in outputs])
-    threshold = float(entropies.quantile(1 - 1 / BYTES_PER_PATCH))
-    console.print(f"Held-out text: {bits:.2f} bits per byte.")
-    console.print(f"One byte in {BYTES_PER_PATCH} is harder to guess than {threshold:.2f} nats; patches start there.")
+    console.rule("2. Patches: the global transformer runs once for each")
+    for sentence in SENTENCES:
+        show_patches(cut_into_patches(model, tokenizer, sentence))
 
-    console.rule("3. Patches")
-    model = make_model(args.small, patcher, threshold)
-    patches = cut_into_patches(model, tokenizer, SENTENCE)
-    show_patches(patches)
-    console.print(f"{len(SENTENCE.encode())} bytes in {len(patches)} patches.")
+    console.rule("3. Fine-tune with LoRA, on this project's own code")
+    learned, held_out = load_code()
+    if args.small:
+        learned, held_out = [learned[0][:8000]], [held_out[0][:2000]]
+    before = measure_bits_per_byte(model, held_out, max_length=BLOCK)
+    text_before = write(model, tokenizer, CODE_PROMPT, num_bytes)
+    rows = make_rows(model, learned)
+    model = fine_tune(model, rows, args.steps or (2 if args.small else 100), args.output_dir)
 
-    console.rule("4. Byte Latent Transformer")
-    num_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    num_hashed = model.model.encoder_hash_tok_embedding.weight.numel()
-    console.print(
-        f"{num_weights / 1e6:.1f} million weights to train, {num_hashed / 1e6:.1f} million of them hash embeddings."
-    )
-    train(model, blocks, steps, 4e-3, args.output_dir)
-    bits, outputs = evaluate(model, held_out)
-    num_patches = sum(int((output.patch_lengths > 0).sum()) for output in outputs)
-    bytes_per_patch = sum(len(block["input_ids"]) for block in held_out) / num_patches
-    console.print(f"Held-out text: {bits:.2f} bits per byte, {bytes_per_patch:.2f} bytes a patch.")
+    console.rule("4. Compare")
+    after = measure_bits_per_byte(model, held_out, max_length=BLOCK)
+    console.print(f"Held-out files: {before.bits_per_byte:.2f} bits per byte before, {after.bits_per_byte:.2f} after.")
+    text_after = write(model, tokenizer, CODE_PROMPT, num_bytes)
+    for name, text in (("before", text_before), ("after", text_after)):
+        console.print(f"[bold]{name}[/bold]")
+        console.print(text, markup=False)
 
-    console.rule("5. Generation, streamed")
-    text = write(model, tokenizer, num_bytes, TextStreamer(tokenizer, skip_special_tokens=True))
-
-    console.rule("6. Saved and loaded again")
+    console.rule("5. Saved and loaded again")
     folder = args.output_dir / "blt"
     model.save_pretrained(folder)
-    patcher.save_pretrained(args.output_dir / "entropy-model")
+    model.model.patcher.save_pretrained(args.output_dir / "entropy-model")
     for name in ("blt", "entropy-model"):
         tokenizer.save_pretrained(args.output_dir / name)
-    again = write(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), num_bytes)
-    if again != text:
-        raise SystemExit(f"The loaded model wrote something else: {again!r}")
+    loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    if write(*loaded, CODE_PROMPT, num_bytes) != text_after:
+        raise SystemExit("The loaded model wrote something else.")
     console.print(f"{folder} writes the same text. {time.monotonic() - started:.0f} seconds in all.")
 
 

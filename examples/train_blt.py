@@ -3,11 +3,12 @@
     python examples/train_blt.py  # the prose that comes with Python, small model
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_blt.py --files data/*.txt --size 1b
 
-The entropy model that cuts the patches is taken from `--patcher` (see examples/train_patcher.py); without one, patches
-follow the spaces between words.
+The entropy model that cuts the patches is taken from `--patcher` (see examples/train_entropy_model.py),
+with the threshold of its `calibration.json`; without one, patches follow the spaces between words.
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def python_prose() -> list[str]:
 def make_model(size: str, patcher: str | None) -> BltForCausalLM:
     width, decoder_layers, global_width, global_layers, hash_rows = SIZES[size]
     heads = max(width // 64, 2)
+    calibration = Path(patcher or "", "calibration.json")
+    rule = json.loads(calibration.read_text()) if patcher and calibration.exists() else {}
     config = BltConfig(
-        patching_mode="space" if patcher is None else "entropy",
+        **{"patching_mode": "space" if patcher is None else "entropy", **rule},
         patch_in_forward=patcher is not None,
         encoder_hash_byte_group_vocab=hash_rows,
         patcher_config=None if patcher is None else BltPatcher.from_pretrained(patcher).config.to_dict(),

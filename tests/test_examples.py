@@ -36,7 +36,7 @@ def quickstart(tmp_path_factory) -> tuple[str, Path]:
 def test_quickstart_goes_through_all_steps(quickstart):
     printed, folder = quickstart
     headings = [line for line in printed.splitlines() if line.startswith("─")]
-    assert len(headings) == 6
+    assert len(headings) == 5
     assert "The import statement" in printed
     assert f"{folder / 'blt'} writes the same text." in " ".join(printed.split())
 
@@ -54,7 +54,6 @@ def test_quickstart_leaves_two_models_that_load(quickstart):
 @pytest.mark.timeout(1800)
 def test_quickstart_learns(tmp_path):
     printed = run_example("quickstart.py", "--output-dir", tmp_path, timeout=1750)
-    found = re.search(r"Held-out text: ([\d.]+) bits per byte, ([\d.]+) bytes a patch", printed)
-    bits, bytes_per_patch = map(float, found.groups())
-    assert bits < 2.3
-    assert 4 < bytes_per_patch < 5
+    found = re.search(r"([\d.]+) bits per byte before, ([\d.]+) after", " ".join(printed.split()))
+    before, after = map(float, found.groups())
+    assert after < before - 0.3 and after < 2.2

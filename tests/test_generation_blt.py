@@ -386,7 +386,7 @@ def test_beams_from_a_cache(model, ids, arguments):
 # Limits.
 
 
-@pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded", "sliding_window"])
+@pytest.mark.parametrize("implementation", ["quantized", "offloaded", "sliding_window"])
 def test_other_caches_are_refused(model, ids, implementation):
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(ids, cache_implementation=implementation, **GREEDY)

@@ -36,6 +36,14 @@ METHODS = {
     "LNTuning": {},
     "Vera": {},
     "OFT": {"oft_block_size": 4, "r": 0},
+    "BOFT": {"boft_block_size": 4},
+    "HRA": {},
+    "Miss": {"r": 4},
+    "Road": {"group_size": 4},
+    "C3A": {"block_size": 4},
+    "VBLoRA": {"vector_length": 4, "num_vectors": 8},
+    "RandLora": {"r": 4},
+    "FourierFT": {"n_frequency": 10},
     "TrainableTokens": {"token_indices": [101, 105]},
 }
 PROMPT_METHODS = {
@@ -167,6 +175,46 @@ def test_second_adapter_and_transformers_own_interface(tmp_path):
     adapted = get_peft_model(make_model(), LoraConfig(**CAUSAL))
     adapted.add_adapter("two", LoraConfig(**CAUSAL, target_modules=["gate_proj"], modules_to_save=["embed_tokens"]))
     check_patcher_untouched(adapted)
+
+
+HASHES = "encoder_hash_tok_embedding"
+ON_HASHES = {
+    "lora": LoraConfig(**CAUSAL, target_modules=[HASHES]),
+    "dora": LoraConfig(**CAUSAL, target_modules=[HASHES, "q_proj"], use_dora=True),
+    "oft": peft.OFTConfig(**CAUSAL, target_modules=[HASHES], oft_block_size=4, r=0),
+    "parameters": LoraConfig(**CAUSAL, target_modules=[], target_parameters=[f"{HASHES}.weight"]),
+    "whole": LoraConfig(**CAUSAL, modules_to_save=[HASHES]),
+}
+
+
+@pytest.mark.parametrize("config", ON_HASHES.values(), ids=ON_HASHES)
+def test_adapters_of_the_hash_embedding(config, tmp_path):
+    """An adapted table is looked up as a table is: for each byte the sum of a bag of rows, merged or not."""
+    base = make_model()
+    with torch.no_grad():
+        plain = base(ids()).logits
+    model = adapt(config, base)
+    check_patcher_untouched(model)
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    trained = [weight for name, weight in model.named_parameters() if HASHES in name and weight.requires_grad]
+    assert trained and all(weight.grad.abs().sum() > 0 for weight in trained)
+    model.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(input_ids=ids()).logits
+        assert (expected - plain).abs().max() > 1e-3
+        arguments = {"input_ids": ids(20), "max_new_tokens": 12, "do_sample": False}
+        assert torch.equal(model.generate(**arguments), model.generate(**arguments, use_cache=False))
+        loaded = PeftModel.from_pretrained(make_model(), tmp_path).eval()
+        torch.testing.assert_close(loaded(input_ids=ids()).logits, expected)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(ids()).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_of_single_hash_rows_are_refused():
+    with pytest.raises(ValueError, match="`trainable_token_indices` names .*encoder_hash_tok_embedding.*accepted"):
+        get_peft_model(make_model(), LoraConfig(**CAUSAL, trainable_token_indices={HASHES: [3]}))
+    with pytest.raises(ValueError, match="`target_modules` names .*encoder_hash_tok_embedding.*accepted"):
+        get_peft_model(make_model(), peft.TrainableTokensConfig(target_modules=[HASHES], token_indices=[3]))
 
 
 @pytest.mark.parametrize("rule", [{}, {"patching_mode": "space"}, {"max_patch_length": 3}], ids=str)

@@ -1,10 +1,11 @@
 """The README and the pages of `docs/` do what they show: snippets run, commands and links exist.
 
-Snippets load the checkpoints that the quickstart leaves behind; here tiny random ones stand in for them, so what the
-snippets print is not compared. A snippet after `<!-- not run: reason -->` is compiled only.
+Snippets load the model that comes with the project, or what the quickstart leaves behind; what they print is not
+compared. A snippet after `<!-- not run: reason -->` is compiled only.
 """
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from transformers import set_seed
 
 from blt_hf import BltForCausalLM, BltTokenizer
 from blt_hf.cli import app
-from conftest import make_model, tiny_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -35,21 +35,21 @@ PAGES_THAT_RUN = [page for page in PAGES if snippets(page) and page.name != "con
 
 
 @pytest.fixture(scope="module")
-def quickstart_output(tmp_path_factory) -> Path:
-    """A folder that holds `quickstart-output`, as the quickstart leaves it."""
+def clone(tmp_path_factory) -> Path:
+    """A folder with the bundled model in it, and `quickstart-output` as the quickstart leaves it."""
     folder = tmp_path_factory.mktemp("docs")
-    model = make_model(tiny_config(patcher_config={"sliding_window": 64}, local_attention_window_len=64))
-    model.save_pretrained(folder / "quickstart-output" / "blt")
-    BltTokenizer().save_pretrained(folder / "quickstart-output" / "blt")
+    shutil.copytree(ROOT / "pretrained", folder / "pretrained")
+    shutil.copytree(ROOT / "pretrained" / "blt-5m", folder / "quickstart-output" / "blt")
+    model = BltForCausalLM.from_pretrained(ROOT / "pretrained" / "blt-5m")
     model.model.patcher.save_pretrained(folder / "quickstart-output" / "entropy-model")
     BltTokenizer().save_pretrained(folder / "quickstart-output" / "entropy-model")
     return folder
 
 
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=name_of)
-def test_snippets_run(page, quickstart_output, monkeypatch):
+def test_snippets_run(page, clone, monkeypatch):
     """From top to bottom, each page in a namespace of its own."""
-    monkeypatch.chdir(quickstart_output)
+    monkeypatch.chdir(clone)
     set_seed(0)
     namespace = {"__name__": "__main__"}
     for number, (code, reason) in enumerate(snippets(page), start=1):
@@ -108,5 +108,5 @@ def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 
 
-def test_model_of_the_snippets_loads(quickstart_output):
-    assert BltForCausalLM.from_pretrained(quickstart_output / "quickstart-output" / "blt").config.uses_patcher
+def test_model_of_the_snippets_loads(clone):
+    assert BltForCausalLM.from_pretrained(clone / "pretrained" / "blt-5m").config.uses_patcher

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from blt_hf import BltForCausalLM
+from blt_hf.layers_blt import BltTransformerLayer
 from conftest import make_model, tiny_config
 
 
@@ -262,3 +263,18 @@ def test_precomputed_patches(tmp_path):
     model.model.patcher.forward = None
     losses, _ = train(model, tmp_path, data=data)
     assert_same_losses(losses, expected, 1e-5)
+
+
+def test_layers_compile_whole(monkeypatch):
+    """`fullgraph=True` raises at a graph break; batches of several shapes make shapes dynamic."""
+    # All layers share their code, and the stacks differ in width and in what they see.
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    model, compiled = (make_model(tiny_config(), seed=3).train() for _ in range(2))
+    for module in compiled.modules():
+        if isinstance(module, BltTransformerLayer):
+            module.compile(backend="eager", fullgraph=True)
+    for length in (30, 41, 55):
+        ids = torch.randint(4, 260, (2, length), generator=torch.Generator().manual_seed(length))
+        losses = [m(ids, labels=ids).loss for m in (model, compiled)]
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
+        losses[1].backward()

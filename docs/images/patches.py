@@ -1,6 +1,6 @@
 """Draws `patches.png`: how hard each byte of a sentence is to guess, and the patches that follow from it.
 
-python docs/images/patches.py [MODEL]        # MODEL: a BLT, by default what the quickstart leaves behind
+python docs/images/patches.py [MODEL]        # MODEL: a BLT, by default the one that comes with the project
 """
 
 import sys
@@ -14,6 +14,7 @@ import blt_hf  # noqa: F401 (the Auto classes know BLT from here on)
 
 
 SENTENCE = "A function call always returns some value, possibly None, unless it raises an exception."
+PRETRAINED = Path(__file__).parents[2] / "pretrained" / "blt-5m"
 COLOURS = ("#3b6fb6", "#e0952b")
 
 
@@ -46,4 +47,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "quickstart-output/blt")
+    main(sys.argv[1] if len(sys.argv) > 1 else str(PRETRAINED))

@@ -90,7 +90,8 @@ class AttentionSpan:
 
     def _call(self, module, query, key, value, mask, dropout):
         if self.implementation == "sdpa" and module.num_key_value_groups == 1:
-            is_causal = mask is None and query.shape[2] > 1
+            # A conditional gives torch.compile a bool where a comparison of dynamic shapes would not.
+            is_causal = True if mask is None and query.shape[2] > 1 else False  # noqa: SIM210
             output = nn.functional.scaled_dot_product_attention(
                 query, key, value, mask, dropout, is_causal, scale=module.scaling
             )
@@ -223,6 +224,11 @@ def segment_attention(
         `(B, P, K, H, D)`; 0 for a patch that reads no byte.
     """
     rows, num_patches, latents, heads, size = query.shape
+    if num_patches == 1:  # a decoding row closes one patch at a time, and all its bytes belong to that
+        scores = torch.einsum("bkhd,bthd->bhkt", query[:, 0], key).float() * scaling
+        visible = weight_mask[:, None, None]
+        weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1) * visible
+        return torch.einsum("bhkt,bthd->bkhd", weights.to(value.dtype), value)[:, None]
     flat = (segment + torch.arange(rows, device=segment.device)[:, None] * num_patches).flatten()  # (B*T,)
     queries_of_bytes = query.flatten(0, 1).index_select(0, flat)  # (B*T, K, H, D)
     scores = (queries_of_bytes * key.flatten(0, 1)[:, None]).sum(dim=-1).float() * scaling  # (B*T, K, H)

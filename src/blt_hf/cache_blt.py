@@ -351,7 +351,14 @@ class BltCache(Cache):
         config: a [`BltConfig`], or a [`BltPatcherConfig`] for an entropy model that generates by itself.
     """
 
+    _HELD = (
+        "patcher", "encoder", "decoder", "global_transformer", "layers", "log", "byte_states", "byte_patches", "latents",
+        "num_bytes",
+    )  # fmt: skip
+
     def __init__(self, config):
+        self.steps = None  # a `BltStepState` that holds the content of this cache instead of it
+        self.compile_config, self.max_length = None, None  # see `compile_steps`
         if config.model_type == "blt_patcher":
             patcher, encoder, decoder, num_global, num_cross = config, None, None, 0, (0, 0)
         else:
@@ -385,11 +392,35 @@ class BltCache(Cache):
         self.num_croppable = 0  # columns at the end that are text in every row
         self.hides_ids = False  # whether some bytes came as embeddings
         self.has_documents = False  # whether some row holds more than one document
+        self.num_single_bytes = 0
         self.record_past = False
 
     @property
     def is_empty(self) -> bool:
-        return self.num_bytes is None
+        return self.seq_length == 0
+
+    def compile_steps(self, compile_config, max_length: int | None = None) -> None:
+        """Decodes with compiled steps from now on.
+
+        Args:
+            compile_config: a `transformers.CompileConfig`, what `torch.compile` is told.
+            max_length: bytes to make room for at once, so that nothing is compiled again as the text grows.
+        """
+        self.compile_config, self.max_length = compile_config, max_length
+
+    def rest(self, steps) -> None:
+        """Leaves its content to a `BltStepState` made of it, until somebody asks for any of it."""
+        self.__dict__["steps"] = steps
+        self.__dict__["_resting"] = {name: self.__dict__.pop(name) for name in self._HELD}
+
+    def __getattr__(self, name: str):
+        # Only asked for what is not there: while the cache rests, what it holds.
+        if name not in self._HELD or self.__dict__.get("steps") is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        steps, self.steps = self.steps, None
+        self.__dict__.update(self.__dict__.pop("_resting"))
+        steps.return_to(self)
+        return self.__dict__[name]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` that the cache has seen, padding included."""
@@ -444,6 +475,7 @@ class BltCache(Cache):
             for pair in self.latents:
                 for tensor in pair:
                     tensor.shift_right(patch_shift)
+        self.num_single_bytes = self.num_single_bytes + 1 if chunk.num_columns == 1 else 0
         self.seq_length += chunk.num_columns
         self.num_bytes = chunk.num_bytes if self.num_bytes is None else self.num_bytes + chunk.num_bytes
         self.min_bytes += chunk.min_bytes

@@ -251,39 +251,56 @@ def make_chunk(
 
 
 @dataclass
-class PatchRouting:
-    """Which bytes and patches of a chunk read which. New patches of a row are numbered from 0 in this chunk.
+class PatchNumbers:
+    """Which patch holds each byte, and which it reads. New patches of a row are numbered from 0 in this chunk.
 
     Attributes:
         ends: bool `(B, S)`, bytes that end a patch by the rule.
         closes: bool `(B, S)`, `ends`, and the last byte of each text that is followed by another in the row: its
             patch gets a latent that nobody reads, so that patches never mix texts.
-        num_new: int64 `(B,)`, patches closed in this chunk; `new_counts` the same on the host, `max_new` their maximum.
-        old_counts: patches closed before it, on the host.
+        num_new: int64 `(B,)`, patches closed in this chunk.
         byte_patch: int64 `(B, S)`, index in its row of the patch that holds each byte.
         read: int64 `(B, S)`, new patch that each byte reads; -1 is the last one closed before the chunk.
-        first_patch: int64 `(B, max_new)`, index in its row of the first patch that each new patch may see. None: 0.
-        max_open_bytes: bytes of the longest patch left open.
+        open_at_end: int64 `(B,)`, bytes of the patch left open.
         log: the chunk's entries for [`ByteLog`], integers `(B, S, F)`.
     """
 
     ends: Tensor
     closes: Tensor
     num_new: Tensor
-    new_counts: list[int]
-    max_new: int
-    old_counts: list[int]
     byte_patch: Tensor
     read: Tensor
-    first_patch: Tensor | None
-    max_open_bytes: int
+    open_at_end: Tensor
     log: Tensor
 
 
-def route_patches(
+@dataclass
+class PatchRouting(PatchNumbers):
+    """The same, and what the host knows of it.
+
+    Attributes:
+        new_counts: `num_new`; `max_new`: their maximum.
+        old_counts: patches closed before the chunk.
+        max_open_bytes: bytes of the longest patch left open.
+        first_patch: int64 `(B, max_new)`, index in its row of the first patch that each new patch may see. None: 0.
+    """
+
+    new_counts: list[int]
+    max_new: int
+    old_counts: list[int]
+    max_open_bytes: int
+    first_patch: Tensor | None
+
+
+def log_field(log: Tensor, field: str) -> Tensor:
+    """`field` of log entries `(..., F)`."""
+    return log[..., ByteLog.FIELDS.index(field)]
+
+
+def number_patches(
     chunk: ByteChunk, ends: Tensor, mask_documents: bool, eos_token_id: int | list[int] | None
-) -> PatchRouting:
-    """Numbers the patches that `ends` `(B, S)` closes; see [`PatchRouting`]."""
+) -> PatchNumbers:
+    """Numbers the patches that `ends` `(B, S)` closes, without asking the device for anything."""
     is_text = chunk.is_text
     if is_text is not None:
         ends = ends & is_text
@@ -292,7 +309,6 @@ def route_patches(
         unread = torch.cat([chunk.text_starts[:, 1:], torch.zeros_like(ends[:, :1])], dim=1) & ~ends
         closes = ends | unread
     closed = closes.long().cumsum(dim=1)
-    num_new = closed[:, -1]
     old = chunk.previous["num_patches"]
     byte_patch = old[:, None] + closed - closes.long()
     read = closed - 1 if unread is None else closed - 1 - unread.long()
@@ -304,21 +320,13 @@ def route_patches(
     open_bytes = open_patch_bytes(closes, previous_open)
     last_byte = (chunk.num_bytes - 1).clamp_min(0)[:, None]
     open_at_end = torch.where(chunk.num_bytes > 0, open_bytes.gather(1, last_byte)[:, 0], previous_open)
-    # The one place where the host learns what the patcher decided.
-    new_counts, old_counts, open_counts = torch.stack([num_new, old, open_at_end]).tolist()
 
     zeros = torch.zeros_like(byte_patch)
     own = later = zeros
-    first_patch = None
-    max_new = max(new_counts)
     if chunk.document_start is not None:
         own, later = _patch_document_starts(chunk, closes, byte_patch, previous_open, mask_documents, eos_token_id)
-        column = torch.where(closes, closed - 1, max_new)
-        first_patch = torch.zeros(*num_new.shape, max_new + 1, dtype=torch.int64, device=ends.device)
-        first_patch = first_patch.scatter(1, column, own)[:, :max_new]
-    input_ids = zeros if chunk.input_ids is None else chunk.input_ids
     fields = {
-        "input_id": input_ids,
+        "input_id": zeros if chunk.input_ids is None else chunk.input_ids,
         "position": chunk.text_positions,
         "open_bytes": open_bytes,
         "num_patches": old[:, None] + closed,
@@ -328,18 +336,30 @@ def route_patches(
         "next_patch_document_start": later,
     }
     log = torch.stack([fields[name] for name in ByteLog.FIELDS], dim=-1)
+    return PatchNumbers(ends, closes, closed[:, -1], byte_patch, read, open_at_end, log)
+
+
+def route_patches(
+    chunk: ByteChunk, ends: Tensor, mask_documents: bool, eos_token_id: int | list[int] | None
+) -> PatchRouting:
+    """Numbers the patches that `ends` `(B, S)` closes; see [`PatchRouting`]."""
+    numbers = number_patches(chunk, ends, mask_documents, eos_token_id)
+    # The one place where the host learns what the patcher decided.
+    facts = torch.stack([numbers.num_new, chunk.previous["num_patches"], numbers.open_at_end])
+    new_counts, old_counts, open_counts = facts.tolist()
+    max_new = max(new_counts)
+    first_patch = None
+    if chunk.document_start is not None:
+        column = torch.where(numbers.closes, numbers.closes.long().cumsum(dim=1) - 1, max_new)
+        first_patch = torch.zeros(ends.shape[0], max_new + 1, dtype=torch.int64, device=ends.device)
+        first_patch = first_patch.scatter(1, column, log_field(numbers.log, "patch_document_start"))[:, :max_new]
     return PatchRouting(
-        ends=ends,
-        closes=closes,
-        num_new=num_new,
+        **vars(numbers),
         new_counts=new_counts,
         max_new=max_new,
         old_counts=old_counts,
-        byte_patch=byte_patch,
-        read=read,
-        first_patch=first_patch,
         max_open_bytes=max(open_counts),
-        log=log,
+        first_patch=first_patch,
     )
 
 
@@ -364,4 +384,4 @@ def _patch_document_starts(
     return _running_max(own, chunk.previous["patch_document_start"]), later
 
 
-__all__ = ["ByteChunk", "PatchRouting", "make_chunk", "route_patches"]
+__all__ = ["ByteChunk", "PatchNumbers", "PatchRouting", "log_field", "make_chunk", "number_patches", "route_patches"]

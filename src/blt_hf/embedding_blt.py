@@ -1,7 +1,5 @@
 """Hashed n-gram embeddings of bytes."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 
@@ -22,9 +20,14 @@ HASH_PRIMES = (
 )
 
 
-@lru_cache(maxsize=64)
-def _hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.device) -> Tensor:
+_hash_weights: dict[tuple, Tensor] = {}  # a plain one, because torch.compile looks through it
+
+
+def hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.device) -> Tensor:
     """int64 `(L, functions * sizes)`: factor of the id `L - 1 - l` bytes back in each hash, wrapped to 64 bits."""
+    key = (sizes, num_functions, device)
+    if key in _hash_weights:
+        return _hash_weights[key]
     longest = max(sizes)
     columns = []
     for function in range(num_functions):
@@ -33,7 +36,8 @@ def _hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.devi
             powers = [(pow(prime, power, 2**64) + 2**63) % 2**64 - 2**63 for power in range(size)]
             columns.append([0] * (longest - size) + powers)
     with torch.inference_mode(False):
-        return torch.tensor(columns, device=device).T.contiguous()
+        _hash_weights[key] = torch.tensor(columns, device=device).T.contiguous()
+    return _hash_weights[key]
 
 
 def ngram_hashes(
@@ -66,7 +70,7 @@ def ngram_hashes(
     past = nn.functional.pad(past, (max(missing, 0), 0))[:, max(-missing, 0) :]
     age = torch.arange(longest - 1, -1, -1, device=device)
     windows = past.unfold(1, longest, 1) * (text_positions[..., None] >= age)  # (B, S, L)
-    hashes = (windows[..., None] * _hash_weights(tuple(sizes), num_functions, device)).sum(dim=-2)
+    hashes = (windows[..., None] * hash_weights(tuple(sizes), num_functions, device)).sum(dim=-2)
     offsets = torch.arange(hashes.shape[-1], device=device) * num_rows
     return hashes % num_rows + offsets
 

@@ -1,6 +1,6 @@
 """Generation hooks: `generate()` makes a [`BltCache`] and hands the model its next bytes; all else is transformers'."""
 
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationMixin
 
 from .cache_blt import BltCache
 from .speculation_blt import BltSelfSpeculator
@@ -20,6 +20,9 @@ class BltGenerationMixin(GenerationMixin):
         self_speculation_window (default None): bytes that the local models draft before the whole model verifies
             them. The text is that of normal decoding; sampling keeps its distribution.
         self_speculation_schedule (default `"constant"`): `"heuristic"` adapts the window to what is accepted.
+
+    `cache_implementation="static"` compiles the decoding step with `torch.compile`, on any device, as `compile_config`
+    says; `disable_compile=True` leaves it as it is. The first bytes then take as long as compiling does.
     """
 
     def _prepare_generation_config(self, generation_config, **kwargs):
@@ -79,12 +82,15 @@ class BltGenerationMixin(GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
+            implementation = generation_config.cache_implementation
+            if implementation not in (None, "dynamic", "static"):
                 raise ValueError(
-                    f"`cache_implementation={generation_config.cache_implementation!r}` cannot hold bytes and patches; "
-                    "leave it out (or pass 'dynamic') to use a BltCache."
+                    f"`cache_implementation` must be None, 'dynamic' or 'static'; got {implementation!r}, which cannot "
+                    "hold bytes and patches."
                 )
             cache = model_kwargs["past_key_values"] = BltCache(self.config)
+            if implementation == "static" and not generation_config.disable_compile:
+                cache.compile_steps(generation_config.compile_config or CompileConfig(), max_cache_length)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             return

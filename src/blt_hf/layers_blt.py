@@ -20,7 +20,9 @@ class BltRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        # Under autocast the two may differ, and torch has its fused kernel for one dtype only.
+        weight = self.weight.to(hidden_states.dtype)
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -208,11 +210,7 @@ class BltByteCrossAttention(_BltCrossAttention):
             `(B, S, W)`.
         """
         query = self._split(self.q_proj(self.q_norm(hidden_states)))
-        states = (None, None)
-        if latents is not None:
-            normed = self.k_norm(latents).flatten(1, 2)
-            shape = (*latents.shape[:2], -1)  # (B, P, K*H_kv*D)
-            states = tuple(proj(normed).view(shape) for proj in (self.k_proj, self.v_proj))
+        states = (None, None) if latents is None else self.project(latents)
         num_cached = 0
         if past_key_values is not None:
             num_cached = len(past_key_values[0])
@@ -224,6 +222,11 @@ class BltByteCrossAttention(_BltCrossAttention):
         read, first = (read + num_cached).clamp_min(0), (first + num_cached).clamp_min(0)
         output = gathered_attention(query, key, value, read, first, self.window, self.scaling)
         return self.o_proj(output.flatten(2)) + hidden_states
+
+    def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of latents `(B, P, K, W)`, `(B, P, K*H_kv*D)` each."""
+        normed = self.k_norm(latents).flatten(1, 2)
+        return tuple(proj(normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
 
 
 def run_layers(

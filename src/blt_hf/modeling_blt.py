@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
@@ -22,16 +23,21 @@ from .patching_blt import (
     patch_lengths_from_ends,
 )
 from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder
+from .step_blt import can_step, take_step
 
 
 _BOS_TOKEN_ID = 1
+# transformers 5.17 has no style for embeddings split by columns.
+_TABLE_STYLE = "embedding_colwise" if "embedding_colwise" in ALL_PARALLEL_STYLES else "colwise_gather_output"
 
 
 class BltModel(BltPreTrainedModel):
     """The Byte Latent Transformer without a head."""
 
     config: BltConfig
-    _tp_plan = {"encoder_hash_tok_embedding": "embedding_colwise"}
+    _tp_plan = {"encoder_hash_tok_embedding": _TABLE_STYLE}
+    # Entropies decide where patches start, so no quantization and no half precision may change them.
+    _keep_in_fp32_modules = ["patcher"]
     _can_record_outputs = {"hidden_states": BltTransformerLayer, "attentions": BltSelfAttention}
 
     def __init__(self, config: BltConfig):
@@ -125,6 +131,12 @@ class BltModel(BltPreTrainedModel):
         config = self.config
         cache = self._start_cache(past_key_values, use_cache, config)
         self._check_history(cache, inputs_embeds)
+        wants_states = self._wants("output_hidden_states", output_hidden_states)
+        wants_weights = self._wants("output_attentions", output_attentions)
+        is_plain = attention_mask is position_ids is inputs_embeds is patch_lengths is None
+        is_plain = is_plain and not (wants_states or wants_weights or output_patches)
+        if is_plain and cache is not None and shape[1] == 1 and can_step(self, cache, input_ids):
+            return BltModelOutput(last_hidden_state=take_step(self, cache, input_ids), past_key_values=cache)
         chunk = make_chunk(
             input_ids, attention_mask, position_ids, cache, shape, device,
             mask_documents=config.mask_documents, newline_reset=config.patching_newline_reset,
@@ -140,8 +152,6 @@ class BltModel(BltPreTrainedModel):
         if routing.max_new == 0 and cache is None:
             raise ValueError("`attention_mask` leaves no text in any row.")
 
-        wants_states = self._wants("output_hidden_states", output_hidden_states)
-        wants_weights = self._wants("output_attentions", output_attentions)
         traces = [StateTrace(wants_states, wants_weights) for _ in range(3)]
         embeds = self._embed_bytes(chunk) if inputs_embeds is None else chunk.pack(inputs_embeds)
         traces[0].add(embeds)
@@ -150,7 +160,7 @@ class BltModel(BltPreTrainedModel):
         global_states = None
         if latents is not None:
             global_states = self.global_transformer(latents.flatten(2), routing, cache, traces[1])
-        hidden_states = self.local_decoder(byte_states, global_states, chunk, routing, span, cache, traces[2])
+        hidden_states = self.local_decoder(byte_states, global_states, chunk, routing.read, span, cache, traces[2])
         if cache is not None:
             self._end_step(cache, chunk, routing, entropies)
         return self._make_output(chunk, routing, hidden_states, cache, entropies, traces, output_patches)
@@ -170,7 +180,7 @@ class BltModel(BltPreTrainedModel):
         routing = route_patches(chunk, no_ends, config.mask_documents, config.eos_token_id)
         span = self._local_span(chunk, cache)
         byte_states, _ = self.local_encoder(self._embed_bytes(chunk), chunk, routing, span, cache)
-        hidden_states = self.local_decoder(byte_states, None, chunk, routing, span, cache)
+        hidden_states = self.local_decoder(byte_states, None, chunk, routing.read, span, cache)
         self._end_step(cache, chunk, routing, None)
         return hidden_states
 
@@ -216,7 +226,11 @@ class BltModel(BltPreTrainedModel):
         return embeds
 
     def _find_patches(
-        self, chunk: ByteChunk, cache: BltCache | None, patch_lengths: Tensor | None
+        self,
+        chunk: ByteChunk,
+        cache: BltCache | None,
+        patch_lengths: Tensor | None,
+        patcher_span: AttentionSpan | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """Entropies `(B, S)` where the entropy model ran, and patch ends `(B, S)`."""
         config = self.config
@@ -233,7 +247,7 @@ class BltModel(BltPreTrainedModel):
             else:
                 with torch.no_grad():
                     known_ids = self._ids_known_to_patcher(chunk.input_ids)
-                    entropies = self.patcher(known_ids, chunk=chunk, past_key_values=cache)
+                    entropies = self.patcher(known_ids, chunk=chunk, past_key_values=cache, span=patcher_span)
         if given_ends is not None:
             return entropies, given_ends
         if config.uses_patcher and entropies is None:
@@ -327,6 +341,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
     """The Byte Latent Transformer with a head over the next byte."""
 
     config: BltConfig
+    _keep_in_fp32_modules = ["model.patcher"]  # names are matched from their beginning
     _tp_plan = {"lm_head": "colwise_gather_output"}
     # As in-tree: with `tie_word_embeddings`, files hold the head alone.
     _tied_weights_keys = {"model.local_encoder.embed_tokens.weight": "lm_head.weight"}
@@ -408,6 +423,7 @@ class _BltClassifier(BltPreTrainedModel):
     """What the two classifiers share."""
 
     config: BltConfig
+    _keep_in_fp32_modules = ["model.patcher"]
 
     def __init__(self, config: BltConfig):
         super().__init__(config)

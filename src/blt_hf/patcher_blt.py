@@ -72,6 +72,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         output_patches: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         chunk: ByteChunk | None = None,
+        span: AttentionSpan | None = None,
         **kwargs,
     ) -> BltCausalLMOutput:
         """Predicts the next byte.
@@ -84,6 +85,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             output_patches: also return `entropies`.
             logits_to_keep: as in transformers.
             chunk: what a [`BltModel`] has already made of these arguments; it also ends the cache's step.
+            span: keys of each byte, where the cache is not a [`BltCache`].
         Returns:
             [`BltCausalLMOutput`]; with `chunk`, entropies fp32 `(B, S)` alone.
         """
@@ -103,15 +105,16 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             self._wants("output_attentions", output_attentions),
         )
         trace.add(hidden_states)
-        num_past = cache.patcher[0].num_visible if cache is not None else 0
-        span = AttentionSpan(
-            num_past,
-            chunk.num_columns,
-            self.config.sliding_window,
-            chunk.first_key(chunk.context_start, num_past, cache.min_bytes if cache is not None else 0),
-            self.config._attn_implementation,
-            wants_weights=trace.attentions is not None,
-        )
+        if span is None:
+            num_past = cache.patcher[0].num_visible if cache is not None else 0
+            span = AttentionSpan(
+                num_past,
+                chunk.num_columns,
+                self.config.sliding_window,
+                chunk.first_key(chunk.context_start, num_past, cache.min_bytes if cache is not None else 0),
+                self.config._attn_implementation,
+                wants_weights=trace.attentions is not None,
+            )
         position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
         cache_layers = None if cache is None else cache.patcher
         hidden_states = run_layers(self.layers, hidden_states, position_embeddings, span, cache_layers, trace)

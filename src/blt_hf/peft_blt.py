@@ -1,4 +1,4 @@
-"""What PEFT must know of a BLT: default target modules, and that the entropy model is not for it to adapt.
+"""What PEFT must know of a BLT: default target modules, bags of hashes, and that the entropy model is not to adapt.
 
 PEFT finds what to adapt by the names of modules, and an entropy model has a `q_proj` and an `lm_head` as other stacks
 do. No setting of PEFT's says "never these" for all of its methods, so the entropy model is out of sight while PEFT
@@ -16,6 +16,8 @@ from torch import nn
 
 _MODEL_TYPE, _PATCHER_TYPE = "blt", "blt_patcher"
 _PATCHER = "patcher"  # name of the entropy model in a `BltModel`
+_HASHES = "BltHashEmbedding"  # by name: code from the Hub has a class of its own
+_READS_BAGS = ("lora.Embedding", "lora.ParamWrapper", "oft.Embedding")
 _MARK = "_knows_blt"
 
 
@@ -53,6 +55,42 @@ def _hiding_patcher(function, model_position: int):
     return wrapper
 
 
+def _sums_bags(module: nn.Module | None) -> bool:
+    """Whether a module looks up many rows for each position, and sums them."""
+    return any(cls.__name__ == _HASHES for cls in type(module).__mro__)
+
+
+def _summing_bags(embed):
+    """LoRA's own look-up, which the rank-`r` rows of a bag leave one by one."""
+
+    @functools.wraps(embed)
+    def wrapper(self, *args, **kwargs):
+        rows = embed(self, *args, **kwargs)
+        return rows.sum(dim=-2) if _sums_bags(self.get_base_layer()) else rows
+
+    return wrapper
+
+
+def _refusing_single_rows(function):
+    @functools.wraps(function)
+    def wrapper(self, model, *args, **kwargs):
+        result = function(self, model, *args, **kwargs)
+        for name, module in model.named_modules():
+            if not _sums_bags(module._modules.get("base_layer")):
+                continue
+            method = type(module).__module__.split(".")[-2]
+            if f"{method}.{type(module).__name__}" not in _READS_BAGS:
+                argument = "trainable_token_indices" if name.endswith(".token_adapter") else "target_modules"
+                raise ValueError(
+                    f"`{argument}` names {name.removesuffix('.token_adapter')!r}, which sums a bag of rows for each "
+                    f"byte, and {method!r} looks one row up; accepted there are LoRA, DoRA and OFT in "
+                    "`target_modules`, and `modules_to_save`."
+                )
+        return result
+
+    return wrapper
+
+
 def _refusing_prompts(function):
     @functools.wraps(function)
     def wrapper(peft_config, model_config, *args, **kwargs):
@@ -82,8 +120,9 @@ def _replace_everywhere(module, name: str, wrap) -> None:
 def teach_peft() -> None:
     """Changes PEFT, which has been imported; what a method adapts by default in a Llama, it adapts in a BLT."""
     # Not as statements: code on the Hub is refused where a package that it imports by name is missing.
-    tuners_utils, constants, other = (
-        importlib.import_module(f"peft.{name}") for name in ("tuners.tuners_utils", "utils.constants", "utils.other")
+    tuners_utils, lora, constants, other = (
+        importlib.import_module(f"peft.{name}")
+        for name in ("tuners.tuners_utils", "tuners.lora.layer", "utils.constants", "utils.other")
     )
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
@@ -91,8 +130,9 @@ def teach_peft() -> None:
                 table.setdefault(model_type, table["llama"])
     tuner = tuners_utils.BaseTuner
     if not hasattr(tuner.inject_adapter, _MARK):
-        tuner.inject_adapter = _hiding_patcher(tuner.inject_adapter, 1)
+        tuner.inject_adapter = _refusing_single_rows(_hiding_patcher(tuner.inject_adapter, 1))
         setattr(tuner.inject_adapter, _MARK, True)
+        lora.Embedding._embed = _summing_bags(lora.Embedding._embed)
     _replace_everywhere(other, "_set_trainable", lambda function: _hiding_patcher(function, 0))
     _replace_everywhere(other, "_prepare_prompt_learning_config", _refusing_prompts)
 

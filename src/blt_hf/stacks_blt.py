@@ -19,7 +19,7 @@ from .layers_blt import (
 from .modeling_base_blt import BltPreTrainedModel
 
 
-_NO_PATCH = -(2**31)  # index of the patch that holds a column without a byte
+NO_PATCH = -(2**31)  # index of the patch that holds a column without a byte
 
 
 class BltLocalEncoder(BltPreTrainedModel):
@@ -63,31 +63,48 @@ class BltLocalEncoder(BltPreTrainedModel):
         position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
         byte_patch = routing.byte_patch
         if chunk.is_text is not None:
-            byte_patch = torch.where(chunk.is_text, byte_patch, _NO_PATCH)
+            byte_patch = torch.where(chunk.is_text, byte_patch, NO_PATCH)
         if cache is not None:
             byte_patch = self._with_open_patch(chunk, routing, cache, byte_patch)
         segment = byte_patch - chunk.previous["num_patches"][:, None]
-        latents = None
-        first_cross_layer = 0 if self.config.cross_attn_all_layers else len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            cache_layer = None if cache is None else cache.encoder[index]
+        states = self.run_bytes(
+            hidden_states, position_embeddings, span, None if cache is None else cache.encoder, trace
+        )
+        hidden_states = states[-1]
+        if cache is not None:
+            states = [kept.append(new) for kept, new in zip(cache.byte_states, states)]
+        if routing.max_new == 0:
+            return hidden_states, None
+        return hidden_states, self.make_latents(states, segment, routing.max_new)
+
+    def run_bytes(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        span: AttentionSpan,
+        cache_layers: list | None,
+        trace: StateTrace | None = None,
+    ) -> list[Tensor]:
+        """The layers over bytes: states `(B, S, W)` that each cross attention reads; the last are the encoder's own."""
+        states = []
+        for layer, cache_layer in zip(self.layers, cache_layers or [None] * len(self.layers)):
             hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=cache_layer)
+            states.append(hidden_states)
             if trace is not None:
                 trace.add(hidden_states, weights)
-            if index < first_cross_layer:
-                continue
-            cross_index = index - first_cross_layer
-            byte_states = hidden_states
-            if cache is not None:
-                byte_states = cache.byte_states[cross_index].append(hidden_states)
-            if routing.max_new == 0:
-                continue
-            if latents is None:
-                latents = self._pool(byte_states, segment, routing.max_new)
-            latents = latents + self.cross_attn_layers[cross_index](
-                latents, byte_states, segment, segment >= -self._reach
-            )
-        return hidden_states, latents
+        return states[-len(self.cross_attn_layers) :]
+
+    def make_latents(self, byte_states: list[Tensor], segment: Tensor, num_patches: int) -> Tensor:
+        """Latents `(B, P, K, W)` of the patches that bytes `(B, T, W)` make up.
+
+        Args:
+            byte_states: what each cross attention reads.
+            segment: int64 `(B, T)`, patch of each byte among the `P`.
+        """
+        latents = self._pool(byte_states[0], segment, num_patches)
+        for cross_attention, states in zip(self.cross_attn_layers, byte_states):
+            latents = latents + cross_attention(latents, states, segment, segment >= -self._reach)
+        return latents
 
     @property
     def _reach(self) -> int:
@@ -104,21 +121,34 @@ class BltLocalEncoder(BltPreTrainedModel):
             is_read = age <= cache.needed_byte_states()[:, None]
             if chunk.text_starts is not None:
                 is_read = is_read & ~chunk.text_starts[:, :1]
-            held = torch.where(is_read, held, _NO_PATCH)
+            held = torch.where(is_read, held, NO_PATCH)
         cache.byte_patches.append(byte_patch[..., None])
         return byte_patch if held is None else torch.cat([held, byte_patch], dim=1)
 
     def _pool(self, byte_states: Tensor, segment: Tensor, num_patches: int) -> Tensor:
         """Pools the bytes of each patch and projects the pool to its `K` queries, `(B, P, K, W)`."""
         rows, _, width = byte_states.shape
-        index = torch.where((segment >= 0) & (segment < num_patches), segment, num_patches)
-        mode = {"max": "amax", "min": "amin", "mean": "mean"}[self.config.patch_pooling]
-        pooled = byte_states.new_zeros(rows, num_patches + 1, width)
-        pooled = pooled.scatter_reduce(
-            1, index[..., None].expand_as(byte_states), byte_states, mode, include_self=False
-        )
-        queries = self.patch_embedding_projection(pooled[:, :num_patches])
+        is_read = (segment >= 0) & (segment < num_patches)
+        if num_patches == 1:
+            pooled = self._pool_one(byte_states, is_read[..., None])
+        else:
+            index = torch.where(is_read, segment, num_patches)
+            mode = {"max": "amax", "min": "amin", "mean": "mean"}[self.config.patch_pooling]
+            pooled = byte_states.new_zeros(rows, num_patches + 1, width)
+            pooled = pooled.scatter_reduce(
+                1, index[..., None].expand_as(byte_states), byte_states, mode, include_self=False
+            )[:, :num_patches]
+        queries = self.patch_embedding_projection(pooled)
         return queries.view(rows, num_patches, self.config.cross_attn_k, width)
+
+    def _pool_one(self, byte_states: Tensor, is_read: Tensor) -> Tensor:
+        """The same for rows of one patch, `(B, 1, W)`, without a scatter; 0 for a patch without bytes."""
+        if self.config.patch_pooling == "mean":
+            return (byte_states * is_read).sum(dim=1, keepdim=True) / is_read.sum(dim=1, keepdim=True).clamp_min(1)
+        sign = 1 if self.config.patch_pooling == "max" else -1
+        lowest = torch.finfo(byte_states.dtype).min
+        pooled = (byte_states * sign).masked_fill(~is_read, lowest).amax(dim=1, keepdim=True) * sign
+        return pooled * is_read.any(dim=1, keepdim=True)
 
 
 class BltGlobalTransformer(BltPreTrainedModel):
@@ -157,12 +187,9 @@ class BltGlobalTransformer(BltPreTrainedModel):
             old_counts = [old_counts[row] for row in rows]
             inputs_embeds = inputs_embeds.index_select(0, selected)
             first_key = None if first_key is None else first_key.index_select(0, selected)
-        hidden_states = self.dropout(self.token_embedding_projection(inputs_embeds))
-        if trace is not None:
-            trace.add(hidden_states)
-        num_new = hidden_states.shape[1]
-        positions = torch.tensor(old_counts, device=hidden_states.device)[:, None]
-        positions = positions + torch.arange(num_new, device=hidden_states.device)
+        num_new = inputs_embeds.shape[1]
+        positions = torch.tensor(old_counts, device=inputs_embeds.device)[:, None]
+        positions = positions + torch.arange(num_new, device=inputs_embeds.device)
         is_ragged = len(set(old_counts)) > 1
         span = AttentionSpan(
             max(old_counts),
@@ -173,18 +200,31 @@ class BltGlobalTransformer(BltPreTrainedModel):
             wants_weights=trace is not None and trace.attentions is not None,
             last_key=positions if is_ragged else None,
         )
-        position_embeddings = self.rotary_emb.for_heads(hidden_states, positions)
         cache_layers, cache_kwargs = None, {}
         if past_key_values is not None:
             cache_layers = past_key_values.global_transformer
             cache_kwargs = {"counts": old_counts, "rows": rows, "total_rows": len(routing.new_counts)}
-        hidden_states = run_layers(
-            self.layers, hidden_states, position_embeddings, span, cache_layers, trace, **cache_kwargs
-        )
+        hidden_states = self.run_patches(inputs_embeds, positions, span, cache_layers, trace, **cache_kwargs)
         if rows is None:
             return hidden_states
         complete = hidden_states.new_zeros(len(routing.new_counts), *hidden_states.shape[1:])
         return complete.index_copy(0, selected, hidden_states)
+
+    def run_patches(
+        self,
+        inputs_embeds: Tensor,
+        positions: Tensor,
+        span: AttentionSpan,
+        cache_layers: list | None,
+        trace: StateTrace | None = None,
+        **cache_kwargs,
+    ) -> Tensor:
+        """The layers over patches at `positions` `(B, P)`, latents `(B, P, K*W_local)` to `(B, P, W)`."""
+        hidden_states = self.dropout(self.token_embedding_projection(inputs_embeds))
+        if trace is not None:
+            trace.add(hidden_states)
+        position_embeddings = self.rotary_emb.for_heads(hidden_states, positions)
+        return run_layers(self.layers, hidden_states, position_embeddings, span, cache_layers, trace, **cache_kwargs)
 
 
 class BltLocalDecoder(BltPreTrainedModel):
@@ -211,17 +251,17 @@ class BltLocalDecoder(BltPreTrainedModel):
         byte_states: Tensor,
         global_states: Tensor | None,
         chunk: ByteChunk,
-        routing: PatchRouting,
+        read: Tensor,
         span: AttentionSpan,
         past_key_values: BltCache | None = None,
         trace: StateTrace | None = None,
     ) -> Tensor:
-        """Byte states `(B, S, W)` and states of new patches `(B, P, W_global)` (None for 0) to `(B, S, W)`."""
+        """Byte states `(B, S, W)` and states of new patches `(B, P, W_global)` (None for 0) to `(B, S, W)`.
+
+        `read`: int64 `(B, S)`, new patch that each byte reads; -1 is the last one closed before the chunk.
+        """
         cache = past_key_values
-        latents = None
-        if global_states is not None:
-            latents = self.patch_embedding_projection(global_states)
-            latents = latents.view(*latents.shape[:2], self.config.cross_attn_k, -1)
+        latents = None if global_states is None else self.split_latents(global_states)
         hidden_states = self.dropout(byte_states)
         position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
         first = -chunk.previous["num_patches"][:, None]
@@ -230,7 +270,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         for index, layer in enumerate(self.layers):
             if index < len(self.cross_attn_layers):
                 kept = None if cache is None else cache.latents[index]
-                cross = self.cross_attn_layers[index](hidden_states, latents, routing.read, first, kept)
+                cross = self.cross_attn_layers[index](hidden_states, latents, read, first, kept)
                 hidden_states = hidden_states + cross
             cache_layer = None if cache is None else cache.decoder[index]
             hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=cache_layer)
@@ -238,5 +278,9 @@ class BltLocalDecoder(BltPreTrainedModel):
                 trace.add(hidden_states, weights)
         return self.norm(hidden_states)
 
+    def split_latents(self, global_states: Tensor) -> Tensor:
+        """What bytes read of a patch: `(B, P, W_global)` to `(B, P, K, W)`."""
+        return self.patch_embedding_projection(global_states).unflatten(-1, (self.config.cross_attn_k, -1))
 
-__all__ = ["BltGlobalTransformer", "BltLocalDecoder", "BltLocalEncoder"]
+
+__all__ = ["NO_PATCH", "BltGlobalTransformer", "BltLocalDecoder", "BltLocalEncoder"]

@@ -1,0 +1,94 @@
+"""The small BLT that comes with the project."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import blt_hf
+from blt_hf.metrics import measure_bits_per_byte
+
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "pretrained" / "blt-5m"
+# Written for this test, so no corpus holds them.
+TEXTS = [
+    "The function returns a list of the names that were found in the given module, or None if there are none.",
+    "Install the package on the server, then restart the service and check that the new configuration was read.",
+]
+
+
+def load_example(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "pretrain_small" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(FOLDER)
+
+
+def test_it_is_small_and_needs_no_code_of_its_own():
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 12e6
+    assert not list(FOLDER.glob("*.py"))
+
+
+def test_it_loads_in_fp32_with_a_frozen_patcher(model):
+    assert isinstance(model, blt_hf.BltForCausalLM)
+    assert model.dtype == torch.float32 and model.config.use_cache
+    assert not any(p.requires_grad for p in model.model.patcher.parameters())
+    assert isinstance(AutoTokenizer.from_pretrained(FOLDER), blt_hf.BltTokenizer)
+
+
+def test_it_has_learned(model):
+    found = measure_bits_per_byte(model, TEXTS)
+    assert found.bits_per_byte < 2.6  # a uniform guess needs 8; the entropy model alone, about 3
+    assert 3 < found.bytes_per_patch < 7
+
+
+def test_it_generates(model):
+    generator = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(FOLDER))
+    text = generator("The import statement ", max_new_tokens=60, do_sample=False)[0]["generated_text"]
+    words = text.removeprefix("The import statement ").split()
+    assert len(words) > 5 and sum(word.strip(".,()`'\":").isalpha() for word in words) > len(words) / 2
+
+
+def test_the_card_says_where_it_comes_from():
+    card = (FOLDER / "README.md").read_text()
+    assert "{" not in card.split("## Samples")[0] and "learning_curves.png" in card
+    for package in load_example("corpus").PACKAGES:
+        assert f"`{package}`" in card
+
+
+@pytest.mark.timeout(300)
+def test_its_training_script_runs(tmp_path, monkeypatch):
+    """Two steps of each stage, on a corpus of a few lines."""
+    corpus, train = load_example("corpus"), load_example("train")
+    texts = [" ".join(f"Word {i} and {j}." for j in range(120)) for i in range(60)]
+    sources = ["handbook, en", "Python code", "WordNet"]
+    for part in ("train", "heldout"):
+        documents = [{"source": sources[i % 3], "text": text} for i, text in enumerate(texts)]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    assert corpus.is_held_out("x") in (True, False)
+    for stage in train.STAGES:
+        arguments = ["train.py", stage, "--corpus", tmp_path, "--output", tmp_path / "runs", "--steps", "2"]
+        monkeypatch.setattr("sys.argv", list(map(str, arguments)))
+        train.main()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "blt")
+    log = json.loads((tmp_path / "runs" / "blt" / "log.json").read_text())
+    assert loaded.config.patching_threshold > 0 and log["steps"] == 2 and log["curve"][-1]["bits_per_byte"] > 1
+
+
+def test_the_corpus_reads_pages():
+    """Paragraphs, titles once, no navigation; listings keep their lines."""
+    parser = load_example("corpus").Paragraphs()
+    parser.feed(
+        "<html><head><title>no</title></head><body><ul class='docnav'><li>no<br>no</li></ul><h1>Title</h1>"
+        "<h2>Title</h2><p>Some  text &amp;\n more</p><pre>a\n  b</pre></body></html>"
+    )
+    assert parser.found == ["Title", "Some text & more", "a\n  b"]
