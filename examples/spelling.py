@@ -5,8 +5,8 @@
     python examples/spelling.py --models blt               # one of the two; the other one on another core
     python examples/spelling.py --small --output-dir out   # seconds, with models that learn nothing
 
-Two tasks, as in the CUTE benchmark: `Spell the word: hello ->` is answered with ` h e l l o`, and `Write the word that
-is spelled: h e l l o ->` with ` hello`. Both models see the same examples in the same order, and the loss counts the
+Two tasks, as in the CUTE benchmark: `Spell the word: hello ->` is answered with ` h e l l o`, and `Join the letters:
+h e l l o ->` with ` hello`. Both models see the same examples in the same order, and the loss counts the
 answer alone. The last line printed is JSON; `results-blt-bpe.json` in the output folder also has every wrong answer.
 """
 
@@ -15,6 +15,7 @@ import ast
 import json
 import random
 import re
+import string
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -70,12 +71,25 @@ def split_words(words: list[str], num_held_out: int) -> tuple[list[str], list[st
     return words[num_held_out:], words[:num_held_out]
 
 
+def invent_words(count: int, taken: list[str]) -> list[str]:
+    """Strings of 3 to 12 random letters, none of them in `taken`: copied letter by letter or not at all.
+
+    Each is drawn from a few letters of its own, so that many repeat: who looks for "what came after this letter"
+    loses the place.
+    """
+    chance, taken, words = random.Random(1), set(taken), []
+    for _ in range(count):
+        letters = chance.sample(string.ascii_lowercase, chance.randint(2, 26))
+        words.append("".join(chance.choices(letters, k=chance.randint(3, 12))))
+    return [word for word in words if word not in taken]
+
+
 def make_example(task: str, word: str) -> tuple[str, str]:
-    """Prompt and answer: `"inverse", "cat" -> "Write the word that is spelled: c a t ->", " cat"`."""
+    """Prompt and answer: `"inverse", "cat" -> "Join the letters: c a t ->", " cat"`."""
     letters = " ".join(word)
     if task == "spelling":
         return f"Spell the word: {word} ->", f" {letters}"
-    return f"Write the word that is spelled: {letters} ->", f" {word}"
+    return f"Join the letters: {letters} ->", f" {word}"
 
 
 def encode(tokenizer, prompt: str, answer: str) -> dict[str, list[int]]:
@@ -232,19 +246,21 @@ def main() -> None:
     parser.add_argument("--words", type=Path, help="UTF-8 text or list; its words are used, and BPE learns from it")
     parser.add_argument("--models", nargs="+", choices=("blt", "bpe"), default=["blt", "bpe"], help="default: both")
     parser.add_argument("--steps", type=int, help="training steps of each model")
-    parser.add_argument("--batch", type=int, default=64, help="examples a step")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--batch", type=int, default=32, help="examples a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--held-out", type=int, default=1000, help="words kept from training; half at most")
+    parser.add_argument("--invented", type=int, default=40_000, help="words of random letters that are trained on too")
     parser.add_argument("--vocabulary", type=int, default=4000, help="tokens of the BPE tokenizer")
     parser.add_argument("--output-dir", type=Path, default=Path("spelling-output"))
     parser.add_argument("--small", action="store_true", help="tiny models and a few steps: seconds, and no sense")
     arguments = parser.parse_args()
     small = arguments.small
-    steps = arguments.steps or (4 if small else 2200)
+    steps = arguments.steps or (4 if small else 10_000)
 
     texts = [arguments.words.read_text()] if arguments.words else list(stdlib_texts(docstrings=not small))
     words = find_words(texts)
     train_words, held_out = split_words(words, min(40 if small else arguments.held_out, len(words) // 2))
+    train_words += invent_words(arguments.invented, held_out)
     examples = [make_example(task, word) for word in train_words for task in TASKS]
     bpe = train_bpe(texts, 512 if small else arguments.vocabulary)
     known = words_of_known_tokens(bpe, train_words, held_out)

@@ -120,7 +120,7 @@ def train_patcher(arguments) -> None:
     )
     settings = {"max_steps": 1_000, "per_device_train_batch_size": 16, "learning_rate": 4e-3}
     train(patcher, "patcher", byte_blocks(texts, 512), byte_blocks(held_out, 512), 1.0, arguments, **settings)
-    found = calibrate_threshold(patcher.eval(), texts[:200], target_patch_size=4.5)
+    found = calibrate_threshold(patcher.eval(), held_out[:200], target_patch_size=4.5)
     print(f"{found.threshold:.3f} nats make patches of {found.mean_patch_size:.2f} bytes")
     (arguments.output / "patcher" / "calibration.json").write_text(json.dumps(found.settings, indent=1) + "\n")
 

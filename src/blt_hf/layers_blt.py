@@ -1,5 +1,8 @@
 """Building blocks of all stacks: norm, feed-forward, self-attention and the two cross attentions."""
 
+import platform
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -9,6 +12,49 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_blt import AttentionSpan, gathered_attention, repeat_kv_heads, segment_attention
 from .cache_blt import RollingTensor
+
+
+def _is_amd() -> bool:
+    info = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
+
+
+_LARGE = 2**17  # weights; from here on the shorter wait for memory outweighs the longer way
+_TURNS_FEW_ROWS = torch.backends.mkl.is_available() and _is_amd()
+
+
+class BltLinear(nn.Linear):
+    """`nn.Linear`, quicker where a few rows meet fp32 weights on a CPU, which is what decoding and drafts do.
+
+    On AMD processors MKL multiplies up to about eight rows by a transposed matrix two to four times slower than it
+    multiplies the matrix by the transposed rows (`benchmarks/few_rows.py`; not tried elsewhere, so not done there).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _TURNS_FEW_ROWS and self._suits_turning(input):
+            return self._turned(input)
+        return nn.functional.linear(input, self.weight, self.bias)
+
+    def _suits_turning(self, input: Tensor) -> bool:
+        rows = input.numel() // self.in_features
+        return (
+            0 < rows <= (4 if self.in_features > self.out_features else 8)
+            and self.in_features * self.out_features >= (_LARGE // 4 if torch.compiler.is_compiling() else _LARGE)
+            and self.bias is None
+            and not torch.is_grad_enabled()
+            and type(self.weight) is nn.Parameter  # neither sharded nor quantized
+            and self.weight.dtype == input.dtype == torch.float32
+            and self.weight.device.type == input.device.type == "cpu"
+        )
+
+    def _turned(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, self.in_features)
+        if rows.shape[0] == 1:
+            # A second row makes it a product of matrices, which is the fast one.
+            output = nn.functional.linear(self.weight, torch.cat([rows, rows]))[:, 0]
+        else:
+            output = nn.functional.linear(self.weight, rows).t()
+        return output.contiguous().view(*input.shape[:-1], self.out_features)
 
 
 class BltRMSNorm(nn.Module):
@@ -33,9 +79,9 @@ class BltMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = BltLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = BltLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = BltLinear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -80,10 +126,10 @@ class BltSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.is_causal = True
         size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
+        self.q_proj = BltLinear(config.hidden_size, size, bias=False)
+        self.k_proj = BltLinear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = BltLinear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = BltLinear(size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -147,10 +193,10 @@ class _BltCrossAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.num_latents = config.cross_attn_k
         self.window = config.cross_attn_window or 1
-        self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, num_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, num_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = BltLinear(config.hidden_size, num_heads * self.head_dim, bias=False)
+        self.k_proj = BltLinear(config.hidden_size, num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = BltLinear(config.hidden_size, num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = BltLinear(num_heads * self.head_dim, config.hidden_size, bias=False)
         self.q_norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.k_norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -284,6 +330,7 @@ class StateTrace:
 
 __all__ = [
     "BltByteCrossAttention",
+    "BltLinear",
     "BltMLP",
     "BltPatchCrossAttention",
     "BltRMSNorm",

@@ -12,7 +12,7 @@ from .chunk_blt import ByteChunk, PatchRouting, make_chunk, route_patches
 from .configuration_blt import BltConfig
 from .embedding_blt import BltHashEmbedding, ngram_hashes
 from .generation_blt import BltGenerationMixin
-from .layers_blt import BltSelfAttention, BltTransformerLayer, StateTrace
+from .layers_blt import BltLinear, BltSelfAttention, BltTransformerLayer, StateTrace
 from .modeling_base_blt import BltCausalLMOutput, BltModelOutput, BltPreTrainedModel, check_inputs, keep_positions
 from .patcher_blt import BltPatcher
 from .patching_blt import (
@@ -350,7 +350,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         super().__init__(config)
         self.model = BltModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.decoder_config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = BltLinear(config.decoder_config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self):

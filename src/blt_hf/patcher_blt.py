@@ -9,7 +9,15 @@ from .cache_blt import BltCache
 from .chunk_blt import ByteChunk, make_chunk, route_patches
 from .configuration_blt import BltPatcherConfig
 from .generation_blt import BltGenerationMixin
-from .layers_blt import BltRMSNorm, BltRotaryEmbedding, BltSelfAttention, BltTransformerLayer, StateTrace, run_layers
+from .layers_blt import (
+    BltLinear,
+    BltRMSNorm,
+    BltRotaryEmbedding,
+    BltSelfAttention,
+    BltTransformerLayer,
+    StateTrace,
+    run_layers,
+)
 from .modeling_base_blt import (
     BltCausalLMOutput,
     BltPreTrainedModel,
@@ -39,7 +47,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([BltTransformerLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = BltLinear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary_emb = BltRotaryEmbedding(config)
         self.vocab_size = config.vocab_size
         self.loss_type = "ForCausalLM"  # which transformers would otherwise guess from the name of the class

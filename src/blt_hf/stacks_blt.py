@@ -9,6 +9,7 @@ from .chunk_blt import ByteChunk, PatchRouting
 from .configuration_blt import BltGlobalTransformerConfig, BltLocalDecoderConfig, BltLocalEncoderConfig
 from .layers_blt import (
     BltByteCrossAttention,
+    BltLinear,
     BltPatchCrossAttention,
     BltRMSNorm,
     BltRotaryEmbedding,
@@ -33,7 +34,7 @@ class BltLocalEncoder(BltPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([BltTransformerLayer(config, i) for i in range(config.num_hidden_layers)])
         self.rotary_emb = BltRotaryEmbedding(config)
-        self.patch_embedding_projection = nn.Linear(
+        self.patch_embedding_projection = BltLinear(
             config.hidden_size, config.hidden_size * config.cross_attn_k, bias=False
         )
         num_cross = config.num_hidden_layers if config.cross_attn_all_layers else 1
@@ -163,7 +164,7 @@ class BltGlobalTransformer(BltPreTrainedModel):
         self.rotary_emb = BltRotaryEmbedding(config)
         input_size = getattr(config, "encoder_cross_output_size", None)
         self.token_embedding_projection = (
-            nn.Identity() if input_size is None else nn.Linear(input_size, config.hidden_size, bias=False)
+            nn.Identity() if input_size is None else BltLinear(input_size, config.hidden_size, bias=False)
         )
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
@@ -237,7 +238,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         super().__init__(config)
         self.layers = nn.ModuleList([BltTransformerLayer(config, i) for i in range(config.num_hidden_layers)])
         self.rotary_emb = BltRotaryEmbedding(config)
-        self.patch_embedding_projection = nn.Linear(
+        self.patch_embedding_projection = BltLinear(
             config.hidden_size_global, config.hidden_size * config.cross_attn_k, bias=False
         )
         self.norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)

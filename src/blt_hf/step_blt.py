@@ -368,7 +368,9 @@ def can_step(model, cache: BltCache, input_ids: Tensor) -> bool:
     config = model.config
     patcher_window = config.patcher_config.sliding_window if cache.patcher else None  # asking ends a rest
     max_length = (cache.max_length or 0) if cache.compile_config is not None else None
-    cache.rest(BltStepState(cache, config.local_attention_window_len, patcher_window, max_length))
+    state = BltStepState(cache, config.local_attention_window_len, patcher_window, max_length)
+    state.phases = _phases(cache.compile_config)
+    cache.rest(state)
     return True
 
 
@@ -393,13 +395,15 @@ def _phases(compile_config) -> tuple:
     if compile_config is None:
         return plain
     settings = compile_config.to_dict()
-    return _compiled.setdefault(repr(settings), tuple(torch.compile(phase, **settings) for phase in plain))
+    if repr(settings) not in _compiled:
+        _compiled[repr(settings)] = tuple(torch.compile(phase, **settings) for phase in plain)
+    return _compiled[repr(settings)]
 
 
 def take_step(model, cache: BltCache, input_ids: Tensor) -> Tensor:
     """Decoder states `(B, 1, W)` of the next byte of each row; see `can_step`."""
     state = cache.steps
-    read, close, predict = _phases(cache.compile_config)
+    read, close, predict = state.phases
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)  # one stride, whatever it was cut from
     byte = read(model, state, input_ids)
     ends = byte.ends[:, 0].tolist()  # the one thing that the host must know
