@@ -80,7 +80,7 @@ def measure_trained(arguments) -> list[dict]:
             count = arguments.new_bytes * len(prompts)
             drafts, passes = counts.drafts, counts.passes
             # Each pass gives one byte of its own and those drafts that it accepts.
-            accepted = (count - passes) / drafts if drafts else float("nan")
+            accepted = (count - passes) / drafts if drafts else None
             facts.append({"way": way, "window": name, "accepted": accepted, "passes a byte": passes / count})
 
             def run(settings=settings, sampling=sampling):

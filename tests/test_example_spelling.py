@@ -50,10 +50,19 @@ def test_held_out_words_are_not_trained_on(spelling, words):
     assert (train, held_out) == spelling.split_words(words, 500)
 
 
+def test_invented_words_repeat_letters_and_leave_out_what_is_held_out(spelling):
+    invented = spelling.invent_words(500, [])
+    assert all(3 <= len(word) <= 12 and word.isalpha() and word.islower() for word in invented)
+    assert sum(len(set(word)) < len(word) for word in invented) > 250
+    assert invented == spelling.invent_words(500, [])
+    taken = invented[:5]
+    assert not set(taken) & set(spelling.invent_words(500, taken))
+
+
 def test_prompts_and_answers(spelling):
     assert spelling.make_example("spelling", "hello") == ("Spell the word: hello ->", " h e l l o")
     prompt, answer = spelling.make_example("inverse", "hello")
-    assert (prompt, answer) == ("Write the word that is spelled: h e l l o ->", " hello")
+    assert (prompt, answer) == ("Join the letters: h e l l o ->", " hello")
 
 
 @pytest.mark.parametrize("name", ["blt", "bpe"])

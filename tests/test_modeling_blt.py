@@ -461,7 +461,8 @@ def test_set_patcher(tmp_path, ids):
     wider = BltPatcherConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, sliding_window=5
     )
-    patcher = make_model(wider, BltPatcher, seed=1)
+    make_model(wider, BltPatcher, seed=1).save_pretrained(tmp_path / "patcher")
+    patcher = BltPatcher.from_pretrained(tmp_path / "patcher").eval()
     model.train()
     model.set_patcher(patcher)
     model.eval()
@@ -471,6 +472,7 @@ def test_set_patcher(tmp_path, ids):
     assert model.config.patcher_config.hidden_size == 32
     assert not any(p.requires_grad for p in model.model.patcher.parameters())
     model.save_pretrained(tmp_path)
+    assert str(tmp_path) not in (tmp_path / "config.json").read_text()
     assert_same(BltForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, out.logits)
     first = model(ids[:, :30], use_cache=True)
     assert_same(model(ids[:, 30:], past_key_values=first.past_key_values).logits, out.logits[:, 30:])

@@ -45,7 +45,6 @@ def ship(runs: Path, output: Path) -> None:
     config = json.loads((output / "config.json").read_text())
     config["dtype"] = "float32"
     config["use_cache"] = True  # which Trainer switches off
-    config["patcher_config"].pop("_name_or_path", None)  # a folder of the machine that trained it
     BltTokenizer().save_pretrained(output)
     tokenizer_config = json.loads((output / "tokenizer_config.json").read_text())
     for name, values in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):

@@ -26,8 +26,8 @@ _TURNS_FEW_ROWS = torch.backends.mkl.is_available() and _is_amd()
 class BltLinear(nn.Linear):
     """`nn.Linear`, quicker where a few rows meet fp32 weights on a CPU, which is what decoding and drafts do.
 
-    On AMD processors MKL multiplies up to about eight rows by a transposed matrix two to four times slower than it
-    multiplies the matrix by the transposed rows (`benchmarks/few_rows.py`; not tried elsewhere, so not done there).
+    On AMD processors MKL takes one to three times as long for up to eight rows times a transposed matrix as for the
+    matrix times the transposed rows (`benchmarks/few_rows.py`). It was not tried elsewhere, so it is not done there.
     """
 
     def forward(self, input: Tensor) -> Tensor:

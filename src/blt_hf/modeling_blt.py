@@ -75,6 +75,7 @@ class BltModel(BltPreTrainedModel):
                 f"`patcher` has a vocabulary of {patcher.config.vocab_size}; {BYTE_OFFSET + 256} ids or more are needed."
             )
         patcher.config.mask_documents = self.config.mask_documents
+        patcher.config._name_or_path = ""  # where it came from is not to be published with this model
         self.patcher = patcher.to(self.device)
         self.config.patcher_config = patcher.config
         self.config.patch_in_forward = True
