@@ -26,7 +26,7 @@ _TURNS_FEW_ROWS = torch.backends.mkl.is_available() and _is_amd()
 class BltLinear(nn.Linear):
     """`nn.Linear`, quicker where a few rows meet fp32 weights on a CPU, which is what decoding and drafts do.
 
-    On AMD processors MKL takes one to three times as long for up to eight rows times a transposed matrix as for the
+    On AMD processors MKL takes one to three times as long for up to four rows times a transposed matrix as for the
     matrix times the transposed rows (`benchmarks/few_rows.py`). It was not tried elsewhere, so it is not done there.
     """
 
@@ -38,7 +38,7 @@ class BltLinear(nn.Linear):
     def _suits_turning(self, input: Tensor) -> bool:
         rows = input.numel() // self.in_features
         return (
-            0 < rows <= (4 if self.in_features > self.out_features else 8)
+            0 < rows <= 4
             and self.in_features * self.out_features >= (_LARGE // 4 if torch.compiler.is_compiling() else _LARGE)
             and self.bias is None
             and not torch.is_grad_enabled()
