@@ -106,6 +106,10 @@ def check_equal(model: BltForCausalLM, in_tree, length: int = 300) -> float:
     return difference
 
 
+def adamw(model, rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+
+
 def synchronize(device: str) -> None:
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
@@ -175,6 +179,17 @@ def matmul_peak(device: str, dtype: str) -> float:
     size = 8192 if str(device).startswith("cuda") else 2048
     a, b = (torch.ones(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(5))
+
+
+def make_step(model, ids: torch.Tensor, optimizer: torch.optim.Optimizer, **inputs) -> Callable[[], None]:
+    """A training step on `ids`: forward, backward, optimizer."""
+
+    def step():
+        model(ids, labels=ids, use_cache=False, **inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def peak_memory_mb(device: str) -> float:

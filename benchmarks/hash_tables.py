@@ -7,18 +7,20 @@ python benchmarks/hash_tables.py --only rows        # peak memory of one contest
 import argparse
 
 import torch
-from common import SHAPES, Contestant, add_arguments, build_blt, interleave, peak_memory_mb, random_ids, report
+from common import (
+    SHAPES,
+    Contestant,
+    adamw,
+    add_arguments,
+    build_blt,
+    interleave,
+    make_step,
+    peak_memory_mb,
+    random_ids,
+    report,
+)
 
 from blt_hf.optimization import BltAdamW, split_parameters
-
-
-def make_step(model, ids: torch.Tensor, optimizer: torch.optim.Optimizer):
-    def step():
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 def main() -> None:
@@ -39,10 +41,7 @@ def main() -> None:
             continue
         model = build_blt("tables", arguments.patch_bytes, arguments.device, arguments.dtype).train()
         table = model.model.encoder_hash_tok_embedding.weight
-        if name == "rows":
-            optimizer = BltAdamW(split_parameters(model), lr=1e-4)
-        else:
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        optimizer = BltAdamW(split_parameters(model), lr=1e-4) if name == "rows" else adamw(model, 1e-4)
         step = make_step(model, ids, optimizer)
         step()
         state = sum(value.nbytes for value in optimizer.state[table].values())

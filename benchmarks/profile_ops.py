@@ -7,7 +7,7 @@ import argparse
 from collections import defaultdict
 
 import torch
-from common import add_arguments, build_blt, random_ids, report
+from common import adamw, add_arguments, build_blt, make_step, random_ids, report
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -52,14 +52,7 @@ def main() -> None:
     is_cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     model = build_blt(arguments.shape, arguments.patch_bytes, device, arguments.dtype)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    ids = random_ids(1, arguments.length, device, seed=4)
-
-    def train():
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    train = make_step(model, random_ids(1, arguments.length, device, seed=4), adamw(model, 1e-5))
     text = random_ids(1, arguments.context + 2 * arguments.new_bytes, device, seed=2)
 
     @torch.no_grad()

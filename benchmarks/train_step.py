@@ -9,11 +9,13 @@ import argparse
 import torch
 from common import (
     Contestant,
+    adamw,
     add_arguments,
     build_blt,
     build_in_tree,
     check_equal,
     interleave,
+    make_step,
     matmul_peak,
     peak_memory_mb,
     random_ids,
@@ -22,17 +24,6 @@ from common import (
 
 from blt_hf.flops import flops_per_byte
 from blt_hf.patching_blt import PatchingRule, compute_patch_lengths
-
-
-def make_step(model, ids: torch.Tensor, **inputs):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-
-    def step():
-        model(ids, labels=ids, use_cache=False, **inputs).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 def main() -> None:
@@ -59,9 +50,14 @@ def main() -> None:
         patch_lengths = compute_patch_lengths(rule, ids, found.entropies)
         repeats = 1 if length > 8192 else arguments.repeats
         contestants = [
-            Contestant("blt_hf", make_step(model, ids), 1, repeats),
-            Contestant("blt_hf, precomputed patches", make_step(model, ids, patch_lengths=patch_lengths), 1, repeats),
-            Contestant("in-tree", make_step(in_tree, ids), 1, repeats),
+            Contestant("blt_hf", make_step(model, ids, adamw(model, 1e-5)), 1, repeats),
+            Contestant(
+                "blt_hf, precomputed patches",
+                make_step(model, ids, adamw(model, 1e-5), patch_lengths=patch_lengths),
+                1,
+                repeats,
+            ),
+            Contestant("in-tree", make_step(in_tree, ids, adamw(in_tree, 1e-5)), 1, repeats),
         ]
         if arguments.only:
             contestants = [c for c in contestants if c.name == arguments.only]

@@ -155,6 +155,7 @@ class BltStepState:
         cache: in which every row has at least one byte, and where nothing is recorded for `crop`.
         local_window, patcher_window: bytes that encoder and decoder, and the entropy model see; None: no limit.
         max_length: bytes to make room for at once, for compiled steps; None: room as it is needed.
+        compile_config: how the parts of a step are compiled; None: not at all.
     """
 
     is_empty = False
@@ -167,7 +168,9 @@ class BltStepState:
         local_window: int | None,
         patcher_window: int | None,
         max_length: int | None = None,
+        compile_config=None,
     ):
+        self.phases = _phases(compile_config)
         self.num_hash_bytes, self.has_documents = cache.num_hash_bytes, cache.has_documents
         device = cache.num_bytes.device
         self.num_bytes = _fixed(cache.num_bytes)
@@ -234,15 +237,16 @@ class BltStepState:
     def reserve_patches(self) -> Tensor:
         """Makes room for one more patch in every row; the columns that a step looks at, `0, 1, ...`."""
         seen = -(-(max(self.patch_counts) + 1) // _BLOCK) * _BLOCK
-        is_compiled = self.max_length is not None
+        is_compiled, has_grown = self.max_length is not None, False
         for layer in (slots.layer for slots in self.global_transformer):
             if layer.keys.shape[-2] < seen:
                 extra = max(_grown(seen), (self.max_length or 0) // 2) - layer.keys.shape[-2]
                 layer.keys, layer.values = (
                     torch.nn.functional.pad(states, (0, 0, 0, extra)) for states in (layer.keys, layer.values)
                 )
-                if is_compiled:
-                    self._mark_static()
+                has_grown = True
+        if is_compiled and has_grown:
+            self._mark_static()
         columns = torch.arange(seen, device=self.num_bytes.device)
         if is_compiled:
             torch._dynamo.maybe_mark_dynamic(columns, 0)
@@ -368,9 +372,8 @@ def can_step(model, cache: BltCache, input_ids: Tensor) -> bool:
     config = model.config
     patcher_window = config.patcher_config.sliding_window if cache.patcher else None  # asking ends a rest
     max_length = (cache.max_length or 0) if cache.compile_config is not None else None
-    state = BltStepState(cache, config.local_attention_window_len, patcher_window, max_length)
-    state.phases = _phases(cache.compile_config)
-    cache.rest(state)
+    windows = config.local_attention_window_len, patcher_window
+    cache.rest(BltStepState(cache, *windows, max_length, cache.compile_config))
     return True
 
 
