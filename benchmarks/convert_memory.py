@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from blt_hf.convert import config_from_meta_args, tensor_specs
+from blt_hf.conversion import config_from_meta_args, tensor_specs
 
 
 LAYER_BYTES = 4 * (4 * 2048**2 + 3 * 2048 * 5632 + 2 * 2048)
@@ -45,7 +45,8 @@ from pathlib import Path
 import torch, transformers, safetensors.torch
 from transformers import GenerationConfig
 import transformers.dynamic_module_utils, huggingface_hub.repocard, rich.progress
-from blt_hf import convert, modeling_blt, tokenization_blt
+from blt_hf import conversion
+from blt_hf.model import modeling_blt, tokenization_blt
 
 def peak_mb():
     lines = Path("/proc/self/status").read_text().splitlines()

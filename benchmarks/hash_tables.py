@@ -20,7 +20,7 @@ from common import (
     report,
 )
 
-from blt_hf.optimization import BltAdamW, split_parameters
+from blt_hf.training.optimization import BltAdamW, split_parameters
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from common import (
     report,
 )
 
-from blt_hf.flops import flops_per_byte
-from blt_hf.patching_blt import PatchingRule, compute_patch_lengths
+from blt_hf.evaluation.flops import flops_per_byte
+from blt_hf.model.patching_blt import PatchingRule, compute_patch_lengths
 
 
 def main() -> None:

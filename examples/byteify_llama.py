@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from blt_hf import BltTokenizer
-from blt_hf.byteify import byteify, byteify_optimizer
-from blt_hf.data import BltDataCollator, byte_ids
-from blt_hf.metrics import measure_bits_per_byte
+from blt_hf.evaluation import measure_bits_per_byte
+from blt_hf.training.byteify import byteify, byteify_optimizer
+from blt_hf.training.data import BltDataCollator, byte_ids
 
 
 def random_llama(small: bool) -> LlamaForCausalLM:

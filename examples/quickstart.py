@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import blt_hf  # noqa: F401 (makes the Auto classes know BLT)
-from blt_hf.data import BltDataCollator, PrecomputePatches, byte_ids
-from blt_hf.metrics import measure_bits_per_byte
+from blt_hf.evaluation import measure_bits_per_byte
+from blt_hf.training.data import BltDataCollator, PrecomputePatches, byte_ids
 
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ SENTENCES = [
     "Die Installation des Pakets ist einfach.",
     "El paquete se instala con una sola orden.",
 ]
-HELD_OUT = ("src/blt_hf/stacks_blt.py", "src/blt_hf/calibration.py")
+HELD_OUT = ("src/blt_hf/model/stacks_blt.py", "src/blt_hf/training/calibration.py")
 CODE_PROMPT = "    def forward(self, "
 BLOCK = 512
 

@@ -16,16 +16,16 @@ from pathlib import Path
 
 from transformers import Trainer, TrainingArguments, set_seed
 
-import blt_hf.data
+import blt_hf.training.data
 from blt_hf import BltPatcher, BltPatcherConfig, BltTokenizer
-from blt_hf.calibration import calibrate_threshold
-from blt_hf.data import BltDataCollator, byte_ids
-from blt_hf.metrics import measure_bits_per_byte
+from blt_hf.evaluation import measure_bits_per_byte
+from blt_hf.training.calibration import calibrate_threshold
+from blt_hf.training.data import BltDataCollator, byte_ids
 
 
 def read_texts(paths: list[str]) -> list[bytes]:
     if paths:
-        return blt_hf.data.read_texts(paths)
+        return blt_hf.training.data.read_texts(paths)
     from pydoc_data.topics import topics
 
     return [topics[name].encode() for name in sorted(topics)]

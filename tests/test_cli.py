@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from blt_hf import BltConfig, cli
-from blt_hf.calibration import calibrate_threshold
-from blt_hf.flops import flops_per_byte, preset_config
-from blt_hf.metrics import measure_bits_per_byte
+from blt_hf.evaluation import measure_bits_per_byte
+from blt_hf.evaluation.flops import flops_per_byte, preset_config
+from blt_hf.training.calibration import calibrate_threshold
 from conftest import make_model, tiny_config
 
 
@@ -120,10 +120,9 @@ def test_evaluate_prints_what_is_measured(folder):
 
 
 def test_evaluate_token_models(folder, tmp_path):
+    from test_metrics import TEXTS
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from test_metrics import TEXTS
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))

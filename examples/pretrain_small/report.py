@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from blt_hf import BltForCausalLM, BltPatcher, BltTokenizer
-from blt_hf.flops import flops_per_byte
-from blt_hf.metrics import measure_bits_per_byte
+from blt_hf.evaluation import measure_bits_per_byte
+from blt_hf.evaluation.flops import flops_per_byte
 
 
 GROUPS = {  # what the sources of `corpus.py` are

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
 from blt_hf import BltConfig, BltForCausalLM, BltPatcher, BltPatcherConfig, BltTokenizer
-from blt_hf.calibration import calibrate_threshold
-from blt_hf.flops import flops_per_byte
+from blt_hf.evaluation.flops import flops_per_byte
+from blt_hf.training.calibration import calibrate_threshold
 
 
 CONTEXT = 1024  # bytes

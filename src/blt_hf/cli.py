@@ -102,7 +102,7 @@ def convert(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Convert a checkpoint of Meta's BLT code to transformers, or back with --to meta."""
-    from .convert import convert_meta_checkpoint, export_meta_checkpoint
+    from .conversion import convert_meta_checkpoint, export_meta_checkpoint
 
     common = {"dtype": dtype.value, "revision": revision, "overwrite": overwrite, "progress": not quiet}
     with _plain_messages():
@@ -170,9 +170,9 @@ def calibrate(
     quiet: _Quiet = False,
 ) -> None:
     """Find the entropy threshold for a patch size. What no option says is as in MODEL."""
-    from .calibration import calibrate_threshold
-    from .convert_files import progress_bar
-    from .data import read_texts
+    from .conversion.files import progress_bar
+    from .training.calibration import calibrate_threshold
+    from .training.data import read_texts
 
     with _plain_messages():
         config_file = _writable_config(model) if write else None
@@ -232,7 +232,7 @@ def _writable_config(model: str) -> Path:
 
 def _write_settings(path: Path, found) -> None:
     """Sets the fields of the rule and leaves all others; the file is replaced whole."""
-    from .configuration_blt import BltConfig
+    from .model.configuration_blt import BltConfig
 
     content = {**json.loads(path.read_text(encoding="utf-8")), **found.settings}
     BltConfig.from_dict(content)  # raises if they do not fit together
@@ -264,9 +264,9 @@ def evaluate(
     """Bits per byte, bytes a patch and bytes a second of a model on texts; token models give the same number."""
     from transformers import AutoTokenizer
 
-    from .convert_files import progress_bar
-    from .data import read_texts
-    from .metrics import measure_bits_per_byte
+    from .conversion.files import progress_bar
+    from .evaluation import measure_bits_per_byte
+    from .training.data import read_texts
 
     with _plain_messages():
         found_texts = read_texts(texts, text_column)
@@ -313,7 +313,7 @@ def flops(
     as_json: _AsJson = False,
 ) -> None:
     """FLOPs for a byte by the paper's equations, part by part, with and without the entropy model."""
-    from .flops import DEFAULT_PATCH_BYTES, flops_per_byte
+    from .evaluation.flops import DEFAULT_PATCH_BYTES, flops_per_byte
 
     with _plain_messages():
         if (config is None) == (preset is None):
@@ -348,7 +348,7 @@ def flops(
 def _load_shape(name: str | None, preset: str | None):
     from transformers import AutoConfig
 
-    from .flops import PRESETS, preset_config
+    from .evaluation.flops import PRESETS, preset_config
 
     if preset is not None or name in PRESETS:
         return preset_config(preset or name)

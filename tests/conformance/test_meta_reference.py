@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from transformers.models.blt import modeling_blt as in_tree
 
 from blt_hf import BltForCausalLM
-from blt_hf.convert import convert_meta_checkpoint, export_meta_checkpoint
+from blt_hf.conversion import convert_meta_checkpoint, export_meta_checkpoint
 
 
 REFERENCE = Path(

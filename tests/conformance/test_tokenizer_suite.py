@@ -15,7 +15,7 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from blt_hf.tokenization_blt import BltTokenizer
+from blt_hf.model.tokenization_blt import BltTokenizer
 
 
 try:

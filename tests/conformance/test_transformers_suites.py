@@ -18,7 +18,7 @@ from transformers import pipeline, set_seed
 from transformers.models.blt import modeling_blt as in_tree
 
 import blt_hf
-from blt_hf.tokenization_blt import BltTokenizer
+from blt_hf.model.tokenization_blt import BltTokenizer
 from conftest import tiny_config
 
 

@@ -1,0 +1,63 @@
+"""Bits per byte in `Trainer`."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..model.patching_blt import BYTE_OFFSET
+
+
+class TrainerBitsPerByte:
+    """`bits_per_byte` among the results of `Trainer.evaluate`, for byte models and for token models.
+
+        metric = TrainerBitsPerByte()
+        Trainer(..., compute_metrics=metric, preprocess_logits_for_metrics=metric.preprocess_logits)
+
+    Of each row only two numbers are kept, not its logits. Counted are the labels that are not -100, the first column
+    aside (nothing predicts it); special tokens count neither as nats nor as bytes.
+
+    Args:
+        tokenizer: of a token model: how many bytes a row has is what its labels decode to. None: labels are a BLT's
+            ids.
+    """
+
+    def __init__(self, tokenizer=None):
+        self.tokenizer = tokenizer
+
+    def preprocess_logits(self, logits: Tensor | tuple, labels: Tensor) -> Tensor:
+        """Nats and counted tokens of each row, fp32 `(B, 2)`, from logits `(B, S, V)` (or a tuple that begins so)."""
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        labels = self._counted(labels)[:, 1:]
+        nats = nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+        )
+        return torch.stack([nats.view(labels.shape).sum(dim=1), (labels != -100).sum(dim=1).float()], dim=1)
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """`labels` with -100 in the place of special tokens."""
+        if self.tokenizer is None:
+            is_special = (labels < BYTE_OFFSET) | (labels >= BYTE_OFFSET + 256)
+        else:
+            is_special = torch.isin(labels, torch.tensor(self.tokenizer.all_special_ids, device=labels.device))
+        return torch.where(is_special, -100, labels)
+
+    def __call__(self, prediction) -> dict[str, float]:
+        """From what `Trainer` has gathered: `predictions` are those of `preprocess_logits`."""
+        rows = torch.as_tensor(prediction.predictions, dtype=torch.float64)
+        if rows.dim() != 2 or rows.shape[1] != 2:
+            raise ValueError(
+                f"predictions have shape {tuple(rows.shape)}; pass `preprocess_logits` as Trainer's "
+                "`preprocess_logits_for_metrics`, which makes two numbers a row of them."
+            )
+        num_bytes = int(rows[:, 1].sum())
+        if self.tokenizer is not None:
+            labels = self._counted(torch.as_tensor(prediction.label_ids))[:, 1:]
+            texts = self.tokenizer.batch_decode([row[row != -100].tolist() for row in labels])
+            num_bytes = sum(len(text.encode("utf-8")) for text in texts)
+        if num_bytes == 0:
+            raise ValueError("no label is a byte, so there are no bits per byte.")
+        return {"bits_per_byte": float(rows[:, 0].sum()) / (math.log(2) * num_bytes)}
+
+
+__all__ = ["TrainerBitsPerByte"]

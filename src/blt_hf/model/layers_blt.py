@@ -1,0 +1,296 @@
+"""Building blocks of all stacks: norm, feed-forward, self-attention and the two cross attentions."""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from .attention_blt import AttentionSpan, gathered_attention, repeat_kv_heads, segment_attention
+from .cache_blt import RollingTensor
+
+
+class BltRMSNorm(nn.Module):
+    """Root-mean-square norm with a weight of `hidden_size`."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        # Under autocast the two may differ, and torch has its fused kernel for one dtype only.
+        weight = self.weight.to(hidden_states.dtype)
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class BltMLP(nn.Module):
+    """Gated feed-forward layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class BltRotaryEmbedding(LlamaRotaryEmbedding):
+    """Angles of transformers' rotary embedding, one for each pair of neighbours."""
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `(B or 1, S, D)` for positions `(B or 1, S)`.
+
+        Both are in the dtype of `hidden_states`; the sines carry the sign of the rotation.
+        """
+        cos, sin = super().forward(hidden_states, position_ids)
+        half = cos.shape[-1] // 2
+        cos, sin = cos[..., :half, None], sin[..., :half, None]
+        return torch.cat([cos, cos], dim=-1).flatten(-2), torch.cat([-sin, sin], dim=-1).flatten(-2)
+
+    def for_heads(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What [`rotate_pairs`] multiplies by, `(B or 1, 1, S, D)` each."""
+        cos, sin = self(hidden_states, position_ids)
+        return cos[:, None], sin[:, None]
+
+
+def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs `(2i, 2i + 1)` of `states` `(B, H, S, D)` (released checkpoints interleave; Llama halves)."""
+    swapped = states.view(*states.shape[:-1], -1, 2).flip(-1).view(states.shape)
+    return torch.addcmul(states * cos, swapped, sin)
+
+
+class BltSelfAttention(nn.Module):
+    """Causal self-attention over bytes or patches; which keys are seen is an [`AttentionSpan`]'s business."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.dropout
+        self.is_causal = True
+        size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        span: AttentionSpan,
+        past_key_values: CacheLayerMixin | None = None,
+        **cache_kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends `(B, S, W)` -> `(B, S, W)`, and weights `(B, H, S, T)` where the implementation gives them."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = rotate_pairs(query, *position_embeddings), rotate_pairs(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, **cache_kwargs)
+        dropout = self.dropout if self.training else 0.0
+        output, weights = span.attend(self, query, key, value, dropout)
+        return self.o_proj(output.flatten(2).contiguous()), weights
+
+
+class BltTransformerLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.self_attn = BltSelfAttention(config, layer_idx)
+        self.mlp = BltMLP(config)
+        self.input_layernorm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        span: AttentionSpan,
+        past_key_values: CacheLayerMixin | None = None,
+        **cache_kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Arguments and results as [`BltSelfAttention.forward`]."""
+        attended, weights = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, span, past_key_values, **cache_kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+
+
+class _BltCrossAttention(nn.Module):
+    """Projections of a cross attention; the two directions differ in who reads whom.
+
+    The output is `queries + attention`, and callers add it to the queries once more: the released weights need both.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        num_heads, num_kv_heads = config.cross_attention_heads
+        self.head_dim = config.hidden_size // num_heads
+        self.num_key_value_groups = num_heads // num_kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.num_latents = config.cross_attn_k
+        self.window = config.cross_attn_window or 1
+        self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.k_norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def _split(self, states: Tensor) -> Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim)
+
+
+class BltPatchCrossAttention(_BltCrossAttention):
+    """Encoder: the `K` queries of a patch read the bytes of that patch (and of `window - 1` patches before it)."""
+
+    def forward(self, patch_states: Tensor, byte_states: Tensor, segment: Tensor, is_read: Tensor) -> Tensor:
+        """
+        Args:
+            patch_states: `(B, P, K, W)`, queries.
+            byte_states: `(B, T, W)`.
+            segment: int64 `(B, T)`, patch that holds each byte, among the `P`; others are out of range.
+            is_read: bool `(B, T)`, False for columns that hold no byte.
+        Returns:
+            `(B, P, K, W)`.
+        """
+        num_patches, latents = patch_states.shape[1:3]
+        # Linear layers get three dimensions: PEFT's OFT takes four for a convolution's.
+        query = self.q_proj(self.q_norm(patch_states).flatten(1, 2))
+        query = self._split(query.unflatten(1, (num_patches, latents)))
+        byte_states = self.k_norm(byte_states)
+        key = repeat_kv_heads(self._split(self.k_proj(byte_states)), self.num_key_value_groups, dim=2)
+        value = repeat_kv_heads(self._split(self.v_proj(byte_states)), self.num_key_value_groups, dim=2)
+        if self.window > 1:
+            segment = torch.cat([segment + ahead for ahead in range(self.window)], dim=1)
+            is_read = is_read.repeat(1, self.window)
+            key, value = key.repeat(1, self.window, 1, 1), value.repeat(1, self.window, 1, 1)
+        is_read = is_read & (segment >= 0) & (segment < num_patches)
+        output = segment_attention(query, key, value, segment.clamp(0, num_patches - 1), is_read, self.scaling)
+        output = self.o_proj(output.flatten(-2).flatten(1, 2)).unflatten(1, (num_patches, latents))
+        return output + patch_states
+
+
+class BltByteCrossAttention(_BltCrossAttention):
+    """Decoder: each byte reads the `K` latents of one patch (and of `window - 1` patches before it)."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        latents: Tensor | None,
+        read: Tensor,
+        first: Tensor,
+        past_key_values: tuple[RollingTensor, RollingTensor] | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states: `(B, S, W)`, queries.
+            latents: `(B, P, K, W)` of new patches; None: no row closed one.
+            read: int64 `(B, S)`, new patch that each byte reads; -1 is the last cached one.
+            first: int64 `(B, 1)`, first new patch (negative for cached ones) that exists.
+            past_key_values: keys and values of the patches before; updated in place.
+        Returns:
+            `(B, S, W)`.
+        """
+        query = self._split(self.q_proj(self.q_norm(hidden_states)))
+        states = (None, None) if latents is None else self.project(latents)
+        num_cached = 0
+        if past_key_values is not None:
+            num_cached = len(past_key_values[0])
+            states = tuple(
+                cached.values if new is None else cached.append(new) for cached, new in zip(past_key_values, states)
+            )
+        shape = (*states[0].shape[:2], self.num_latents, -1, self.head_dim)
+        key, value = (s.view(shape) for s in states)
+        read, first = (read + num_cached).clamp_min(0), (first + num_cached).clamp_min(0)
+        output = gathered_attention(query, key, value, read, first, self.window, self.scaling)
+        return self.o_proj(output.flatten(2)) + hidden_states
+
+    def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of latents `(B, P, K, W)`, `(B, P, K*H_kv*D)` each."""
+        normed = self.k_norm(latents).flatten(1, 2)
+        return tuple(proj(normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
+
+
+def run_layers(
+    layers: nn.ModuleList,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    span: AttentionSpan,
+    cache_layers: list | None,
+    trace: "StateTrace | None" = None,
+    **cache_kwargs,
+) -> Tensor:
+    """Runs a stack of [`BltTransformerLayer`] on `(B, S, W)`, writing states and weights to `trace` if there is one."""
+    for layer, cache_layer in zip(layers, cache_layers or [None] * len(layers)):
+        hidden_states, weights = layer(
+            hidden_states, position_embeddings, span, past_key_values=cache_layer, **cache_kwargs
+        )
+        if trace is not None:
+            trace.add(hidden_states, weights)
+    return hidden_states
+
+
+class StateTrace:
+    """Hidden states and attention weights of one stack, kept if asked for.
+
+    Args:
+        hidden_states: whether to keep them, or the indices of those that are returned (the others are None).
+    """
+
+    def __init__(self, hidden_states: bool | list[int], attentions: bool):
+        self.hidden_states = () if hidden_states is not False else None
+        self.attentions = () if attentions else None
+        self._indices = None if isinstance(hidden_states, bool) else hidden_states
+
+    def add(self, hidden_states: Tensor | None, weights: Tensor | None = None) -> None:
+        if self.hidden_states is not None and hidden_states is not None:
+            self.hidden_states += (hidden_states,)
+        if self.attentions is not None and weights is not None:
+            self.attentions += (weights,)
+
+    def selected(self, states: tuple | None) -> tuple | None:
+        """`states` with None in the place of those that were not asked for."""
+        if states is None or self._indices is None:
+            return states
+        kept = {index % len(states) for index in self._indices if -len(states) <= index < len(states)}
+        return tuple(state if index in kept else None for index, state in enumerate(states))
+
+    def unpacked(self, chunk, last: Tensor | None = None) -> tuple[tuple | None, tuple | None]:
+        """Both, in the caller's columns; `last` replaces the last hidden state (models report it after the norm)."""
+        states, weights = self.hidden_states, self.attentions
+        if states is not None:
+            states = self.selected(states if last is None else (*states[:-1], last))
+            states = tuple(None if s is None else chunk.unpack(s) for s in states)
+        return states, None if not weights else tuple(chunk.unpack_weights(w) for w in weights)
+
+
+__all__ = [
+    "BltByteCrossAttention",
+    "BltMLP",
+    "BltPatchCrossAttention",
+    "BltRMSNorm",
+    "BltRotaryEmbedding",
+    "BltSelfAttention",
+    "BltTransformerLayer",
+    "StateTrace",
+    "rotate_pairs",
+    "run_layers",
+]

@@ -1,0 +1,317 @@
+"""Data sets of bytes: texts from files, patches computed once before training, batches that carry them."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..model.chunk_blt import ByteChunk, make_chunk
+from ..model.patching_blt import BYTE_OFFSET, PatchingRule, find_patch_ends, patch_lengths_from_ends
+
+
+BOS_TOKEN_ID = 1
+
+
+def read_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> list[bytes]:
+    """The texts that files hold.
+
+    Args:
+        paths: files or folders (all files below them, in the order of their names, hidden ones left out). `.jsonl`
+            files hold a text in `column` of each line, any other file is one text.
+        column: which field of a `.jsonl` line is the text.
+    Returns:
+        the bytes of each text that is not empty.
+    Raises:
+        ValueError: nothing is there, or a line has no such text.
+    """
+    texts = []
+    for path in _find_files(paths):
+        content = path.read_bytes()
+        if path.suffix != ".jsonl":
+            texts.append(content)
+            continue
+        for number, line in enumerate(content.splitlines(), start=1):
+            try:
+                text = json.loads(line)[column] if line.strip() else ""
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: no JSON object with a field {column!r}.") from error
+            if not isinstance(text, str):
+                raise ValueError(f"{path}, line {number}: {column!r} is {type(text).__name__}; expected a text.")
+            texts.append(text.encode("utf-8", "surrogatepass"))
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ValueError(f"no text in {', '.join(map(str, paths))}.")
+    return texts
+
+
+def _find_files(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+            yield from (path / file for file in inside if not any(part.startswith(".") for part in file.parts))
+        elif path.is_file():
+            yield path
+        else:
+            raise ValueError(f"{path} is neither a file nor a folder.")
+
+
+def byte_ids(text: str | bytes) -> list[int]:
+    """Ids of the bytes of a text, nothing added, and no special token found in it. `"hé" -> [108, 199, 173]`."""
+    data = text.encode("utf-8") if isinstance(text, str) else text
+    return [byte + BYTE_OFFSET for byte in data]
+
+
+def pad_rows(
+    rows: Sequence[Sequence], value: float, side: str = "right", multiple: int | None = None, dtype=torch.int64
+) -> Tensor:
+    """Rows of different lengths as a tensor `(B, longest row)`, `value` on `side`; at least one column."""
+    width = max([1, *map(len, rows)])
+    if multiple:
+        width = -(-width // multiple) * multiple
+    padded = torch.full((len(rows), width), value, dtype=dtype)
+    for index, row in enumerate(rows):
+        columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        padded[index, columns] = torch.as_tensor(row, dtype=dtype)
+    return padded
+
+
+def without_next_byte(patch_lengths: Tensor) -> Tensor:
+    """Patch lengths over the bytes that are there: the next, not yet known byte taken off the last patch.
+
+    Args:
+        patch_lengths: int64 `(B, P)`, rows that sum to their bytes plus 1, as the model gives them.
+    Returns:
+        int64 `(B, P)`, `[[1, 2, 2], [1, 3, 1]] -> [[1, 2, 1], [1, 3, 0]]`.
+    """
+    num_patches = (patch_lengths > 0).sum(dim=1, keepdim=True)
+    last = (num_patches - 1).clamp_min(0)
+    return patch_lengths.scatter_add(1, last, -(num_patches > 0).long())
+
+
+@contextmanager
+def evaluating(module: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode without gradients; the module's mode comes back afterwards."""
+    was_training = module is not None and module.training
+    if was_training:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if was_training:
+            module.train()
+
+
+@dataclass
+class PatchFinder:
+    """How a model finds patches, without the rest of the model.
+
+    Attributes:
+        patcher: the entropy model; None: the rule needs none.
+        rule: where patches start.
+        newline_reset: the entropy model forgets what came before each newline.
+        mask_documents, eos_token_id: an `eos` ends a document for the entropy model.
+    """
+
+    patcher: nn.Module | None
+    rule: PatchingRule
+    newline_reset: bool = False
+    mask_documents: bool = False
+    eos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "PatchFinder":
+        """That of a BLT (any class of this package, PEFT's wrappers too); a [`BltPatcher`] gets the plain entropy rule.
+
+        Raises:
+            ValueError: `model` is neither, or has lost its entropy model and needs one.
+        """
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        config = getattr(model, "config", None)
+        kind = getattr(config, "model_type", None)
+        if kind == "blt_patcher":
+            return cls(model, PatchingRule(), mask_documents=config.mask_documents, eos_token_id=config.eos_token_id)
+        if kind != "blt":
+            raise ValueError(f"`model` must be a BLT or a BltPatcher; got {type(model).__name__}.")
+        patcher = getattr(model, "model", model).patcher if config.uses_patcher else None
+        if config.uses_patcher and patcher is None:
+            raise ValueError(
+                "`model` was built with `patch_in_forward=False`; give it an entropy model: `set_patcher`."
+            )
+        return cls(
+            patcher,
+            PatchingRule.from_config(config),
+            config.patching_newline_reset,
+            config.mask_documents,
+            config.eos_token_id,
+        )
+
+    def entropies(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Nats of the byte after each byte, fp32 `(B, S)`, 0 at padding; arguments as in the model's forward."""
+        chunk = self._chunk(input_ids, attention_mask, position_ids)
+        return chunk.unpack(self._entropies(chunk))
+
+    def patches(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Patch lengths int64 `(B, P)` as the model computes them in its forward, and `entropies` (None without)."""
+        chunk = self._chunk(input_ids, attention_mask, position_ids)
+        entropies = self._entropies(chunk) if self.patcher is not None else None
+        zeros = torch.zeros_like(chunk.num_bytes)
+        ends = find_patch_ends(
+            self.rule, chunk.input_ids, entropies, chunk.text_positions, zeros, zeros.float(), zeros
+        )  # fmt: skip
+        lengths = patch_lengths_from_ends(ends, chunk.num_bytes)
+        return lengths, None if entropies is None else chunk.unpack(entropies)
+
+    def _chunk(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> ByteChunk:
+        return make_chunk(
+            input_ids, attention_mask, position_ids, None, tuple(input_ids.shape), input_ids.device,
+            mask_documents=self.mask_documents, newline_reset=self.newline_reset, eos_token_id=self.eos_token_id,
+        )  # fmt: skip
+
+    def _entropies(self, chunk: ByteChunk) -> Tensor:
+        # Tokens that were added to the model's vocabulary are a beginning of text to the entropy model.
+        size = self.patcher.config.vocab_size
+        known_ids = torch.where(chunk.input_ids < size, chunk.input_ids, BOS_TOKEN_ID)
+        with evaluating(self.patcher):
+            return self.patcher(known_ids, chunk=chunk)
+
+
+class PrecomputePatches:
+    """Adds a column `patch_lengths` to a data set of ids, so that training does not run the entropy model.
+
+    A function for `datasets.Dataset.map`:
+
+        dataset = dataset.map(PrecomputePatches(model), batched=True, batch_size=16)
+
+    Rows hold `input_ids`, cut to the length that they will have in training (and, if there, `attention_mask` and
+    `position_ids`, as the model takes them). Patch lengths cover the text of a row and the byte after it, which is
+    how the forward of the model wants them. The model itself is not kept, only its entropy model and its rule.
+
+    Args:
+        model: a BLT, or a [`BltPatcher`] together with `rule`.
+        rule: patches by another rule than the model's.
+        add_entropies: also add a column `entropies` (nats of the byte after each byte), to calibrate from, say. The
+            model does not read it.
+        device: where to run the entropy model; None: where it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: PatchingRule | None = None,
+        add_entropies: bool = False,
+        device: str | torch.device | None = None,
+    ):
+        self.finder = PatchFinder.of(model)
+        if rule is not None:
+            self.finder.rule = rule
+        elif getattr(model.config, "model_type", None) == "blt_patcher":
+            raise ValueError("a BltPatcher has no rule of its own; pass `rule=PatchingRule(threshold=...)` with it.")
+        if self.finder.patcher is None and (add_entropies or self.finder.rule.mode == "entropy"):
+            raise ValueError("this model has no entropy model, so it gives no entropies.")
+        self.add_entropies = add_entropies
+        self.device = device
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        """Takes and gives columns: a batch of `map(batched=True)`, or one row."""
+        is_row = isinstance(batch["input_ids"][0], int)
+        names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in batch]
+        columns = {name: [batch[name]] if is_row else batch[name] for name in names}
+        sizes = [len(row) for row in columns["input_ids"]]
+        mask = columns.get("attention_mask") or [[1] * size for size in sizes]
+        device = self.device
+        if self.finder.patcher is not None:
+            if device is not None:
+                self.finder.patcher.to(device)
+            device = self.finder.patcher.device
+        positions = None
+        if "position_ids" in columns:
+            positions = pad_rows(columns["position_ids"], 0).to(device)
+        lengths, entropies = self.finder.patches(
+            pad_rows(columns["input_ids"], 0).to(device), pad_rows(mask, 0).to(device), positions
+        )
+        added = {"patch_lengths": [[n for n in row if n] for row in lengths.tolist()]}
+        if self.add_entropies:
+            added["entropies"] = [row[:size] for row, size in zip(entropies.tolist(), sizes)]
+        return {name: rows[0] for name, rows in added.items()} if is_row else added
+
+
+@dataclass
+class BltDataCollator:
+    """Batches of rows of ids: `input_ids`, `attention_mask`, `labels`, and `patch_lengths` if the rows have them.
+
+    Attributes:
+        padding_free: join the texts to one row whose `position_ids` restart at each, instead of padding them.
+        padding_side: where padding goes, "right" or "left".
+        pad_to_multiple_of: width of the batch (not with `padding_free`).
+        pad_token_id: what stands at padding; the model does not read it.
+
+    Rows without `labels` are trained on all of their ids; `labels` are -100 at padding.
+    """
+
+    padding_free: bool = False
+    padding_side: str = "right"
+    pad_to_multiple_of: int | None = None
+    pad_token_id: int = 0
+
+    def __post_init__(self):
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f"`padding_side` must be 'left' or 'right'; got {self.padding_side!r}.")
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            raise ValueError("`pad_to_multiple_of` pads, and `padding_free=True` does not; choose one of them.")
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        rows = [{name: torch.as_tensor(row[name]).tolist() for name in row if name in _COLLATED} for row in rows]
+        with_patches = sum("patch_lengths" in row for row in rows)
+        if with_patches not in (0, len(rows)):
+            raise ValueError(f"{with_patches} of {len(rows)} rows have `patch_lengths`; all or none must have them.")
+        for row in rows:
+            row.setdefault("labels", row["input_ids"])
+            row.setdefault("attention_mask", [1] * len(row["input_ids"]))
+        return self._join(rows, with_patches > 0) if self.padding_free else self._pad(rows, with_patches > 0)
+
+    def _pad(self, rows: list[dict], with_patches: bool) -> dict[str, Tensor]:
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": -100}
+        batch = {
+            name: pad_rows([row[name] for row in rows], value, self.padding_side, self.pad_to_multiple_of)
+            for name, value in fills.items()
+        }
+        if with_patches:  # counted from the first byte of the text, whatever side its padding is on
+            batch["patch_lengths"] = pad_rows([row["patch_lengths"] for row in rows], 0)
+        return batch
+
+    def _join(self, rows: list[dict], with_patches: bool) -> dict[str, Tensor]:
+        if any(0 in row["attention_mask"] for row in rows):
+            raise ValueError("`padding_free=True` joins rows without padding; `attention_mask` has zeros.")
+        ids, labels, positions, lengths = [], [], [], []
+        for row in rows:
+            ids += row["input_ids"]
+            labels += [-100, *row["labels"][1:]]  # no text predicts the first byte of the next
+            positions += range(len(row["input_ids"]))
+            if with_patches:
+                if sum(row["patch_lengths"]) != len(row["input_ids"]) + 1:
+                    raise ValueError(
+                        f"`patch_lengths` of a row sum to {sum(row['patch_lengths'])}; joining texts needs "
+                        f"{len(row['input_ids']) + 1}, the bytes of the row and the next one."
+                    )
+                # The next byte of one text is the first byte, and the first patch, of the text after it.
+                lengths += row["patch_lengths"][1:] if lengths else row["patch_lengths"]
+        batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        if with_patches:
+            batch["patch_lengths"] = lengths
+        return {name: torch.tensor([values]) for name, values in batch.items()}
+
+
+_COLLATED = ("input_ids", "attention_mask", "labels", "patch_lengths")
+
+__all__ = ["BltDataCollator", "PatchFinder", "PrecomputePatches", "byte_ids", "read_texts"]

@@ -1,0 +1,361 @@
+"""Linear attention against the dense masks that it replaces, and proof that no dense mask is ever made."""
+
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from blt_hf import BltForCausalLM
+from blt_hf.model.attention_blt import (
+    AttentionSpan,
+    eager_attention_forward,
+    gathered_attention,
+    repeat_kv_heads,
+    segment_attention,
+)
+from conftest import make_model, tiny_config
+
+
+SCALING = 0.35
+
+
+def dense_attention(query, key, value, visible):
+    """Masked softmax, queries that see nothing give 0. `(..., S, D)`, `(..., T, D)`, bool `(..., S, T)`."""
+    scores = (query @ key.transpose(-1, -2) * SCALING).masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(dim=-1).masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+    return weights @ value
+
+
+def assert_same_gradients(actual, expected, inputs, atol=1e-5):
+    """Equal values, and equal gradients of a random linear function of them."""
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-5)
+    weight = torch.randn_like(expected)
+    ours = torch.autograd.grad((actual * weight).sum(), inputs)
+    theirs = torch.autograd.grad((expected * weight).sum(), inputs)
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other, atol=10 * atol, rtol=1e-4)
+
+
+def leaf(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+@given(data=st.data(), rows=st.integers(1, 3), heads=st.sampled_from([1, 2, 4]), latents=st.integers(1, 3))
+def test_segment_attention_is_softmax_over_each_patch(data, rows, heads, latents):
+    num_keys, num_patches = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))  # some patches read nothing
+    segments = data.draw(
+        st.lists(
+            st.lists(st.integers(-1, num_patches - 1), min_size=num_keys, max_size=num_keys),
+            min_size=rows,
+            max_size=rows,
+        )
+    )
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    segment = torch.tensor(segments)
+    query, key, value = (
+        leaf(rows, num_patches, latents, heads, 4),
+        leaf(rows, num_keys, heads, 4),
+        leaf(rows, num_keys, heads, 4),
+    )
+    actual = segment_attention(query, key, value, segment.clamp_min(0), segment >= 0, SCALING)
+    visible = segment[:, None, :] == torch.arange(num_patches)[:, None]  # (B, P, T)
+    visible = visible[:, None, :, None].expand(-1, heads, -1, latents, -1).flatten(2, 3)
+    expected = dense_attention(
+        query.permute(0, 3, 1, 2, 4).flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2), visible
+    )
+    expected = expected.unflatten(2, (num_patches, latents)).permute(0, 2, 3, 1, 4)
+    assert_same_gradients(actual, expected, (query, key, value))
+    reads_nothing = ~(segment[:, None, :] == torch.arange(num_patches)[:, None]).any(-1)
+    assert (actual[reads_nothing] == 0).all()
+
+
+def test_segment_attention_survives_large_scores():
+    query = torch.full((1, 2, 1, 1, 2), 300.0)
+    key = torch.tensor([300.0, -300.0, -300.0]).view(1, 3, 1, 1).expand(1, 3, 1, 2).contiguous()
+    value = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1).expand(1, 3, 1, 2).contiguous()
+    output = segment_attention(query, key, value, torch.tensor([[0, 0, 1]]), torch.ones(1, 3, dtype=torch.bool), 1.0)
+    assert output[0, :, 0, 0].tolist() == [[1.0, 1.0], [3.0, 3.0]]
+
+
+@given(
+    data=st.data(),
+    rows=st.integers(1, 3),
+    latents=st.integers(1, 3),
+    window=st.integers(1, 4),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (4, 1)]),
+)
+def test_gathered_attention_is_softmax_over_a_window_of_patches(data, rows, latents, window, heads):
+    (num_heads, num_kv_heads), length, num_patches = heads, data.draw(st.integers(1, 9)), data.draw(st.integers(1, 6))
+    patch = torch.tensor(
+        data.draw(
+            st.lists(
+                st.lists(st.integers(0, num_patches - 1), min_size=length, max_size=length),
+                min_size=rows,
+                max_size=rows,
+            )
+        )
+    )
+    first = (patch - data.draw(st.integers(0, 5))).clamp_min(0)
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    query = leaf(rows, length, num_heads, 4)
+    key, value = leaf(rows, num_patches, latents, num_kv_heads, 4), leaf(rows, num_patches, latents, num_kv_heads, 4)
+    actual = gathered_attention(query, key, value, patch, first, window, SCALING)
+    patches = torch.arange(num_patches)
+    visible = (patches <= patch[..., None]) & (patches > patch[..., None] - window)
+    if window > 1:
+        visible = visible & (patches >= first[..., None])
+    visible = visible.repeat_interleave(latents, dim=-1)[:, None]
+    wide_key, wide_value = (
+        repeat_kv_heads(states.flatten(1, 2).transpose(1, 2), num_heads // num_kv_heads, dim=1)
+        for states in (key, value)
+    )
+    expected = dense_attention(query.transpose(1, 2), wide_key, wide_value, visible).transpose(1, 2)
+    assert_same_gradients(actual, expected, (query, key, value))
+
+
+def module_with(groups: int):
+    return types.SimpleNamespace(num_key_value_groups=groups, scaling=SCALING, training=False, is_causal=True)
+
+
+def span_case(num_past, length, window, first_key, implementation, groups=1, last_key=None):
+    """Attention through a span, and through a dense mask written down from its description."""
+    rows, kv_heads, size = 2, 2, 4
+    query = leaf(rows, kv_heads * groups, length, size)
+    key, value = leaf(rows, kv_heads, num_past + length, size), leaf(rows, kv_heads, num_past + length, size)
+    span = AttentionSpan(num_past, length, window, first_key, implementation, last_key=last_key)
+    actual, _ = span.attend(module_with(groups), query, key, value)
+    keys = torch.arange(num_past + length)
+    own = (num_past + torch.arange(length)).expand(rows, -1) if last_key is None else last_key
+    visible = keys <= own[..., None]
+    if window is not None:
+        visible = visible & (keys > own[..., None] - window)
+    if first_key is not None:
+        visible = visible & (keys >= first_key[..., None])
+    expected = dense_attention(
+        query, repeat_kv_heads(key, groups, dim=1), repeat_kv_heads(value, groups, dim=1), visible[:, None]
+    )
+    assert_same_gradients(actual, expected.transpose(1, 2), (query, key, value))
+
+
+implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+
+
+@implementations
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 64, 70])
+@pytest.mark.parametrize("length", [1, 2, 11, 63, 64, 65, 128, 141, 192])
+def test_spans_equal_dense_masks(implementation, window, length):
+    torch.manual_seed(0)
+    for num_past in {0, 1, (window or 9) - 1}:
+        span_case(num_past, length, window, None, implementation)
+
+
+@given(
+    data=st.data(),
+    implementation=st.sampled_from(["eager", "sdpa"]),
+    window=st.sampled_from([None, 1, 2, 5, 20]),
+    length=st.sampled_from([1, 3, 40, 64, 65, 130]),
+    groups=st.sampled_from([1, 2]),
+)
+def test_spans_with_a_first_key_equal_dense_masks(data, implementation, window, length, groups):
+    num_past = data.draw(st.integers(0, 4 if window is None else window - 1), label="num_past")
+    # A row that is shorter in the cache, and documents that begin somewhere.
+    starts = [
+        torch.tensor(
+            sorted(data.draw(st.lists(st.integers(0, num_past + length - 1), min_size=length, max_size=length)))
+        )
+        for _ in range(2)
+    ]
+    own = num_past + torch.arange(length)
+    first_key = torch.stack([torch.minimum(start, own) for start in starts])
+    span_case(num_past, length, window, first_key, implementation, groups)
+
+
+@implementations
+def test_spans_with_ragged_pasts_equal_dense_masks(implementation):
+    last_key = torch.tensor([[2, 3, 4], [5, 6, 7]])
+    span_case(5, 3, None, None, implementation, last_key=last_key)
+    span_case(5, 3, None, torch.tensor([[0, 0, 3], [2, 5, 5]]), implementation, last_key=last_key)
+
+
+def test_long_pasts_are_cut_to_the_window():
+    """A recording cache gives back more keys than the window needs."""
+    torch.manual_seed(0)
+    span_case(30, 64, 5, None, "sdpa")
+    span_case(30, 64, 5, torch.arange(64).clamp_min(20).expand(2, -1), "sdpa")
+
+
+@pytest.mark.parametrize(
+    "num_past, length, window, has_mask",
+    [(7, 1, None, False), (7, 1, 8, False), (7, 1, 7, True), (0, 9, None, False), (0, 9, 9, False), (0, 9, 8, True)],
+)
+def test_no_mask_where_none_is_needed(monkeypatch, num_past, length, window, has_mask):
+    """One byte, or plain causality from the beginning: the kernel gets no mask and picks its fastest way."""
+    masks = []
+
+    def spy(query, key, value, attn_mask=None, *args, **kwargs):
+        masks.append(attn_mask)
+        return query
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    query, key = torch.zeros(1, 1, length, 2), torch.zeros(1, 1, num_past + length, 2)
+    AttentionSpan(num_past, length, window, None, "sdpa").attend(module_with(1), query, key, key)
+    assert [mask is not None for mask in masks] == [has_mask]
+
+
+def test_eager_weights_are_those_of_the_output():
+    query, key, value = torch.randn(2, 4, 3, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
+    mask = torch.ones(3, 5, dtype=torch.bool).tril(2)
+    output, weights = eager_attention_forward(module_with(2), query, key, value, mask, SCALING)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 3))
+    assert (weights.masked_select(~mask) == 0).all()
+    torch.testing.assert_close(output, (weights @ repeat_kv_heads(value, 2, dim=1)).transpose(1, 2))
+
+
+# The whole model.
+
+
+def ids_of(num_bytes: int, rows: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(4, 260, (rows, num_bytes), generator=generator)
+    ids[:, 0] = 1
+    return ids
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}}]
+)
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@torch.no_grad()
+def test_implementations_agree_on_the_whole_model(rule, implementation):
+    """Long and short inputs, padding, packed rows and cached chunks (flex_attention without its compiler)."""
+    config = tiny_config(**rule)
+    model = make_model(config)
+    ids, mask = ids_of(90, rows=2), torch.ones(2, 90, dtype=torch.int64)
+    mask[1, :30] = 0
+    positions = torch.arange(90)[None] % 41
+
+    def answers():
+        first = model(ids[:, :50], use_cache=True)
+        return [
+            model(ids, attention_mask=mask).logits[mask == 1],
+            model(ids, position_ids=positions).logits,
+            torch.cat([first.logits, model(ids[:, 50:], past_key_values=first.past_key_values).logits], dim=1),
+            model(ids[:, :7]).logits,
+        ]
+
+    model.set_attn_implementation("sdpa")
+    expected = answers()
+    model.set_attn_implementation(implementation)
+    assert model.model.local_decoder.config._attn_implementation == implementation
+    assert model.model.patcher.config._attn_implementation == implementation
+    with torch.compiler.set_stance("force_eager"):
+        actual = answers()
+    for one, wanted in zip(actual, expected):
+        torch.testing.assert_close(one, wanted, atol=1e-4, rtol=1e-4)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest result of any operation, in elements of storage, and what made it."""
+
+    def __init__(self):
+        super().__init__()
+        self.size, self.made_by = 0, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.numel() > self.size:
+                self.size, self.made_by = leaf.numel(), (func, tuple(leaf.shape))
+        return result
+
+
+def largest_tensor(model, ids, **kwargs) -> LargestTensor:
+    with LargestTensor() as largest:
+        loss = model(ids, labels=ids, **kwargs).loss
+        if model.training:
+            loss.backward()
+    return largest
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "backward"])
+def test_no_tensor_grows_faster_than_the_text(implementation, training):
+    """With short windows nothing has bytes x bytes or bytes x patches elements, forward or backward.
+
+    The global transformer's own attention is over patches x patches, as it should be; patches of 32 bytes and a
+    narrow model keep it, and everything that is linear, below the quadratic things that are looked for.
+    """
+    config = tiny_config(
+        patching_mode="static", patch_size=32, local_attention_window_len=8, encoder_hash_byte_group_vocab=11
+    )
+    torch.manual_seed(0)
+    model = BltForCausalLM._from_config(config, attn_implementation=implementation).train(training)
+    sizes = {}
+    for num_bytes in (1200, 2400):
+        largest = largest_tensor(model, ids_of(num_bytes))
+        sizes[num_bytes] = largest.size
+        assert largest.size < num_bytes * num_bytes / 4, largest.made_by
+    assert sizes[2400] <= 2.1 * sizes[1200], sizes
+
+
+@pytest.mark.parametrize("packed", ["padded", "documents"])
+def test_padding_and_documents_stay_linear(packed):
+    config = tiny_config(patching_mode="static", patch_size=32, local_attention_window_len=8)
+    torch.manual_seed(0)
+    model = BltForCausalLM(config).train()
+    sizes = {}
+    for num_bytes in (1200, 2400):
+        ids, kwargs = ids_of(num_bytes, rows=2), {}
+        if packed == "padded":
+            kwargs["attention_mask"] = torch.ones_like(ids)
+            kwargs["attention_mask"][1, : num_bytes // 3] = 0
+        else:
+            kwargs["position_ids"] = (torch.arange(num_bytes) % 100)[None].expand(2, -1)
+        sizes[num_bytes] = largest_tensor(model, ids, **kwargs).size
+    assert sizes[2400] <= 2.1 * sizes[1200], sizes
+
+
+def test_cross_attention_never_sees_bytes_times_patches():
+    """One patch a byte is the worst case for a [bytes x patches] mask; only the global part may be quadratic."""
+    config = tiny_config(patching_mode="byte", local_attention_window_len=8)
+    torch.manual_seed(0)
+    model = BltForCausalLM(config).train()
+    sizes = {}
+    for num_bytes in (600, 1200):
+        ids = ids_of(num_bytes)
+        sizes[num_bytes] = {}
+        for name in ("local_encoder", "local_decoder"):
+            part, largest = getattr(model.model, name), LargestTensor()
+            forward = part.forward
+
+            def measured(*args, forward=forward, largest=largest, **kwargs):
+                with largest:
+                    return forward(*args, **kwargs)
+
+            part.forward = measured
+            model(ids)
+            part.forward = forward
+            sizes[num_bytes][name] = largest.size
+            assert largest.size < num_bytes * num_bytes / 4, largest.made_by
+    for name, size in sizes[1200].items():
+        assert size <= 2.1 * sizes[600][name], sizes
+
+
+def test_decoding_does_not_grow_with_the_text():
+    """The largest tensor of a step is the same after 100 and after 1000 bytes, but for the patches' keys."""
+    config = tiny_config(patching_mode="static", patch_size=100, local_attention_window_len=8)
+    torch.manual_seed(0)
+    model = BltForCausalLM(config).eval()
+    sizes = []
+    with torch.no_grad():
+        for num_bytes in (100, 1000):
+            cache = model(ids_of(num_bytes), use_cache=True).past_key_values
+            model(ids_of(2)[:, 1:], past_key_values=cache)  # buffers are made here
+            with LargestTensor() as largest:
+                model(ids_of(2)[:, 1:], past_key_values=cache)
+            sizes.append(largest.size)
+    assert sizes[1] <= 1.5 * sizes[0], sizes
