@@ -64,7 +64,7 @@ def plain(source, out, dtype):
     safetensors.torch.save_file(tensors, out / "model.safetensors")
 
 source, out, direction, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-run = {"to transformers": convert.convert_meta_checkpoint, "to meta": convert.export_meta_checkpoint, "plain": plain}
+run = {"to transformers": conversion.convert_meta_checkpoint, "to meta": conversion.export_meta_checkpoint, "plain": plain}
 before, start = peak_mb(), time.perf_counter()
 run[direction](source, out, dtype=dtype) if direction != "plain" else plain(source, out, dtype)
 print(json.dumps({"imports_mb": before, "peak_mb": peak_mb() - before, "seconds": time.perf_counter() - start}))

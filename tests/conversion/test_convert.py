@@ -20,8 +20,10 @@ from transformers import AutoTokenizer
 from transformers.models.blt import modeling_blt as in_tree_blt
 from typer.testing import CliRunner
 
-from blt_hf import BltConfig, BltForCausalLM, convert, convert_arguments, convert_files
+from blt_hf import BltConfig, BltForCausalLM
 from blt_hf.cli import app
+from blt_hf.conversion import arguments as convert_arguments
+from blt_hf.conversion import checkpoints as convert
 from blt_hf.conversion import (
     config_from_meta_args,
     convert_meta_checkpoint,
@@ -29,6 +31,7 @@ from blt_hf.conversion import (
     meta_args_from_config,
     tensor_specs,
 )
+from blt_hf.conversion import files as convert_files
 from conftest import make_model, tiny_config
 
 

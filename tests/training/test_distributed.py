@@ -76,7 +76,13 @@ def example_ids() -> torch.Tensor:
 
 
 def run(arguments: list[str]) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # What pytest put on the path (`pythonpath` in pyproject.toml), the launched processes need as well.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     result = subprocess.run(
         [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True, timeout=240
     )
