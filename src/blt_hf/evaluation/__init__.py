@@ -1,7 +1,8 @@
-"""Bits per byte: as an `evaluate` metric, in `Trainer`, and of a model on texts."""
+"""Bits per byte: as an `evaluate` metric, in `Trainer`, and of a model on texts; model cards that tell them."""
 
 from pathlib import Path
 
+from .card import make_model_card, write_model_card
 from .measuring import Measurement, measure_bits_per_byte
 from .trainer import TrainerBitsPerByte
 
@@ -13,4 +14,11 @@ def load_bits_per_byte(**kwargs):
     return evaluate.load(str(Path(__file__).parent / "bits_per_byte"), **kwargs)
 
 
-__all__ = ["Measurement", "TrainerBitsPerByte", "load_bits_per_byte", "measure_bits_per_byte"]
+__all__ = [
+    "Measurement",
+    "TrainerBitsPerByte",
+    "load_bits_per_byte",
+    "make_model_card",
+    "measure_bits_per_byte",
+    "write_model_card",
+]

@@ -83,6 +83,7 @@ class BltPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
+        self.model_tags = ["blt", "byte-level", "tokenizer-free"]  # of this instance: trainers append to the list
         if isinstance(self, BltGenerationMixin):
             self.fill_special_token_ids()
 
