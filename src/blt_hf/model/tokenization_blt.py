@@ -1,19 +1,20 @@
 """Tokenizer of the Byte Latent Transformer: id = byte + 4, and four special ids.
 
 `BltTokenizer` is a fast tokenizer of transformers. It keeps a `tokenizers` backend (a byte-level BPE without merges)
-and saves it as `tokenizer.json`, so that its files load in a plain transformers with the same ids. Texts themselves do
-not go through the backend: bytes are ids already, and `encoding_blt` shifts them a hundred times faster.
+and saves it as `tokenizer.json`, so that its files load in a plain transformers with the same ids. What models are fed
+with, `input_ids` and `attention_mask`, does not go through the backend: bytes are ids already, and `encoding_blt` shifts
+them a hundred times faster. Everything else (offsets, words, pairs, overflow, ...) the backend answers.
 """
 
-import codecs
 import functools
+import inspect
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+import torch
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, TensorType
@@ -23,10 +24,14 @@ from .encoding_blt import (
     BYTE_SYMBOLS,
     VOCAB_SIZE,
     AddedTokens,
-    EncodePlan,
+    LazyEncodings,
     PausedCollection,
-    encode_batch,
+    check_one_length,
+    encode_rows,
+    to_arrays,
     to_bytes,
+    to_lists,
+    to_symbol,
 )
 
 
@@ -59,9 +64,15 @@ DEFAULT_CHAT_TEMPLATE = """\
 """
 
 _UNSHIFT = bytes((byte - BYTE_OFFSET) % 256 for byte in range(256))
-_BYTE_IDS = bytes(range(BYTE_OFFSET, 256))  # those that fit in a byte
-_SPECIAL_ID = re.compile(rb"([\0-\3])")
 _SYMBOL_BYTES = {symbol: bytes([byte]) for byte, symbol in enumerate(BYTE_SYMBOLS)}
+
+# What a call may ask for, with the defaults; some clients pass the languages to every tokenizer.
+_PARAMETERS = inspect.signature(PreTrainedTokenizerFast._encode_plus).parameters
+_OPTIONS = {name: parameter.default for name, parameter in [*_PARAMETERS.items()][3:] if name != "kwargs"}
+_OPTIONS |= {"split_special_tokens": None, "sanitize_control_tokens": False, "src_lang": None, "tgt_lang": None}
+_ONLY_BACKEND = [name for name in _OPTIONS if name.startswith("return_")] + ["is_split_into_words"]
+for _name in ("return_attention_mask", "return_length", "return_tensors"):
+    _ONLY_BACKEND.remove(_name)
 
 
 def _build_backend(names: Sequence[str]) -> Tokenizer:
@@ -90,7 +101,6 @@ def _check_byte_vocabulary(vocab: Mapping[str, int], origin: str) -> None:
 
 def _check_errors(errors: str) -> str:
     try:
-        codecs.lookup_error(errors)
         b"\xff".decode("utf-8", errors)
     except UnicodeDecodeError:
         pass  # "strict" at work
@@ -107,40 +117,21 @@ def _reject_unknown(names: Iterable[str], method: str) -> None:
         raise TypeError(f"`BltTokenizer.{method}` got unexpected arguments: {', '.join(map(repr, names))}.")
 
 
-def _check_side(name: str, value: str) -> None:
-    if value not in ("left", "right"):
-        raise ValueError(f"`{name}` must be 'left' or 'right'; got {value!r}.")
+def _at_least(least: int, name: str, value: int | None) -> int | None:
+    if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
+        raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+    return None if value is None else int(value)  # the backend takes no numpy integers
 
 
-def _check_at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
-            raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+def _split_rows(text, text_pair, has_words: bool) -> list[tuple]:
+    """The one or two texts of each row of a call."""
 
+    def is_batch(entry) -> bool:
+        return isinstance(entry, (list, tuple)) and (not has_words or (entry and isinstance(entry[0], (list, tuple))))
 
-def _as_items(text, text_pair, is_split_into_words: bool) -> tuple[list, bool]:
-    """The texts, as tuples of one or two where there are pairs or words, and whether they came as a batch."""
-    listed = (list, tuple)
-    batched = isinstance(text, listed) and (not is_split_into_words or (len(text) > 0 and isinstance(text[0], listed)))
-    if not batched:
-        if isinstance(text_pair, listed) and not is_split_into_words:
-            raise TypeError("`text_pair` is a list and `text` is not; pass two texts, or two lists of as many texts.")
-        pair = () if text_pair is None else (text_pair,)
-        return [(text, *pair) if pair or is_split_into_words else text], False
     if text_pair is not None:
-        if not isinstance(text_pair, listed) or len(text) != len(text_pair):
-            error = ValueError if isinstance(text_pair, listed) else TypeError
-            raise error(f"`text_pair` must be a list of {len(text)} entries like `text`; got {text_pair!r:.80}")
-        return list(zip(text, text_pair)), True
-    if is_split_into_words:
-        items = [tuple(entry) if entry and isinstance(entry[0], listed) else (entry,) for entry in text]
-    elif {*map(type, text)} & {*listed}:
-        items = [tuple(entry) if isinstance(entry, listed) else (entry,) for entry in text]
-    else:
-        return list(text), True
-    if any(len(item) > 2 for item in items):
-        raise ValueError("an entry of `text` is a text or a pair; for lists of words pass `is_split_into_words=True`.")
-    return items, True
+        return [*zip(text, text_pair)] if is_batch(text) else [(text, text_pair)]
+    return [tuple(row) if is_batch(row) else (row,) for row in (text if is_batch(text) else [text])]
 
 
 class BltTokenizer(PreTrainedTokenizerFast):
@@ -226,48 +217,38 @@ class BltTokenizer(PreTrainedTokenizerFast):
         if (path := resolved_vocab_files.get("tokenizer_config_file")) is not None:
             with open(path, encoding="utf-8") as reader:
                 config = json.load(reader)
-        asked = {key: config[key] for key in ("add_bos_token", "add_eos_token") if key in config}
-        # What `convert_to_native_format` can no longer tell once the file and the caller's arguments are merged
-        origin = {"written_here": "errors" in config, "file_asks": asked, "caller_passed": tuple(kwargs)}
-        return super()._from_pretrained(resolved_vocab_files, *args, _origin=origin, **kwargs)
+        droppable = ()
+        if "errors" not in config:  # not written by this class
+            droppable = {"pad_token", "unk_token"} - kwargs.keys()
+            kwargs.setdefault("add_eos_token", False)
+        return super()._from_pretrained(resolved_vocab_files, *args, _droppable=droppable, **kwargs)
 
     @classmethod
-    def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
+    def convert_to_native_format(cls, trust_remote_code=False, _droppable=(), tokenizer_file=None, **kwargs):
         """Turn a `tokenizer.json` into a backend. `from_pretrained` passes all that is to go to `__init__`."""
-        origin = kwargs.pop("_origin", {"written_here": True, "file_asks": {}, "caller_passed": tuple(kwargs)})
-        spec, vocab = None, dict(zip(SPECIAL_NAMES, range(BYTE_OFFSET)))
-        if (path := kwargs.pop("tokenizer_file", None)) is not None:
-            with open(path, encoding="utf-8") as reader:
+        spec, names, added = None, dict(enumerate(SPECIAL_NAMES)), []
+        if tokenizer_file is not None:
+            with open(tokenizer_file, encoding="utf-8") as reader:
                 spec = json.load(reader)
-            names = {index: name for name, index in vocab.items()}
-            vocab = spec.get("model", {}).get("vocab")
-            _check_byte_vocabulary(vocab if isinstance(vocab, dict) else {}, f"`{path}`")
-            vocab.update({names[index]: index for index in names.keys() - {*vocab.values()}})
+            added, vocab = spec["added_tokens"], spec["model"].get("vocab")
+            _check_byte_vocabulary(vocab if isinstance(vocab, dict) else {}, f"`{tokenizer_file}`")
+            names |= {index: name for name, index in vocab.items() if index < BYTE_OFFSET}
+            vocab |= {name: index for index, name in names.items()}
+            if "single" in (template := spec.get("post_processor") or {}):
+                is_text = ["Sequence" in piece for piece in template["single"]]
+                kwargs = {"add_bos_token": not is_text[0], "add_eos_token": not is_text[-1]} | kwargs
 
-        settings = origin["file_asks"]
-        if spec is not None and "single" in (spec.get("post_processor") or {}):
-            pieces = ["Sequence" in piece for piece in spec["post_processor"]["single"]]
-            settings = {"add_bos_token": not pieces[0], "add_eos_token": not pieces[-1]}
-        if not origin["written_here"]:
-            settings = {**settings, "add_eos_token": False}
-            cls._drop_tokens_beyond(kwargs, origin["caller_passed"], vocab, spec)
-        kwargs |= {key: value for key, value in settings.items() if key not in origin["caller_passed"]}
-        if spec is not None:
-            kwargs["tokenizer_object"] = Tokenizer.from_str(json.dumps(spec))
-        return kwargs
-
-    @staticmethod
-    def _drop_tokens_beyond(kwargs: dict, caller_passed: tuple, vocab: Mapping[str, int], spec: dict | None) -> None:
-        """Forget an `unk_token` or `pad_token` that has no row of the 260, unless other tokens follow it."""
-        named = {key: str(kwargs[key]) for key in ("unk_token", "pad_token") if kwargs.get(key)}
-        dropped = {key: name for key, name in named.items() if key not in caller_passed and name not in vocab}
-        added = spec["added_tokens"] if spec is not None else []
+        # An `unk_token` or `pad_token` without a row of the 260 is forgotten, unless other tokens follow it.
+        dropped = {key: str(kwargs[key]) for key in _droppable if kwargs.get(key)}
+        dropped = {key: name for key, name in dropped.items() if name not in names.values()}
         if {token["content"] for token in added if token["id"] >= VOCAB_SIZE} <= {*dropped.values()}:
-            pad = next(name for name, index in vocab.items() if index == 0)
-            kwargs |= {key: pad if key == "pad_token" else None for key in dropped}
+            kwargs |= {key: names[0] if key == "pad_token" else None for key in dropped}
             added[:] = [token for token in added if token["content"] not in dropped.values()]
             decoder = kwargs.get("added_tokens_decoder") or {}
             kwargs["added_tokens_decoder"] = {i: t for i, t in decoder.items() if str(t) not in dropped.values()}
+        if spec is not None:
+            kwargs["tokenizer_object"] = Tokenizer.from_str(json.dumps(spec))
+        return kwargs
 
     def _save_pretrained(self, *args, **kwargs):
         self.update_post_processor()  # the names of BOS and EOS may have changed since
@@ -300,8 +281,8 @@ class BltTokenizer(PreTrainedTokenizerFast):
     def _added_tokens(self) -> AddedTokens:
         size = self._tokenizer.get_vocab_size()  # somebody may add to the backend
         if self._added is None or self._added[0] != size:
-            specials = {index: self._tokenizer.id_to_token(index) for index in range(BYTE_OFFSET)}
-            self._added = (size, AddedTokens(self.added_tokens_decoder, specials))
+            names = {index: self._tokenizer.id_to_token(index) for index in range(BYTE_OFFSET)}
+            self._added = (size, AddedTokens(self.added_tokens_decoder, names))
         return self._added[1]
 
     def __getstate__(self) -> dict:
@@ -324,98 +305,162 @@ class BltTokenizer(PreTrainedTokenizerFast):
     def _encode_without_added_tokens(self, text: str) -> list[int]:
         return [byte + BYTE_OFFSET for byte in to_bytes(text)]
 
-    def _encode_plus(
-        self,
-        text,
-        text_pair=None,
-        add_special_tokens: bool = True,
-        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
-        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
-        max_length: int | None = None,
-        stride: int = 0,
-        is_split_into_words: bool = False,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_tensors: str | TensorType | None = None,
-        return_token_type_ids: bool | None = None,
-        return_attention_mask: bool | None = None,
-        return_overflowing_tokens: bool = False,
-        return_special_tokens_mask: bool = False,
-        return_offsets_mapping: bool = False,
-        return_length: bool = False,
-        verbose: bool = True,
-        split_special_tokens: bool | None = None,
-        **kwargs,
-    ) -> BatchEncoding:
-        if kwargs:
-            unknown = kwargs.keys() - {"sanitize_control_tokens", "src_lang", "tgt_lang"}
-            _reject_unknown(unknown, "__call__")  # the languages are what some clients pass to every tokenizer
-        if kwargs.get("sanitize_control_tokens") or self._tokenizer.normalizer is not None:
-            arguments = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
-            arguments.pop("unknown", None)
-            result = super()._encode_plus(**arguments, **kwargs)
-            self._tokenizer.no_truncation()  # the backend would remember, and save, what this call asked for
-            self._tokenizer.no_padding()
-            return result
+    def _encode_plus(self, text, text_pair=None, **options) -> BatchEncoding:
+        _reject_unknown(options.keys() - _OPTIONS.keys(), "__call__")
+        options = _OPTIONS | options
+        if options["sanitize_control_tokens"]:
+            return self._ask_backend(text, text_pair, options)
+        if options["padding_side"] is None:
+            options["padding_side"] = self.padding_side
+        for name, side in (("padding_side", options["padding_side"]), ("truncation_side", self.truncation_side)):
+            if side not in ("left", "right"):
+                raise ValueError(f"`{name}` must be 'left' or 'right'; got {side!r}.")
+        for name, least in (("max_length", 0), ("stride", 0), ("pad_to_multiple_of", 1)):
+            options[name] = _at_least(least, name, options[name])
+        if options["max_length"] is None:
+            options["truncation_strategy"] = TruncationStrategy.DO_NOT_TRUNCATE
+        if options["return_tensors"] is not None:
+            options["return_tensors"] = TensorType(options["return_tensors"])
+        for name in ("token_type_ids", "attention_mask"):
+            if options[f"return_{name}"] is None:
+                options[f"return_{name}"] = name in self.model_input_names
 
-        padding_side = self.padding_side if padding_side is None else padding_side
-        _check_side("padding_side", padding_side)
-        _check_side("truncation_side", self.truncation_side)
-        _check_at_least(0, max_length=max_length, stride=stride)
-        _check_at_least(1, pad_to_multiple_of=pad_to_multiple_of)
-        pads = padding_strategy != PaddingStrategy.DO_NOT_PAD
-        split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        batch = self._encode_plainly(text, text_pair, options)
+        return self._encode_by_backend(text, text_pair, options) if batch is None else batch
+
+    @PausedCollection()
+    def _encode_plainly(self, text, text_pair, options: dict) -> BatchEncoding | None:
+        """`input_ids` and `attention_mask` of single texts; None where the call is about more than that."""
+        batched = isinstance(text, (list, tuple))
+        texts = [*text] if batched else [text]
+        truncates = options["truncation_strategy"] != TruncationStrategy.DO_NOT_TRUNCATE
+        needs_backend = (
+            text_pair is not None
+            or any(options[name] for name in _ONLY_BACKEND)
+            or not {*map(type, texts)} <= {str, bytes, bytearray, memoryview}
+            or (truncates and (options["stride"] or options["truncation_strategy"] == TruncationStrategy.ONLY_SECOND))
+            or self._tokenizer.normalizer is not None
+        )
+        if needs_backend and (texts or options["is_split_into_words"]):
+            return None
+        split = options["split_special_tokens"]
+        rows = encode_rows(
+            texts,
+            self._added_tokens(),
+            self._ends(options["add_special_tokens"]),
+            self._room(1, options),
+            self.truncation_side,
+            split_special=self.split_special_tokens if split is None else split,
+            parse_bytes=split is False,
+        )
+        if rows is None:
+            return None
+
+        width, pad_id, longest, max_length = 0, 0, max(lengths := rows.lengths(), default=0), options["max_length"]
+        if options["padding_strategy"] != PaddingStrategy.DO_NOT_PAD:
+            has_length = options["padding_strategy"] == PaddingStrategy.MAX_LENGTH and max_length is not None
+            width, pad_id = max_length if has_length else longest, self.pad_token_id
+            width += -width % (options["pad_to_multiple_of"] or 1)
+        self._eventual_warn_about_too_long_sequence(range(max(width, longest)), max_length, options["verbose"])
+        tensor_type = options["return_tensors"]
+        make = to_arrays if tensor_type in (TensorType.PYTORCH, TensorType.NUMPY) else to_lists
+        columns = dict(zip(("input_ids", "attention_mask"), make(rows, width, options["padding_side"], pad_id)))
+        if not options["return_attention_mask"]:
+            del columns["attention_mask"]
+        if tensor_type == TensorType.PYTORCH:
+            columns = {name: torch.from_numpy(column) for name, column in columns.items()}
+        if tensor_type is None and not batched:
+            columns = {name: column[0] for name, column in columns.items()}
+        if options["return_length"]:
+            columns["length"] = [max(width, length) for length in lengths]
+        ask = functools.partial(self._ask_later, self._settings(), texts, options | {"return_tensors": None})
+        return BatchEncoding(columns, LazyEncodings(len(texts), ask), tensor_type, n_sequences=1)
+
+    def _room(self, num_texts: int, options: dict) -> int | None:
+        """How many ids truncation leaves for the texts of a row; None without truncation."""
+        if options["truncation_strategy"] == TruncationStrategy.DO_NOT_TRUNCATE:
+            return None
+        num_special = sum(map(len, self._ends(options["add_special_tokens"]))) * num_texts
+        if options["max_length"] < num_special:
+            raise ValueError(f"`max_length` must hold the {num_special} special tokens; got {options['max_length']}.")
+        return options["max_length"] - num_special
+
+    def _ends(self, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """The ids before and after each text."""
         bos = self.bos_token_id if add_special_tokens and self.add_bos_token else None
         eos = self.eos_token_id if add_special_tokens and self.add_eos_token else None
-        plan = EncodePlan(
-            added=self._added_tokens(),
-            keep_special=not split,
-            parse_bytes=split_special_tokens is False,
-            bos=() if bos is None else (bos,),
-            eos=() if eos is None else (eos,),
-            pad_id=self.pad_token_id if pads else 0,
-            pad_type_id=self.pad_token_type_id,
-            pad_length=(max_length if padding_strategy == PaddingStrategy.MAX_LENGTH else None) if pads else 0,
-            pad_to_multiple_of=pad_to_multiple_of or 1,
-            padding_side=padding_side,
-            truncation=truncation_strategy,
-            truncation_side=self.truncation_side,
-            max_length=None if truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE else max_length,
-            stride=stride,
-            overflow=return_overflowing_tokens,
-            is_split_into_words=is_split_into_words,
-        )
-        wanted = (
-            ("input_ids", True),
-            ("token_type_ids", return_token_type_ids),
-            ("attention_mask", return_attention_mask),
-            ("special_tokens_mask", return_special_tokens_mask),
-            ("offset_mapping", return_offsets_mapping),
-        )
-        names = [name for name, want in wanted if want or (want is None and name in self.model_input_names)]
-        tensor_type = None if return_tensors is None else TensorType(return_tensors)
-        as_arrays = tensor_type in (TensorType.PYTORCH, TensorType.NUMPY)
+        return [] if bos is None else [bos], [] if eos is None else [eos]
 
-        items, batched = _as_items(text, text_pair, is_split_into_words)
-        is_pair = bool(items) and isinstance(items[0], tuple) and len(items[0]) == 2
-        with PausedCollection():
-            columns, rows, samples = encode_batch(items, plan, names, as_arrays)
-            longest = columns["input_ids"].shape[1] if as_arrays else max(map(len, columns["input_ids"]), default=0)
-            self._eventual_warn_about_too_long_sequence(range(longest), max_length, verbose)
-            if return_length:
-                lengths = [*map(len, columns["input_ids"])]
-                columns["length"] = np.array(lengths, dtype=np.int64) if as_arrays else lengths
-            if return_overflowing_tokens:
-                samples = np.array(samples, dtype=np.int64) if as_arrays else [*samples]
-                columns["overflow_to_sample_mapping"] = samples
+    def _settings(self) -> tuple:
+        """What rows depend on beside the arguments of the call."""
+        added = self.pad_token_id, self._tokenizer.get_vocab_size(), self.split_special_tokens
+        return self._ends(), self.truncation_side, added
 
-            if tensor_type == TensorType.PYTORCH:
-                import torch
+    def _ask_later(self, settings: tuple, texts: list, options: dict) -> list[Encoding]:
+        """What the backend says of rows that were made without it."""
+        if settings != self._settings():
+            raise RuntimeError("the tokenizer was changed after this call; call it again to ask about its rows.")
+        return self._encode_by_backend(texts, None, options).encodings
 
-                columns = {name: torch.from_numpy(column) for name, column in columns.items()}
-            elif tensor_type is None and not batched and not return_overflowing_tokens:
-                columns = {name: column if name == "length" else column[0] for name, column in columns.items()}
-            return BatchEncoding(columns, rows, None if as_arrays else tensor_type, n_sequences=1 + is_pair)
+    def _encode_by_backend(self, text, text_pair, options: dict) -> BatchEncoding:
+        """All that a call can ask for, of texts that are UTF-8."""
+        text, text_pair = self._to_str(text, options), text_pair and self._to_str(text_pair, options)
+        if options["truncation_strategy"] != TruncationStrategy.DO_NOT_TRUNCATE:
+            for texts in _split_rows(text, text_pair, options["is_split_into_words"]):
+                self._check_stride(texts, options)
+        result = self._ask_backend(text, text_pair, options)
+        if options["return_tensors"] is not None:
+            check_one_length([*map(len, result["input_ids"])])
+        return result
+
+    def _to_str(self, text, options: dict):
+        """A text, or lists of texts, as the backend takes them."""
+        if isinstance(text, (list, tuple)):
+            return type(text)([self._to_str(entry, options) for entry in text])
+        data = to_bytes(text)
+        try:
+            if isinstance(text, str):
+                return text.encode().decode()
+            if options["split_special_tokens"] is not False and data in self._added_tokens():
+                raise ValueError("it holds the name of an added token; pass str, or `split_special_tokens=False`")
+            return data.decode()
+        except ValueError as error:
+            raise ValueError(
+                "`text` must be UTF-8 for pairs, words, offsets and all else but `input_ids` and `attention_mask`; got "
+                f"{text!r:.80}: {error}."
+            ) from error
+
+    def _check_stride(self, texts: tuple, options: dict) -> None:
+        """The backend panics where it cuts a text to no more tokens than `stride`."""
+        strategy, stride, room = options["truncation_strategy"], options["stride"], self._room(len(texts), options)
+        if len(texts) > 1 and strategy == TruncationStrategy.LONGEST_FIRST:
+            room //= 2
+        elif len(texts) > 1:
+            other, words = texts[strategy == TruncationStrategy.ONLY_FIRST], options["is_split_into_words"]
+            room -= len(self._tokenizer.encode(other, is_pretokenized=words, add_special_tokens=False))
+        if 0 < stride >= room:
+            raise ValueError(f"`stride` must be less than what `max_length` leaves for a text, {room}; got {stride}.")
+
+    def _ask_backend(self, text, text_pair, options: dict) -> BatchEncoding:
+        """transformers' own way, which does not remember, nor save, what this call asked for."""
+        split = self._tokenizer.encode_special_tokens
+        self.update_post_processor()  # the names of BOS and EOS may have changed since
+        try:
+            return super()._encode_plus(text, text_pair, **options)
+        except TypeError as error:
+            raise TypeError(
+                "`text` must be a text, a pair of texts, or with `is_split_into_words=True` a list of words, or a list of "
+                f"these, and `text_pair` be as `text` is; got {text!r:.80} and {text_pair!r:.80}: {error}"
+            ) from error
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            strategy = options["truncation_strategy"].value
+            raise ValueError(f"`truncation={strategy!r}` cannot be done: {error}") from error
+        finally:
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = split
 
     def decode_bytes(self, token_ids, skip_special_tokens: bool = True) -> bytes | list[bytes]:
         """The raw bytes of one sequence of ids, or a list of them for a batch.
@@ -440,34 +485,26 @@ class BltTokenizer(PreTrainedTokenizerFast):
 
     def _join_bytes(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool) -> bytes:
         added = self._added_tokens()
-        if isinstance(ids, (list, tuple)):
-            try:  # all below 256, nearly always: several times faster than an array made from a list
-                raw = bytes(ids)
-            except (ValueError, TypeError):
-                pass
-            else:
-                if skip_special_tokens:
-                    raw = raw.translate(None, bytes(index for index in added.special_ids if index < 256))
-                if not raw.translate(None, _BYTE_IDS):
-                    return raw.translate(_UNSHIFT)
-                pieces = _SPECIAL_ID.split(raw)
-                pieces[0::2] = [piece.translate(_UNSHIFT) for piece in pieces[0::2]]
-                pieces[1::2] = [added.names[piece[0]].encode() for piece in pieces[1::2]]
-                return b"".join(pieces)
-        ids = np.asarray(ids)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise TypeError(f"`token_ids` must be integers in one or two dimensions; got {ids!r:.80}")
-        wrong = ids[(ids < 0) | (ids >= len(self))]
-        if wrong.size:
-            raise ValueError(f"`token_ids` must be at least 0 and below {len(self)}; got {wrong[0]}.")
-        if skip_special_tokens:
-            ids = ids[~np.isin(ids, added.special_ids)]
-        pieces, begin = [], 0
-        for position in np.flatnonzero((ids < BYTE_OFFSET) | (ids >= VOCAB_SIZE)).tolist():
-            pieces.append((ids[begin:position] - BYTE_OFFSET).astype(np.uint8).tobytes())
-            pieces.append(added.names[int(ids[position])].encode())
-            begin = position + 1
-        return b"".join([*pieces, (ids[begin:] - BYTE_OFFSET).astype(np.uint8).tobytes()])
+        skipped = added.special_ids if skip_special_tokens else ()
+        try:  # a list of ids below 256 is several times faster this way than as an array
+            raw = bytes(ids) if isinstance(ids, (list, tuple)) else None
+        except (TypeError, ValueError):
+            raw = None
+        if raw is None:
+            ids = np.asarray(ids)
+            if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+                raise TypeError(f"`token_ids` must be integers in one or two dimensions; got {ids!r:.80}")
+            wrong = ids[(ids < 0) | (ids >= len(self))]
+            if wrong.size:
+                raise ValueError(f"`token_ids` must be at least 0 and below {len(self)}; got {wrong[0]}.")
+            if ids.max(initial=0) > 255:
+                names = added.names | {byte + BYTE_OFFSET: bytes([byte]) for byte in range(256)}
+                return b"".join([names[index] for index in ids.tolist() if index not in skipped])
+            raw = ids.astype(np.uint8).tobytes()
+        data = raw.translate(_UNSHIFT, bytes(index for index in skipped if index < 256))
+        for index in range(BYTE_OFFSET):
+            data = data.replace(to_symbol(index), added.names[index])
+        return data
 
     def decode(
         self,
