@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from blt_hf import BltForCausalLM
 from blt_hf.model.attention_blt import (
     AttentionSpan,
+    SlotSpan,
     eager_attention_forward,
     gathered_attention,
     repeat_kv_heads,
@@ -103,7 +104,9 @@ def test_gathered_attention_is_softmax_over_a_window_of_patches(data, rows, late
     torch.manual_seed(data.draw(st.integers(0, 99)))
     query = leaf(rows, length, num_heads, 4)
     key, value = leaf(rows, num_patches, latents, num_kv_heads, 4), leaf(rows, num_patches, latents, num_kv_heads, 4)
-    actual = gathered_attention(query, key, value, patch, first, window, SCALING)
+    index = patch[..., None] - torch.arange(window)
+    hidden = index < first[..., None] if window > 1 else None
+    actual = gathered_attention(query, key, value, index.clamp_min(0), hidden, SCALING)
     patches = torch.arange(num_patches)
     visible = (patches <= patch[..., None]) & (patches > patch[..., None] - window)
     if window > 1:
@@ -121,15 +124,15 @@ def module_with(groups: int):
     return types.SimpleNamespace(num_key_value_groups=groups, scaling=SCALING, training=False, is_causal=True)
 
 
-def span_case(num_past, length, window, first_key, implementation, groups=1, last_key=None):
+def span_case(num_past, length, window, first_key, implementation, groups=1):
     """Attention through a span, and through a dense mask written down from its description."""
     rows, kv_heads, size = 2, 2, 4
     query = leaf(rows, kv_heads * groups, length, size)
     key, value = leaf(rows, kv_heads, num_past + length, size), leaf(rows, kv_heads, num_past + length, size)
-    span = AttentionSpan(num_past, length, window, first_key, implementation, last_key=last_key)
+    span = AttentionSpan(num_past, length, window, first_key, implementation)
     actual, _ = span.attend(module_with(groups), query, key, value)
     keys = torch.arange(num_past + length)
-    own = (num_past + torch.arange(length)).expand(rows, -1) if last_key is None else last_key
+    own = (num_past + torch.arange(length)).expand(rows, -1)
     visible = keys <= own[..., None]
     if window is not None:
         visible = visible & (keys > own[..., None] - window)
@@ -174,11 +177,36 @@ def test_spans_with_a_first_key_equal_dense_masks(data, implementation, window, 
     span_case(num_past, length, window, first_key, implementation, groups)
 
 
-@implementations
-def test_spans_with_ragged_pasts_equal_dense_masks(implementation):
-    last_key = torch.tensor([[2, 3, 4], [5, 6, 7]])
-    span_case(5, 3, None, None, implementation, last_key=last_key)
-    span_case(5, 3, None, torch.tensor([[0, 0, 3], [2, 5, 5]]), implementation, last_key=last_key)
+@given(
+    data=st.data(),
+    implementation=st.sampled_from(["eager", "sdpa", "flex_attention"]),
+    window=st.sampled_from([None, 1, 2, 5]),
+    length=st.sampled_from([1, 3]),
+)
+def test_keys_in_slots_equal_dense_masks(data, implementation, window, length):
+    """Keys in any order, rows that stand at different positions, and documents that begin somewhere."""
+    rows, size, num_slots = 2, 4, 9
+    positions = torch.tensor([data.draw(st.permutations(range(-2, num_slots - 2))) for _ in range(rows)])
+    own = torch.tensor([data.draw(st.integers(0, num_slots - 3 - length)) for _ in range(rows)])[:, None]
+    own = own + torch.arange(length)
+    start = None
+    if data.draw(st.booleans()):
+        start = torch.minimum(torch.tensor([[data.draw(st.integers(0, 4))] for _ in range(rows)]), own)
+    query = leaf(rows, 2, length, size)
+    key, value = leaf(rows, 2, num_slots, size), leaf(rows, 2, num_slots, size)
+    span = SlotSpan(positions, own, window, start, implementation)
+    with torch.compiler.set_stance("force_eager"):
+        actual, _ = span.attend(module_with(1), query, key, value)
+    visible = (positions[:, None] <= own[..., None]) & (positions[:, None] >= 0)
+    if window is not None:
+        visible = visible & (positions[:, None] > own[..., None] - window)
+    if start is not None:
+        visible = visible & (positions[:, None] >= start[..., None])
+    expected = dense_attention(query, key, value, visible[:, None]).transpose(1, 2)
+    if implementation == "flex_attention":
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    else:
+        assert_same_gradients(actual, expected, (query, key, value))
 
 
 def test_long_pasts_are_cut_to_the_window():

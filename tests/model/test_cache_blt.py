@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_exactness import RULES, alone, assert_same, encode, model_for, rules, text_ids, texts
 from transformers import DynamicCache, StaticCache
 
 from blt_hf import BltForCausalLM
-from blt_hf.model.cache_blt import BltCache, RollingTensor
+from blt_hf.model.cache_blt import BltCache, SlotAccess, Slots, SlotTensor, log_field
 from conftest import make_model, tiny_config
 
 
@@ -31,42 +34,98 @@ def closed_patches(model, ids) -> list[int]:
     return ((lengths > 0).sum(dim=1) - 1).tolist()
 
 
-def log_ids(cache) -> torch.Tensor:
-    return cache.log.last("input_id", len(cache.log))
+# Slots.
+
+
+def test_slots_hold_the_last_entries_of_each_row():
+    slots = Slots(None)
+    slots.size = 4
+    assert slots.held(torch.tensor([0, 3, 6])).tolist() == [[-4, -3, -2, -1], [0, 1, 2, -1], [4, 5, 2, 3]]
+    assert slots.find(torch.tensor([[5], [2]])).tolist() == [[1], [6]]
+
+
+def test_slots_against_lists():
+    """Small and large writes, rows cropped and selected, and slots that become more or fewer: each row's last entries."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int, size: int = 1) -> list[int]:
+        return torch.randint(low, high, (size,), generator=generator).tolist()
+
+    keep, slack = 5, 4
+    slots, rows = Slots(keep), [[] for _ in range(3)]
+    tensor = SlotTensor(slots)
+    for step in range(400):
+        counts = torch.tensor([len(row) for row in rows])
+        width = draw(1, slack + 1)[0] if step % 3 else draw(1, 40)[0]
+        numbers = draw(0, width + 1, len(rows))
+        new = torch.randn(len(rows), width, 2, generator=generator)
+        slots.reserve(max(map(len, rows)) + width, slack, counts if step else None)
+        if width <= slack:
+            access = SlotAccess(index=slots.find(counts[:, None] + torch.arange(width)).flatten())
+        else:
+            access = SlotAccess(source=slots.held(counts + torch.tensor(numbers)) - counts[:, None])
+        tensor.write(new, access)
+        for row, values, number in zip(rows, new, numbers):
+            row.extend(values[:number].tolist())
+        counts = torch.tensor([len(row) for row in rows])
+        if step % 7 == 3:
+            index = draw(0, len(rows), 3)
+            tensor.select_rows(torch.tensor(index))
+            rows = [list(rows[i]) for i in index]
+            counts = counts[index]
+        if step % 50 == 20:
+            slots.resize(slots.size + 32, counts)
+        if step % 50 == 40:
+            slots.resize(32, counts)
+        held = slots.held(counts)
+        for row, entries, values in zip(rows, held.tolist(), tensor.values):
+            for entry, value in zip(entries, values.tolist()):
+                if entry >= 0 and entry >= len(row) - keep:
+                    torch.testing.assert_close(torch.tensor(value), torch.tensor(row[entry]))
 
 
 @torch.no_grad()
-def test_window_layers_stay_as_long_as_their_windows(model, ids):
+def test_what_later_bytes_may_see_is_shown_and_no_more(model, ids):
     chunks = [ids[:, :3], ids[:, 3:9], ids[:, 9:60], *ids[:, 60:].split(1, dim=1)]
     cache, seen = None, 0
     for chunk in chunks:
         cache = model(chunk, past_key_values=cache, use_cache=True).past_key_values
         seen += chunk.shape[1]
-        for layer in (*cache.encoder, *cache.decoder):
-            assert layer.keys.shape[-2] == layer.values.shape[-2] == min(seen, WINDOW - 1)
-        for layer in cache.patcher:
-            assert layer.keys.shape[-2] == min(seen, PATCHER_WINDOW - 1)
-        assert len(cache.log) == min(seen, cache.num_hash_bytes) and cache.num_hash_bytes == 7
-        assert log_ids(cache)[0].tolist() == ids[0, seen - len(cache.log) : seen].tolist()
-        for tensor in cache.byte_states:
-            assert len(tensor) == int(cache.log.last("open_bytes"))
-        for pair in cache.latents:
-            assert [len(tensor) for tensor in pair] == [1, 1]
+        for layers, window in ((cache.encoder, WINDOW), (cache.decoder, WINDOW), (cache.patcher, PATCHER_WINDOW)):
+            for layer in layers:
+                assert layer.keys.shape[-2] == layer.values.shape[-2] == min(seen, window - 1)
+                assert layer.get_seq_length() == min(seen, window - 1)
+        count = closed_patches(model, ids[:, :seen])[0]
+        for layer in cache.global_transformer:
+            assert layer.keys.shape[-2] == layer.get_seq_length() == count
+        assert cache.num_bytes.tolist() == [seen] and cache.num_patches.tolist() == [count]
+        last = cache.log.last(cache.num_bytes, min(seen, cache.num_hash_bytes))
+        assert log_field(last, "input_id")[0].tolist() == ids[0, max(seen - 7, 0) : seen].tolist()
     assert len(cache.patcher) == len(cache.decoder) == 2 and len(cache.encoder) == 1
 
 
 @torch.no_grad()
-def test_memory_of_the_byte_part_does_not_grow(model, ids):
-    """Buffers too, not only the views on them."""
+def test_keys_are_shown_in_order(model, ids):
+    """Rows of different lengths end in the last column."""
+    alone = [model(ids[:, :n], use_cache=True).past_key_values for n in (40, 33)]
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[1, 33:] = 0
+    cache = model(ids[:, :20].repeat(2, 1), use_cache=True).past_key_values
+    for start, stop in ((20, 23), (23, 40)):
+        model(ids[:, start:stop].repeat(2, 1), attention_mask=mask[:, start:stop], past_key_values=cache)
+    for index in range(len(cache.layers)):
+        for row in range(2):
+            for name in ("keys", "values"):
+                expected = getattr(alone[row].layers[index], name)[0]
+                shown = getattr(cache.layers[index], name)[row]
+                assert_same(shown[:, shown.shape[1] - expected.shape[1] :], expected)
 
+
+@torch.no_grad()
+def test_memory_of_the_byte_part_does_not_grow(model, ids):
     def storage(cache):
-        tensors = [t.values for t in cache._rolling_tensors()]
-        tensors += [
-            tensor
-            for layer in (*cache.patcher, *cache.encoder, *cache.decoder)
-            for tensor in (layer.keys, layer.values)
-        ]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+        slots = (cache.patcher_slots, cache.local_slots, cache.recent_slots, cache.latent_slots)
+        return sum(tensor.values.nbytes for kind in slots for tensor in kind.tensors)
 
     cache, sizes = None, []
     for byte in ids.repeat(1, 8)[:, :700].split(1, dim=1):
@@ -75,23 +134,12 @@ def test_memory_of_the_byte_part_does_not_grow(model, ids):
     assert max(sizes[400:]) <= max(sizes[150:300])
 
 
-@torch.no_grad()
-def test_global_layers_hold_the_closed_patches(model, ids):
-    cache = None
-    for cut in range(ids.shape[1]):
-        cache = model(ids[:, cut : cut + 1], past_key_values=cache, use_cache=True).past_key_values
-        count = closed_patches(model, ids[:, : cut + 1])[0]
-        assert [layer.get_seq_length() for layer in cache.global_transformer] == [count] * 2
-        assert int(cache.log.last("num_patches")) == count
-        assert int(cache.num_bytes) == cache.get_seq_length() == cut + 1
-
-
 class GlobalCalls:
     """What the global transformer's first layer is given: `(rows, patches)` a call."""
 
     def __init__(self, model):
         self.shapes = []
-        layer = model.model.global_transformer.layers[0]
+        layer = model.model.global_transformer.layers[0].mlp
         self.hook = layer.register_forward_hook(
             lambda module, args, result: self.shapes.append(tuple(args[0].shape[:2]))
         )
@@ -124,7 +172,8 @@ def test_only_rows_that_close_a_patch_are_run(model, ids):
             model(rows[:, step : step + 1], past_key_values=cache)
         closing = sum(after > count for after, count in zip(closed_patches(model, rows[:, : step + 1]), before))
         assert calls == ([(closing, 1)] if closing else [])
-    assert sorted(set(cache.log.last("num_patches").tolist())) != [cache.global_transformer[0].length]
+    assert cache.num_patches.tolist() == cache.row_patches == closed_patches(model, rows)
+    assert len(set(cache.row_patches)) == 2
 
 
 @torch.no_grad()
@@ -134,9 +183,9 @@ def test_sequence_length_counts_columns_and_num_bytes_counts_text(model, ids):
     mask[1, :5] = 0
     cache = model(rows, attention_mask=mask, use_cache=True).past_key_values
     assert cache.get_seq_length() == cache.get_seq_length(3) == 12
-    assert cache.num_bytes.tolist() == [12, 7]
+    assert cache.num_bytes.tolist() == cache.row_bytes == [12, 7]
     assert cache.get_mask_sizes(4, 0) == (16, 0)
-    assert cache.batch_size == 2 and not cache.is_empty and cache.is_initialized
+    assert cache.batch_size == cache.max_batch_size == 2 and not cache.is_empty and cache.is_initialized
     empty = BltCache(model.config)
     assert empty.get_seq_length() == 0 and empty.is_empty and empty.batch_size == -1 and not empty.is_initialized
     assert not empty.is_compileable
@@ -150,8 +199,8 @@ def test_a_row_without_text_starts_later(model, ids):
     cache = model(rows, attention_mask=mask, use_cache=True).past_key_values
     out = model(ids[:, :9].repeat(2, 1), past_key_values=cache)
     both = torch.cat([ids[:, :12], ids[:, :9]], dim=1)
-    torch.testing.assert_close(out.logits[0], model(both).logits[0, 12:], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(out.logits[1], model(ids[:, :9]).logits[0], atol=1e-4, rtol=1e-4)
+    assert_same(out.logits[0], model(both).logits[0, 12:])
+    assert_same(out.logits[1], model(ids[:, :9]).logits[0])
 
 
 # What may be done to a cache.
@@ -163,7 +212,7 @@ def continues(model, cache, rows, tail) -> None:
     out = model(tail.expand(len(rows), -1), past_key_values=cache)
     for index, row in enumerate(rows):
         full = model(torch.cat([row, tail[0]])[None], use_cache=False).logits[0, len(row) :]
-        torch.testing.assert_close(out.logits[index], full, atol=1e-4, rtol=1e-4)
+        assert_same(out.logits[index], full)
 
 
 @pytest.fixture
@@ -212,33 +261,46 @@ def test_reset_empties_everything(model, ids, rows_and_cache):
     cache.activate_past_recording()
     cache.reset()
     assert cache.is_empty and cache.get_seq_length() == 0 and cache.min_bytes == 0 and not cache.record_past
-    assert all(len(tensor) == 0 for tensor in cache._rolling_tensors())
-    assert all(layer.get_seq_length() == 0 for layer in cache.layers)
+    assert all(layer.get_seq_length() == 0 and layer.keys is None for layer in cache.layers)
     continues(model, cache, [ids[0, :0]], ids[:, :30])
-    assert cache.encoder[0].keys.shape[-2] == WINDOW - 1  # nothing is recorded any more
+
+
+@torch.no_grad()
+def test_crop_takes_back_up_to_slack_bytes(model, ids):
+    cache = BltCache(model.config, slack=8)
+    model(ids[:, :20], past_key_values=cache)
+    model(ids[:, 60:68], past_key_values=cache)
+    with pytest.raises(RuntimeError, match="cannot go back 9 bytes.*activate_past_recording"):
+        cache.crop(-9)
+    with pytest.raises(ValueError, match="cannot remove 29 bytes from a cache that holds 28"):
+        cache.crop(-29)
+    cache.crop(-8)
+    assert cache.get_seq_length() == 20
+    with pytest.raises(RuntimeError, match="cannot go back 1 bytes"):
+        cache.crop(-1)
+    continues(model, cache, [ids[0, :20]], ids[:, 30:50])
 
 
 @torch.no_grad()
 def test_crop_after_recording(model, ids):
     cache = model(ids[:, :20], use_cache=True).past_key_values
     cache.activate_past_recording()
-    model(ids[:, 20:45], past_key_values=cache)
-    assert cache.encoder[0].keys.shape[-2] == WINDOW - 1 + 25
-    cache.crop(-7)
-    assert cache.get_seq_length() == 38 and int(cache.num_bytes) == 38
-    assert cache.encoder[0].keys.shape[-2] == WINDOW - 1, "what was kept to go back is forgotten"
-    continues(model, cache, [ids[0, :38]], ids[:, 50:70])
+    model(ids[:, 20:85], past_key_values=cache)
+    cache.crop(-60)
+    assert cache.get_seq_length() == 25 and int(cache.num_bytes) == 25
+    continues(model, cache, [ids[0, :25]], ids[:, 50:70])
 
 
 @torch.no_grad()
-def test_crop_of_nothing_ends_the_recording_of_the_past(model, ids):
-    cache = model(ids[:, :20], use_cache=True).past_key_values
+def test_room_for_what_was_recorded_is_given_back(model, ids):
+    long = ids.repeat(1, 8)[:, :600]
+    cache = BltCache(model.config)
     cache.activate_past_recording()
-    model(ids[:, 20:45], past_key_values=cache)
-    cache.crop(0)
-    assert cache.get_seq_length() == 45
-    assert cache.encoder[0].keys.shape[-2] == WINDOW - 1
-    continues(model, cache, [ids[0, :45]], ids[:, 50:70])
+    model(long, past_key_values=cache)
+    assert cache.local_slots.size >= 600
+    cache.crop(-300)
+    assert cache.local_slots.size < 200
+    continues(model, cache, [long[0, :300]], ids[:, 50:70])
 
 
 @torch.no_grad()
@@ -256,30 +318,13 @@ def test_crop_to_a_length_and_to_nothing(model, ids):
 
 
 @torch.no_grad()
-def test_crop_that_cannot_be_done_says_so(model, ids):
-    cache = model(ids[:, :20], use_cache=True).past_key_values
-    with pytest.raises(RuntimeError, match="cannot go back 3 bytes.*activate_past_recording"):
-        cache.crop(-3)
-    with pytest.raises(ValueError, match="cannot remove 21 bytes from a cache that holds 20"):
-        cache.crop(-21)
-    assert cache.get_seq_length() == 20
-    cache.activate_past_recording()
-    model(ids[:, 20:25], past_key_values=cache)
-    with pytest.raises(RuntimeError, match="cannot go back 18 bytes"):
-        cache.crop(-18)
-    cache.crop(-5)
-    continues(model, cache, [ids[0, :20]], ids[:, 30:50])
-
-
-@torch.no_grad()
 def test_crop_does_not_reach_into_padding(model, ids):
     """Columns are removed from every row; a row whose last columns were padding would lose other bytes."""
     rows, mask = ids[:, :20].repeat(2, 1), torch.ones(2, 20, dtype=torch.int64)
     mask[1, 15:] = 0
     cache = BltCache(model.config)
-    cache.activate_past_recording()
     model(rows, attention_mask=mask, past_key_values=cache)
-    with pytest.raises(RuntimeError, match="cannot go back 2 bytes"):
+    with pytest.raises(RuntimeError, match="cannot go back 2 bytes: only the last 0 columns"):
         cache.crop(-2)
     model(ids[:, 20:26].repeat(2, 1), past_key_values=cache)
     cache.crop(-4)
@@ -287,13 +332,141 @@ def test_crop_does_not_reach_into_padding(model, ids):
 
 
 @torch.no_grad()
+def test_rows_are_cropped_by_numbers_of_their_own(model, ids, rows_and_cache):
+    rows, cache = rows_and_cache
+    drafts = ids[:, 40:49]
+    for counts in ([9, 0, 4], [9, 9, 9]):
+        model(drafts.repeat(3, 1), past_key_values=cache)
+        cache.crop_rows(counts)
+        rows = [torch.cat([row, drafts[0, : 9 - n]]) for row, n in zip(rows, counts)]
+        assert cache.row_bytes == cache.num_bytes.tolist() == [len(row) for row in rows]
+        assert cache.num_patches.tolist() == [closed_patches(model, row[None])[0] for row in rows]
+    with pytest.raises(ValueError, match="takes back"):
+        cache.crop_rows([1, 2])
+    with pytest.raises(RuntimeError, match="cannot go back"):
+        cache.crop_rows([0, 13, 0])
+    continues(model, cache, rows, ids[:, 5:25])
+
+
+@torch.no_grad()
+def test_rows_leave_and_join_while_others_go_on(model, ids):
+    """What a server does: rows end, others take their places, and their neighbours do not notice."""
+    text = ids[0].tolist() * 3
+    cache = BltCache(model.config)
+    cache.start(3, ids.device)
+    rows, at = [None] * 3, 0
+    for step in range(60):
+        for row in range(3):
+            if rows[row] is None and step % 4 == row:
+                prompt = text[at % 40 : at % 40 + 5 + 7 * (at % 4)]
+                at += 13
+                other = BltCache(model.config)
+                for piece in torch.tensor([prompt]).split(6, dim=1):
+                    model(piece, past_key_values=other)
+                cache.write_rows([row], other)
+                rows[row] = prompt
+        if not any(rows):
+            continue
+        new = torch.tensor([[text[step + 5 * row]] for row in range(3)])
+        logits = model.step_logits(new, cache, [int(row is not None) for row in rows])
+        for row in range(3):
+            if rows[row] is not None:
+                rows[row] = [*rows[row], int(new[row])]
+                assert_same(logits[row, 0], alone(model, rows[row])[-1])
+        assert cache.row_bytes == cache.num_bytes.tolist() == [len(row or []) for row in rows]
+        ended = step % 9
+        if ended < 3 and rows[ended] is not None:
+            cache.reset_rows([ended])
+            rows[ended] = None
+    assert at > 80
+
+
+@given(
+    rule=rules,
+    rows=st.lists(texts, min_size=2, max_size=3),
+    plan=st.lists(
+        st.one_of(
+            st.tuples(st.just("read"), st.lists(st.integers(0, 9), min_size=3, max_size=3), st.integers(1, 9)),
+            st.tuples(st.just("crop"), st.lists(st.integers(0, 9), min_size=3, max_size=3), st.just(0)),
+            st.tuples(st.just("select"), st.lists(st.integers(0, 2), min_size=1, max_size=3), st.just(0)),
+            st.tuples(st.just("reset"), st.lists(st.integers(0, 2), min_size=1, max_size=1), st.just(0)),
+            st.tuples(st.just("long"), st.lists(st.integers(0, 2), min_size=1, max_size=1), st.integers(20, 60)),
+        ),
+        max_size=8,
+    ),
+)
+@settings(max_examples=60)
+@torch.no_grad()
+def test_any_sequence_of_operations(rule, rows, plan):
+    """After any of them, every row goes on as its text alone."""
+    model, source = model_for(rule), (encode("ab, cd é速2\nab cd") * 8)[1:]
+    rows = [text_ids(rule, row) for row in rows]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    for name, numbers, size in plan:
+        if name == "read":
+            lengths = [min(number, size) for number in numbers[: len(rows)]]
+            new = torch.tensor([source[index * 3 : index * 3 + size] for index in range(len(rows))])
+            if any(map(len, rows)):
+                model.step_logits(new, cache, lengths)
+                rows = [row + line[:n] for row, line, n in zip(rows, new.tolist(), lengths)]
+        elif name == "crop":
+            counts = [min(n, len(row)) for n, row in zip(numbers, rows)]
+            try:
+                cache.crop_rows(counts)
+            except RuntimeError:  # more than the slack
+                continue
+            rows = [row[: len(row) - n] for row, n in zip(rows, counts)]
+        elif name == "select":
+            index = [n % len(rows) for n in numbers]
+            cache.select_rows(torch.tensor(index))
+            rows = [rows[n] for n in index]
+        elif name == "reset":
+            index = numbers[0] % len(rows)
+            cache.reset_rows([index])
+            rows[index] = []
+        else:
+            new = torch.tensor([source[index : index + size] for index in range(len(rows))])
+            model(new, past_key_values=cache)
+            rows = [row + line for row, line in zip(rows, new.tolist())]
+    tail = torch.tensor([encode("xy z é\nq")[1:]] * len(rows))
+    logits = model(tail, past_key_values=cache).logits
+    for row, line, row_logits in zip(rows, tail.tolist(), logits):
+        assert_same(row_logits, alone(model, row + line)[len(row) :])
+
+
+@torch.no_grad()
 def test_a_cache_may_be_reused_from_a_copy(model, ids):
-    """A shared prompt: continuing one copy leaves the other alone, even though buffers have room to write in place."""
+    """A shared prompt: continuing one copy leaves the other alone, even though there is room to write in place."""
     cache = model(ids[:, :20], use_cache=True).past_key_values
-    model(ids[:, 20:21], past_key_values=cache)  # makes the buffers
+    model(ids[:, 20:21], past_key_values=cache)
     other = copy.deepcopy(cache)
     model(ids[:, 40:60], past_key_values=cache)
     continues(model, other, [ids[0, :21]], ids[:, 60:80])
+
+
+@torch.no_grad()
+def test_reading_a_cache_changes_nothing(model, ids):
+    """What a debugger does."""
+    cache = model(ids[:, :20], use_cache=True).past_key_values
+    for byte in ids[:, 20:40].split(1, dim=1):
+        for name in dir(cache):
+            getattr(cache, name)
+        for layer in cache.layers:
+            assert layer.keys.shape == layer.values.shape
+        repr(cache), vars(cache)
+        model(byte, past_key_values=cache)
+    continues(model, cache, [ids[0, :40]], ids[:, 40:60])
+
+
+def test_caches_made_in_inference_mode_go_on_outside(model, ids):
+    with torch.inference_mode():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        model(ids[:, 20:23], past_key_values=cache)
+    continues(model, cache, [ids[0, :23]], ids[:, 23:24])
+    continues(model, cache, [ids[0, :24]], ids[:, 24:60])
 
 
 # Caches that do not fit.
@@ -385,30 +558,3 @@ def test_gradients_through_chunks_are_those_of_the_whole(ids, rule):
     for name in expected:
         scale = expected[name].abs().max().clamp_min(1.0)
         torch.testing.assert_close(actual[name] / scale, expected[name] / scale, atol=2e-5, rtol=1e-4, msg=name)
-
-
-def test_rolling_tensor_against_concatenation():
-    """The one container under everything, against the obvious implementation."""
-    generator = torch.Generator().manual_seed(0)
-    for keep in (None, 0, 1, 4):
-        rolling, plain = RollingTensor(), torch.zeros(2, 3, 0, 5)
-        for step in range(300):
-            new = torch.randn(2, 3, int(torch.randint(1, 9, (), generator=generator)), 5)
-            plain = torch.cat(
-                [plain if keep is None else plain[..., max(plain.shape[-2] - keep, 0) :, :], new], dim=-2
-            )
-            assert torch.equal(rolling.append(new, keep), plain)
-            if step % 7 == 3:
-                rolling.drop_last(2)
-                plain = plain[..., : max(plain.shape[-2] - 2, 0), :]
-            if step % 11 == 5:
-                rolling.keep_last(6)
-                plain = plain[..., max(plain.shape[-2] - 6, 0) :, :]
-            if step % 13 == 7:
-                index = torch.randint(0, 2, (2,), generator=generator)
-                rolling.select_rows(index)
-                plain = plain[index]
-            if step % 97 == 60:
-                rolling.clear()
-                plain = torch.zeros(2, 3, 0, 5)
-            assert len(rolling) == plain.shape[-2]

@@ -59,8 +59,7 @@ class AttentionSpan:
         first_key: int64 `(B, S)`, index into `[past | chunk]` of the first key that a query may see. None: 0.
         implementation: name in transformers' attention interface.
         wants_weights: keep the attention in one piece, so that weights `(B, H, S, T)` can be returned.
-        last_key: int64 `(B, S)`, index of each query's own key, where rows have different pasts (then `num_past` is
-            the longest). None: `num_past + i`.
+        access: where keys and values are kept, for the cache; None: nowhere.
     """
 
     def __init__(
@@ -71,10 +70,10 @@ class AttentionSpan:
         first_key: Tensor | None,
         implementation: str,
         wants_weights: bool = False,
-        last_key: Tensor | None = None,
+        access=None,
     ):
         self.num_past, self.num_queries, self.window = num_past, num_queries, window
-        self.first_key, self.last_key = first_key, last_key
+        self.first_key, self.access = first_key, access
         self.implementation = implementation
         self.block = 0
         if window is not None and num_queries > window and not wants_weights and implementation in ("eager", "sdpa"):
@@ -114,7 +113,7 @@ class AttentionSpan:
     def _build_mask(self, device: torch.device):
         num_keys = self.num_past + self.num_queries
         window_bounds = self.window is not None and num_keys > self.window
-        if self.first_key is None and self.last_key is None and self.implementation != "flex_attention":
+        if self.first_key is None and self.implementation != "flex_attention":
             if self.num_queries == 1 and not window_bounds:
                 return None
             if self.num_past == 0 and not window_bounds and self.implementation != "eager":
@@ -124,8 +123,6 @@ class AttentionSpan:
             return self._build_block_mask(device, num_keys, window)
         keys = torch.arange(num_keys, device=device)
         queries = torch.arange(self.num_past, num_keys, device=device)[:, None]
-        if self.last_key is not None:
-            queries = self.last_key[:, :, None]
         visible = (keys <= queries) & (keys > queries - window)  # (S, T) or (B, S, T)
         if self.first_key is not None:
             visible = visible & (keys >= self.first_key[:, :, None])
@@ -134,17 +131,16 @@ class AttentionSpan:
     def _build_block_mask(self, device: torch.device, num_keys: int, window: int):
         from torch.nn.attention.flex_attention import create_block_mask
 
-        num_past, first_key, last_key = self.num_past, self.first_key, self.last_key
+        num_past, first_key = self.num_past, self.first_key
 
         def visible(row, head, query_index, key_index):
-            position = query_index + num_past if last_key is None else last_key[row, query_index]
+            position = query_index + num_past
             seen = (key_index <= position) & (key_index > position - window)
             if first_key is not None:
                 seen = seen & (key_index >= first_key[row, query_index])
             return seen
 
-        ragged = first_key if first_key is not None else last_key
-        rows = None if ragged is None else ragged.shape[0]
+        rows = None if first_key is None else first_key.shape[0]
         return create_block_mask(visible, rows, None, self.num_queries, num_keys, device=device)
 
     def _attend_in_blocks(self, module, query, key, value, dropout):
@@ -207,6 +203,50 @@ class AttentionSpan:
         return visible.flatten(0, 1)[:, None]
 
 
+class SlotSpan(AttentionSpan):
+    """Keys in slots, in any order; each says which position it holds.
+
+    Args:
+        key_positions: int64 `(B or 1, T)`, position that each slot holds.
+        query_positions: int64 `(B, S)`.
+        window: positions that a query sees, itself included; None: no limit.
+        start: int64 `(B, S)`, first position that it may see. None: 0.
+        implementation, access: as in [`AttentionSpan`].
+    """
+
+    def __init__(
+        self,
+        key_positions: Tensor,
+        query_positions: Tensor,
+        window: int | None,
+        start: Tensor | None,
+        implementation: str,
+        access=None,
+    ):
+        super().__init__(0, query_positions.shape[1], None, None, implementation, access=access)
+        if window is None:
+            first = torch.zeros_like(query_positions) if start is None else start
+        else:
+            first = (query_positions - (window - 1)).clamp_min(0) if start is None else torch.maximum(
+                query_positions - (window - 1), start
+            )
+        self.key_positions, self.query_positions, self.first = key_positions, query_positions, first
+
+    def _build_mask(self, device: torch.device):
+        keys, queries, first = (t.to(device) for t in (self.key_positions, self.query_positions, self.first))
+        if self.implementation != "flex_attention":
+            keys = keys[:, None]
+            return ((keys <= queries[..., None]) & (keys >= first[..., None]))[:, None]
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        keys = keys.expand(queries.shape[0], -1)
+
+        def visible(row, head, query, key):
+            return (keys[row, key] <= queries[row, query]) & (keys[row, key] >= first[row, query])
+
+        return create_block_mask(visible, queries.shape[0], None, queries.shape[1], keys.shape[1], device=device)
+
+
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, segment: Tensor, weight_mask: Tensor, scaling: float
 ) -> Tensor:
@@ -246,39 +286,28 @@ def segment_attention(
 
 
 def gathered_attention(
-    query: Tensor, key: Tensor, value: Tensor, patch: Tensor, first: Tensor | None, window: int, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, hidden: Tensor | None, scaling: float
 ) -> Tensor:
-    """Cross attention in which each byte reads the latents of `window` patches, the last of them `patch`.
+    """Cross attention in which each byte reads the latents of a few patches.
 
     Args:
         query: `(B, S, H, D)`.
         key, value: `(B, P, K, H_kv, D)`.
-        patch: int64 `(B, S)`, index in `[0, P)`.
-        first: int64 `(B, S)`, first patch that a byte may read (only asked for `window > 1`).
-        window: patches a byte reads.
+        index: int64 `(B, S, W)`, patches in `[0, P)` that each byte reads.
+        hidden: bool `(B, S, W)`, those of them that it does not read after all. None: none.
         scaling: factor of the scores.
     Returns:
         `(B, S, H, D)`.
     """
-    rows, length, heads, size = query.shape
-    num_patches, latents, kv_heads = key.shape[1:4]
-    if num_patches == 1:  # between two patch ends of a decoding row there is nothing to choose
-        return _attend_latents(
-            query, key.expand(rows, length, -1, -1, -1), value.expand(rows, length, -1, -1, -1), None, scaling
-        )
-    index = patch[..., None]
-    if window > 1:
-        index = index - torch.arange(window, device=patch.device)
-        hidden = index < first[..., None]  # (B, S, W)
-        index = index.clamp_min(0)
-    flat = (index + torch.arange(rows, device=patch.device)[:, None, None] * num_patches).flatten()
+    rows, length, window = index.shape
+    num_patches, latents, kv_heads, size = key.shape[1:]
+    flat = (index + torch.arange(rows, device=index.device)[:, None, None] * num_patches).flatten()
     key, value = (
         states.flatten(0, 1).flatten(1).index_select(0, flat).view(rows, length, window * latents, kv_heads, size)
         for states in (key, value)
     )
-    return _attend_latents(
-        query, key, value, hidden.repeat_interleave(latents, dim=-1) if window > 1 else None, scaling
-    )
+    hidden = None if hidden is None else hidden.repeat_interleave(latents, dim=-1)
+    return _attend_latents(query, key, value, hidden, scaling)
 
 
 def _attend_latents(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float) -> Tensor:
@@ -292,4 +321,4 @@ def _attend_latents(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | 
     return (weights[..., None] * value[..., None, :]).sum(dim=2).flatten(2, 3)
 
 
-__all__ = ["AttentionSpan", "eager_attention_forward", "gathered_attention", "segment_attention"]
+__all__ = ["AttentionSpan", "SlotSpan", "eager_attention_forward", "gathered_attention", "segment_attention"]

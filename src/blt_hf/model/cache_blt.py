@@ -1,111 +1,263 @@
-"""The cache of a Byte Latent Transformer: two clocks, bytes and patches, each row at its own place on both.
+"""The cache of a Byte Latent Transformer: slots, addressed by each row's own counters of bytes and patches.
 
-Everything that is kept grows at its end and is needed from its end only, so every tensor here is *right-aligned*: the
-last entry of a row stands in the last column, whatever the row's length. Rows that received fewer entries than others
-are shifted right by the difference after they are appended; what then stands on their left is never read.
+Entry `p` of a row (a byte, or a patch) lies in slot `p % size` of its kind. Which entry a slot holds, and whether a query
+sees it, follows from the counters `num_bytes` and `num_patches` by arithmetic, so nothing is shifted, aligned or masked:
+
+- a row that received fewer bytes than others has smaller counters; what was written past them is overwritten later;
+- to take bytes back (`crop`) is to lower the counters, by at most `slack` bytes, each row by its own number;
+- a row that has ended is one whose counters are 0: another text can take its place.
+
+A *small* chunk (up to `slack` bytes a row) writes its entries and then reads all slots, in shapes that never change. A
+larger one reads the window before it once, in order, and writes its tail.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-_SLACK = 128  # free columns that a buffer gets when it is (re)allocated
+_BLOCK = 32  # numbers of slots are multiples of this, so that few shapes occur
+_COLUMNS = 64  # the same for patches, of which a step reads no more than there are
+_OPEN_BYTES = 64  # the least slots for the last bytes in compiled steps, whose shapes had better not change
+_SLACK = 16  # bytes that can be taken back, if nobody asks for more
+_MOST_IDLE_SLACK = 128  # what stays of the slack that recording asked for
+_LARGEST_SMALL_CHUNK = 64  # above this, attention in blocks is faster than over all slots
 
 
-class RollingTensor:
-    """A tensor that grows along dimension -2 and forgets its beginning, without a copy per step.
+def _round_up(count: int) -> int:
+    return -(-count // _BLOCK) * _BLOCK
+
+
+def round_up_columns(count: int) -> int:
+    """Columns of patches that are read where `count` are needed."""
+    return -(-count // _COLUMNS) * _COLUMNS
+
+
+@dataclass
+class SlotAccess:
+    """Where one forward writes and reads in the slots of one kind.
 
     Attributes:
-        values: `(B, ..., T, X)`, what is remembered; None while empty.
+        index: int64 `(B*S,)`, slot of each new entry, among the slots of all rows. None in a large chunk.
+        source: int64 `(B, size)` in a large chunk: new entry that each slot gets; negative: it keeps what it has.
+        past: int64 `(B, T)`, slots to read in front of the new entries of a large chunk. None: no past.
+        rows: int64 `(R,)`, rows that take part; None: all.
+        seen: slots to read; None: all, 0: none, as the new entries are all there is.
     """
 
-    def __init__(self):
+    index: Tensor | None = None
+    source: Tensor | None = None
+    past: Tensor | None = None
+    rows: Tensor | None = None
+    seen: int | None = None
+
+    def on(self, device: torch.device) -> "SlotAccess":
+        """The same on the device of a layer (they differ where a model is spread over several)."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if all(tensor.device == device for tensor in tensors.values()):
+            return self
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def mark_static(tensor: Tensor, grows: bool = False) -> None:
+    """Tells `torch.compile` that a tensor stays where it is and is written to there (CUDA graphs ask for that)."""
+    torch._dynamo.mark_static_address(tensor)
+    if tensor.shape[0] > 1:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    if grows:
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)
+
+
+class Slots:
+    """The slots of one kind: how many there are, and the tensors that have them.
+
+    Args:
+        keep: entries at the end of a row that are needed, those that may be taken back not counted; None: all.
+    """
+
+    def __init__(self, keep: int | None):
+        self.keep, self.size, self.least = keep, 0, 0
+        self.is_static = False  # for compiled steps: the tensors stay where they are
+        self.tensors: list[SlotTensor] = []
+
+    def held(self, counts: Tensor) -> Tensor:
+        """Entry that each slot holds in rows of `counts` `(B,)` entries, int64 `(B, size)`; negative: none."""
+        last = counts[:, None] - 1
+        return last - (last - torch.arange(self.size, device=counts.device)) % self.size
+
+    def find(self, entries: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Slot, among those of all rows, of `entries` `(R, S)` of each of `rows` `(R,)` (None: all rows)."""
+        rows = torch.arange(entries.shape[0], device=entries.device) if rows is None else rows
+        return entries % self.size + (rows * self.size)[:, None]
+
+    def reserve(self, total: int, slack: int, counts: Tensor | None) -> None:
+        """Makes room for rows of up to `total` entries, `slack` of which may be taken back.
+
+        `counts` `(B,)`: entries of each row now, by which what is there is laid out anew; None: nothing is there.
+        """
+        needed = max(total if self.keep is None else min(total, self.keep + slack), self.least)
+        if needed > self.size:
+            grown = max(needed, self.size + self.size // 2)
+            most = grown if self.keep is None else max(self.keep + slack, self.least)
+            self.resize(_round_up(min(grown, most)), counts)
+
+    def resize(self, size: int, counts: Tensor | None) -> None:
+        """Lays out anew what is there, in rows of `counts` `(B,)` entries."""
+        old_size, self.size = self.size, size
+        if counts is None or all(tensor.values is None for tensor in self.tensors):
+            return
+        entries = self.held(counts)
+        is_held = (entries >= 0) & (entries >= counts[:, None] - old_size)
+        rows = torch.arange(entries.shape[0], device=entries.device)[:, None]
+        index = entries % old_size + rows * old_size
+        for tensor in self.tensors:
+            tensor.rearrange(index, is_held)
+
+
+class SlotTensor:
+    """A tensor `(B, size, ...)` of entries in slots, made when it is first written to."""
+
+    def __init__(self, slots: Slots):
+        self.slots = slots
         self.values: Tensor | None = None
-        self._buffer: Tensor | None = None
-        self._end = 0
+        slots.tensors.append(self)
 
-    def __len__(self) -> int:
-        return 0 if self.values is None else self.values.shape[-2]
-
-    def append(self, new: Tensor, keep: int | None = None) -> Tensor:
-        """Appends `new` `(B, ..., S, X)` to the last `keep` entries (None: all) and returns both together."""
-        kept = len(self) if keep is None else min(keep, len(self))
-        if self.values is None or (kept == 0 and self._buffer is None):
-            self._replace(new)
-        elif torch.is_grad_enabled() and (new.requires_grad or self.values.requires_grad):
-            # Autograd may hold the old values: never write next to them in place.
-            self._replace(torch.cat([self.values[..., len(self) - kept :, :], new], dim=-2))
-        else:
-            self._append_in_place(new, kept)
+    def prepare(self, num_rows: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The tensor, for entries of `shape` of the dtype and device of `like`."""
+        if self.values is None:
+            # Zeros: a masked value still takes part in the sum of attention, times 0.
+            self._set(like.new_zeros(num_rows, self.slots.size, *shape))
         return self.values
 
-    def _append_in_place(self, new: Tensor, kept: int) -> None:
-        size = new.shape[-2]
-        if self._buffer is None or self._end + size > self._buffer.shape[-2]:
-            shape = list(self.values.shape)
-            shape[-2] = kept + size + max(_SLACK, kept // 2)
-            buffer = self.values.new_empty(shape)
-            buffer.narrow(-2, 0, kept).copy_(self.values.narrow(-2, len(self) - kept, kept))
-            self._buffer, self._end = buffer, kept
-        self._buffer.narrow(-2, self._end, size).copy_(new)
-        self._end += size
-        self.values = self._buffer.narrow(-2, self._end - size - kept, size + kept)
+    def _set(self, values: Tensor) -> None:
+        self.values = values
+        if self.slots.is_static:
+            mark_static(values, grows=self.slots.keep is None)
 
-    def _replace(self, values: Tensor | None) -> None:
-        self.values, self._buffer = values, None
+    def write(self, new: Tensor, access: SlotAccess, num_rows: int | None = None) -> None:
+        """Writes `new` `(R, S, ...)`."""
+        stored = self.prepare(num_rows or new.shape[0], new.shape[2:], new)
+        new = new.to(stored.dtype)
+        if access.index is None:
+            rows = torch.arange(new.shape[0], device=new.device)[:, None] * new.shape[1]
+            taken = new.flatten(0, 1).index_select(0, (access.source.clamp_min(0) + rows).flatten()).view(stored.shape)
+            is_new = (access.source >= 0).view(*access.source.shape, *[1] * (stored.dim() - 2))
+            if self.slots.is_static:
+                stored.copy_(torch.where(is_new, taken, stored))
+            else:
+                self.values = torch.where(is_new, taken, stored)
+        elif torch.is_grad_enabled() and (new.requires_grad or stored.requires_grad):
+            # Autograd may hold the old values: write to a copy.
+            self.values = stored.flatten(0, 1).index_copy(0, access.index, new.flatten(0, 1)).view(stored.shape)
+        else:
+            stored.flatten(0, 1).index_copy_(0, access.index, new.flatten(0, 1))
 
-    def keep_last(self, count: int) -> None:
-        """Forgets all but the last `count` entries."""
-        if count < len(self):
-            self.values = self.values[..., len(self) - count :, :]
-            if self._buffer is None and not self.values.requires_grad:
-                self.values = self.values.clone()  # lets go of the rest of what was appended
+    def extend(self, new: Tensor, access: SlotAccess, num_rows: int | None = None) -> Tensor:
+        """Writes `new` `(R, S, ...)`, and gives what its queries may see `(R, T, ...)`."""
+        if access.index is None:
+            seen = new if access.past is None else torch.cat([self.read(access.past).to(new.dtype), new], dim=1)
+            self.write(new, access, num_rows)
+            return seen
+        self.write(new, access, num_rows)
+        if access.seen == 0:
+            return new
+        seen = self.values if access.seen is None else self.values[:, : access.seen]
+        return seen if access.rows is None else seen.index_select(0, access.rows)
 
-    def drop_last(self, count: int) -> None:
-        """Forgets the last `count` entries."""
-        if count and self.values is not None:
-            self.values = self.values[..., : max(len(self) - count, 0), :]
-            self._end -= count
+    def read(self, index: Tensor) -> Tensor:
+        """Entries in the slots `index` `(B, T)` among those of all rows, `(B, T, ...)`."""
+        taken = self.values.flatten(0, 1).index_select(0, index.flatten())
+        return taken.view(*index.shape, *self.values.shape[2:])
 
-    def shift_right(self, shift: Tensor) -> None:
-        """Moves row `b` right by `shift[b]` entries; those at its end are lost, those at its beginning unspecified."""
-        if self.values is None:
-            return
-        index = torch.arange(len(self), device=self.values.device) - shift[:, None]
-        index = index.clamp_min(0).view(shift.shape[0], *[1] * (self.values.dim() - 3), -1, 1)
-        self._replace(self.values.gather(-2, index.expand(self.values.shape)))
+    def rearrange(self, index: Tensor, is_held: Tensor) -> None:
+        """Slot `s` of each row gets what lay in slot `index` `(B, size)` among those of all rows, or 0."""
+        if self.values is not None:
+            index, is_held = index.to(self.values.device), is_held.to(self.values.device)
+            is_held = is_held.view(*is_held.shape, *[1] * (self.values.dim() - 2))
+            self._set(self.read(index) * is_held)
 
     def select_rows(self, index: Tensor) -> None:
         if self.values is not None:
-            self._replace(self.values.index_select(0, index.to(self.values.device)))
+            self._set(self.values.index_select(0, index.to(self.values.device)))
 
-    def clear(self) -> None:
-        self._replace(None)
-
-    def snapshot(self) -> tuple:
-        """What `restore` needs to forget all that is appended after this call."""
-        return self.values, self._buffer, self._end
-
-    def restore(self, state: tuple) -> None:
-        self.values, self._buffer, self._end = state
+    def write_rows(self, index: Tensor, values: Tensor | None, num_rows: int) -> None:
+        """Rows `index` get the rows of `values`, which has as many slots."""
+        if values is not None:
+            stored = self.prepare(num_rows, values.shape[2:], values)
+            stored.index_copy_(0, index.to(stored.device), values.to(stored.device, stored.dtype))
 
 
-class _BltCacheLayer(CacheLayerMixin):
-    """Keys and values of one attention layer; what transformers' `Cache` asks of a layer."""
+class BltCacheLayer(CacheLayerMixin):
+    """Keys and values of one attention layer, over bytes or patches; what transformers' `Cache` asks of a layer."""
 
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, cache: "BltCache", slots: Slots, counter: str, window: int | None):
+        self._cache, self._counter = cache, counter
+        self._keys, self._values = SlotTensor(slots), SlotTensor(slots)
+        self.window, self.is_sliding = window, window is not None
         self.record_past = False
+        super().__init__()
+
+    def _in_order(self, tensor: SlotTensor) -> Tensor | None:
+        """What later queries may see, `(B, H_kv, T, D)`, the newest last; rows that have less begin with zeros."""
+        if tensor.values is None:
+            return None
+        counts = getattr(self._cache, self._counter).to(tensor.values.device)
+        length = int(counts.max())
+        length = length if self.window is None else min(length, self.window - 1)
+        entries = counts[:, None] + torch.arange(-length, 0, device=counts.device)
+        return (tensor.read(tensor.slots.find(entries)) * (entries >= 0)[..., None, None]).transpose(1, 2)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """`(B, H_kv, T, D)`, rotated; right-aligned."""
+        return self._in_order(self._keys)
+
+    @property
+    def values(self) -> Tensor | None:
+        """`(B, H_kv, T, D)`; right-aligned."""
+        return self._in_order(self._values)
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        pass  # the base class announces its attributes by setting them to None
+
+    @values.setter
+    def values(self, value: None) -> None:
+        pass
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._keys.values is not None
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        pass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+        pass  # `SlotTensor` makes its tensors when it knows their shape
+
+    def update(self, key_states: Tensor, value_states: Tensor, access: SlotAccess) -> tuple[Tensor, Tensor]:
+        """Writes `(R, H_kv, S, D)`; returns keys and values that the queries may see, `(R, H_kv, T, D)`."""
+        access = access.on(key_states.device)
+        num_rows = len(self._cache.row_bytes)
+        return tuple(
+            tensor.extend(new.transpose(1, 2), access, num_rows).transpose(1, 2)
+            for tensor, new in ((self._keys, key_states), (self._values, value_states))
+        )
+
+    def get_seq_length(self) -> int:
+        counts = self._cache.row_bytes if self._counter == "num_bytes" else self._cache.row_patches
+        length = max(counts, default=0)
+        return length if self.window is None else min(length, self.window - 1)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -116,187 +268,17 @@ class _BltCacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-
-class BltWindowLayer(_BltCacheLayer):
-    """Keys and values of one byte-level self-attention layer.
-
-    Holds the last `window - 1` bytes of each row (all of them without a window), and those that `crop` may ask back.
-
-    Args:
-        window: bytes a query sees, itself included; None: no limit.
-    """
-
-    def __init__(self, window: int | None):
-        super().__init__()
-        self.window = window
-        self.is_sliding = window is not None
-        self._keys, self._values = RollingTensor(), RollingTensor()
-
-    @property
-    def keys(self) -> Tensor | None:
-        """`(B, H_kv, T, D)`, rotated; right-aligned."""
-        return self._keys.values
-
-    @keys.setter
-    def keys(self, value: None) -> None:
-        pass  # the base class announces its attributes by setting them to None
-
-    @property
-    def values(self) -> Tensor | None:
-        """`(B, H_kv, T, D)`; right-aligned."""
-        return self._values.values
-
-    @values.setter
-    def values(self, value: None) -> None:
-        pass
-
-    @property
-    def num_visible(self) -> int:
-        """Keys that `update` will return in front of the new ones."""
-        return len(self._keys) if self.window is None else min(len(self._keys), self.window - 1)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Appends `(B, H_kv, S, D)`; returns keys and values that the `S` queries may see, `(B, H_kv, T, D)`."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        visible = self.num_visible + key_states.shape[-2]
-        keep = None if self.record_past or self.window is None else self.window - 1
-        keys = self._keys.append(key_states, keep)
-        values = self._values.append(value_states, keep)
-        hidden = keys.shape[-2] - visible  # recorded for `crop` alone
-        return (keys[..., hidden:, :], values[..., hidden:, :]) if hidden else (keys, values)
-
-    def trim(self) -> None:
-        """Forgets what no later byte sees."""
-        if self.window is not None and len(self._keys) >= self.window:
-            self._keys.keep_last(self.window - 1)
-            self._values.keep_last(self.window - 1)
-
-    def get_seq_length(self) -> int:
-        return len(self._keys)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.num_visible + query_length, 0
-
-    def tensors(self) -> tuple[RollingTensor, RollingTensor]:
-        return self._keys, self._values
-
     def reset(self) -> None:
-        for tensor in self.tensors():
-            tensor.clear()
-        self.is_initialized = False
+        pass  # the cache resets all its tensors
 
     def crop(self, tokens_to_remove: int) -> None:
-        for tensor in self.tensors():
-            tensor.drop_last(abs(tokens_to_remove))
-
-    def shift_right(self, shift: Tensor) -> None:
-        for tensor in self.tensors():
-            tensor.shift_right(shift)
-
-    def select_rows(self, index: Tensor) -> None:
-        for tensor in self.tensors():
-            tensor.select_rows(index)
-
-    reorder_cache = batch_select_indices = select_rows
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.select_rows(torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats))
-
-
-class BltPatchLayer(_BltCacheLayer):
-    """Keys and values of one global layer: row `b` holds its patches in columns `0 .. count[b] - 1` (left-aligned).
-
-    Patches come for some rows at a time, so rows are written where they stand rather than shifted. `BltCache` owns
-    the counts.
-    """
-
-    is_sliding = False
-
-    def __init__(self):
-        super().__init__()
-        self.length = 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, counts: list[int], rows: list[int] | None, total_rows: int
-    ) -> tuple[Tensor, Tensor]:
-        """Writes new patches behind those of their rows.
-
-        Args:
-            key_states, value_states: `(R, H_kv, N, D)`, up to `N` new patches for each of `R` rows.
-            counts: patches that each of the `R` rows has already.
-            rows: the `R` rows among `total_rows`; None: all of them.
-        Returns:
-            keys and values `(R, H_kv, T, D)` with `T = max(counts) + N`.
-        """
-        num_new = key_states.shape[-2]
-        needed = max(counts) + num_new
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            if rows is None:
-                self.keys, self.values, self.length = key_states, value_states, needed
-                return key_states, value_states
-            shape = (total_rows, key_states.shape[1], needed, key_states.shape[3])
-            self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
-        uses_grad = torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad)
-        self._reserve(needed, uses_grad)
-        self.length = max(self.length, needed)
-        for name, new in (("keys", key_states), ("values", value_states)):
-            stored = getattr(self, name)
-            if rows is None and len(set(counts)) == 1:
-                stored[:, :, counts[0] : needed] = new
-            else:
-                row_index = torch.tensor(range(len(counts)) if rows is None else rows, device=stored.device)
-                columns = torch.tensor(counts, device=stored.device)[:, None] + torch.arange(
-                    num_new, device=stored.device
-                )
-                stored[row_index[:, None], :, columns] = new.transpose(1, 2)
-        keys, values = self.keys[:, :, :needed], self.values[:, :, :needed]
-        if rows is None:
-            return keys, values
-        row_index = torch.tensor(rows, device=keys.device)
-        return keys.index_select(0, row_index), values.index_select(0, row_index)
-
-    def _reserve(self, needed: int, uses_grad: bool) -> None:
-        capacity = self.keys.shape[-2]
-        if needed > capacity or uses_grad:
-            extra = max(needed - capacity, 0)
-            extra += 0 if uses_grad else max(_SLACK // 4, capacity // 2)
-            # Padding copies, so autograd's old tensors stay as they are.
-            self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, extra)) for t in (self.keys, self.values))
-            if uses_grad and extra == 0:
-                self.keys, self.values = self.keys.clone(), self.values.clone()
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized, self.length = False, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        pass  # columns at and after a row's count are overwritten; `BltCache.crop` lowers the counts
-
-    def select_rows(self, index: Tensor) -> None:
-        if self.is_initialized:
-            index = index.to(self.keys.device)
-            self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
-
-    reorder_cache = batch_select_indices = select_rows
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.select_rows(torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats))
+        pass  # the cache lowers its counters
 
 
 class ByteLog:
-    """What is known of the last bytes of each row, one entry a byte; its last entry is the state of the row.
+    """What is known of the last bytes of each row; the entry of its last byte is the state of the row.
 
-    `integers` `(B, T, 8)` int64 holds, for each byte and in this order:
+    `integers` `(B, size, F)` int64 holds, for each byte and in this order:
         input_id;
         position: index in its text (a text begins where `position_ids` restart);
         open_bytes: bytes in the open patch after it, 0 if it ended its patch;
@@ -304,8 +286,10 @@ class ByteLog:
         document_start: row index of the first byte that it may see;
         context_start: the same for the entropy model;
         patch_document_start: index of the first patch that the patch of this byte may see;
-        next_patch_document_start: the same for patches that start later.
-    `entropies` `(B, T, 1)` fp32 nats.
+        next_patch_document_start: the same for patches that start later;
+        row_position: index in its row;
+        byte_patch: index in its row of the patch that holds it.
+    `entropies` `(B, size, 1)` fp32 nats.
     """
 
     FIELDS = (
@@ -317,48 +301,56 @@ class ByteLog:
         "context_start",
         "patch_document_start",
         "next_patch_document_start",
+        "row_position",
+        "byte_patch",
     )
 
-    def __init__(self):
-        self.integers, self.entropies = RollingTensor(), RollingTensor()
+    def __init__(self, slots: Slots):
+        self.slots = slots
+        self.integers, self.entropies = SlotTensor(slots), SlotTensor(slots)
 
-    def __len__(self) -> int:
-        return len(self.integers)
+    def write(self, integers: Tensor, entropies: Tensor | None, access: SlotAccess) -> None:
+        """Entries `(B, S, F)` and entropies `(B, S)` (None: no entropy model, zeros)."""
+        self.integers.write(integers, access)
+        if entropies is not None or self.entropies.values is None:
+            entropies = integers.new_zeros(integers.shape[:2], dtype=torch.float32) if entropies is None else entropies
+            self.entropies.write(entropies[..., None], access)
 
-    def last(self, field: str, count: int | None = None) -> Tensor:
-        """The last value of `field` `(B,)`, or its last `count` values `(B, count)`."""
-        column = self.integers.values[..., self.FIELDS.index(field)]
-        return column[:, -1] if count is None else column[:, column.shape[1] - count :]
+    def last_entropy(self, counts: Tensor) -> Tensor:
+        """Entropy `(B,)` after the last byte of rows of `counts` bytes `(B,)`."""
+        return self.entropies.read(self.slots.find(counts[:, None] - 1))[:, 0, 0]
 
-    @property
-    def last_entropy(self) -> Tensor:
-        return self.entropies.values[:, -1, 0]
+    def last(self, counts: Tensor, length: int) -> Tensor:
+        """The last `length` entries of rows of `counts` bytes `(B,)`, `(B, length, F)`."""
+        entries = counts[:, None] + torch.arange(-length, 0, device=counts.device)
+        return self.integers.read(self.slots.find(entries))
 
-    def tensors(self) -> tuple[RollingTensor, RollingTensor]:
-        return self.integers, self.entropies
+
+def log_field(entries: Tensor, field: str) -> Tensor:
+    """`field` of log entries `(..., F)`."""
+    return entries[..., ByteLog.FIELDS.index(field)]
 
 
 class BltCache(Cache):
     """Everything that a BLT must remember to continue each row exactly where it stands.
 
-    Bytes: keys and values of the patcher's, encoder's and decoder's windows, the log of the last bytes, and the
-    encoder states of the open patch. Patches: keys and values of the global layers, and what the decoder's cross
-    attention keeps of the last closed patch. An empty cache has no tensors at all.
+    Bytes: keys and values of the patcher's, encoder's and decoder's windows, the log of the last bytes, and the encoder
+    states of the open patch. Patches: keys and values of the global layers, and what the decoder's cross attention keeps of
+    the last patches. An empty cache has no tensors at all.
 
     `get_seq_length` counts columns of `input_ids`, padding included, as `generate` expects; `num_bytes` counts text.
 
     Args:
         config: a [`BltConfig`], or a [`BltPatcherConfig`] for an entropy model that generates by itself.
+        slack: bytes that can be taken back at any time, without `activate_past_recording`.
+
+    Attributes:
+        num_bytes, num_patches: int64 `(B,)` on the device, bytes read and patches closed of each row; None while empty.
+        row_bytes: `num_bytes` on the host.
+        row_patches: an upper bound of `num_patches` on the host.
     """
 
-    _HELD = (
-        "patcher", "encoder", "decoder", "global_transformer", "layers", "log", "byte_states", "byte_patches", "latents",
-        "num_bytes",
-    )  # fmt: skip
-
-    def __init__(self, config):
-        self.steps = None  # a `BltStepState` that holds the content of this cache instead of it
-        self.compile_config, self.max_length = None, None  # see `compile_steps`
+    def __init__(self, config, slack: int = _SLACK):
         if config.model_type == "blt_patcher":
             patcher, encoder, decoder, num_global, num_cross = config, None, None, 0, (0, 0)
         else:
@@ -366,61 +358,196 @@ class BltCache(Cache):
             encoder, decoder = config.encoder_config, config.decoder_config
             num_global = config.global_config.num_hidden_layers
             num_cross = tuple(c.num_hidden_layers if c.cross_attn_all_layers else 1 for c in (encoder, decoder))
-        window = None if encoder is None else config.local_attention_window_len
-        self.patcher = self._window_layers(patcher, patcher.sliding_window if patcher is not None else None)
-        self.encoder = self._window_layers(encoder, window)
-        self.decoder = self._window_layers(decoder, window)
-        self.global_transformer = [BltPatchLayer() for _ in range(num_global)]
-        super().__init__(layers=[*self.encoder, *self.decoder, *self.global_transformer, *self.patcher])
+        local_window = None if encoder is None else config.local_attention_window_len
+        patcher_window = None if patcher is None else patcher.sliding_window
         self.encoder_window = 1 if encoder is None else encoder.cross_attn_window or 1
         self.decoder_window = 1 if decoder is None else decoder.cross_attn_window or 1
         self.num_hash_bytes = 0 if encoder is None else max(config.encoder_hash_byte_group_size) - 1
-        self.log = ByteLog()
-        self.byte_states = [RollingTensor() for _ in range(num_cross[0])]  # (B, T, D) of the open patch's bytes
-        self.byte_patches = RollingTensor()  # (B, T, 1), index of the patch that holds each of these bytes
-        self.latents = [(RollingTensor(), RollingTensor()) for _ in range(num_cross[1])]  # (B, P, K*H_kv*D)
-        self._reset_counts()
+        self._first_slack = slack
+        self.compile_config = None  # see `compile_steps`
+        self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
+        self.local_slots = Slots(None if local_window is None else local_window - 1)
+        self.recent_slots, self.latent_slots, self.patch_slots = Slots(0), Slots(0), Slots(None)
+        self.patcher, self.encoder, self.decoder = (
+            [
+                BltCacheLayer(self, slots, "num_bytes", window)
+                for _ in range(0 if part is None else part.num_hidden_layers)
+            ]
+            for part, slots, window in (
+                (patcher, self.patcher_slots, patcher_window),
+                (encoder, self.local_slots, local_window),
+                (decoder, self.local_slots, local_window),
+            )
+        )
+        self.global_transformer = [
+            BltCacheLayer(self, self.patch_slots, "num_patches", None) for _ in range(num_global)
+        ]
+        super().__init__(layers=[*self.encoder, *self.decoder, *self.global_transformer, *self.patcher])
+        self.log = ByteLog(self.recent_slots)
+        self.byte_states = [SlotTensor(self.recent_slots) for _ in range(num_cross[0])]  # (B, size, W)
+        # (B, size, K*H_kv*D), keys and values for each cross attention
+        self.latents = [(SlotTensor(self.latent_slots), SlotTensor(self.latent_slots)) for _ in range(num_cross[1])]
+        self._clear()
 
-    @staticmethod
-    def _window_layers(config, window: int | None) -> list[BltWindowLayer]:
-        return [] if config is None else [BltWindowLayer(window) for _ in range(config.num_hidden_layers)]
-
-    def _reset_counts(self) -> None:
+    def _clear(self) -> None:
+        self.num_bytes: Tensor | None = None
+        self.num_patches: Tensor | None = None
+        self.row_bytes: list[int] = []
+        self.row_patches: list[int] = []
         self.seq_length = 0  # columns seen, padding included
-        self.num_bytes: Tensor | None = None  # (B,) int64, bytes of text seen
-        self.min_bytes = 0  # lower bound of `num_bytes`, known without asking the device
         self.num_croppable = 0  # columns at the end that are text in every row
+        self.max_open_bytes = 0  # of any open patch so far
         self.hides_ids = False  # whether some bytes came as embeddings
         self.has_documents = False  # whether some row holds more than one document
-        self.num_single_bytes = 0
-        self.record_past = False
+        self.slack = self._first_slack
+        self._recorded = 0  # bytes read since recording began
+        self._row_stale: list[int] = []  # bytes that were written past the counter of each row, at most
+        for slots in self._kinds():
+            slots.size = 0
+            for tensor in slots.tensors:
+                tensor.values = None
+
+    def _kinds(self) -> Iterator[Slots]:
+        yield from (self.patcher_slots, self.local_slots, self.recent_slots, self.latent_slots, self.patch_slots)
+
+    def _counts_of(self, slots: Slots) -> Tensor | None:
+        return self.num_patches if slots in (self.latent_slots, self.patch_slots) else self.num_bytes
+
+    # What a forward asks for.
 
     @property
     def is_empty(self) -> bool:
-        return self.seq_length == 0
+        """Whether no row has any text, and no column was seen."""
+        return self.seq_length == 0 and not any(self.row_bytes)
+
+    @property
+    def min_bytes(self) -> int:
+        return min(self.row_bytes, default=0)
+
+    @property
+    def record_past(self) -> bool:
+        return self.layers[0].record_past
+
+    def activate_past_recording(self) -> None:
+        """Makes `crop` able to go back to where the cache is now, however far, until the next `crop`."""
+        for layer in self.layers:
+            layer.activate_past_recording()
+
+    def start(self, num_rows: int, device: torch.device | str) -> None:
+        """Gives an empty cache `num_rows` rows without text."""
+        if not self.is_empty:
+            raise ValueError(f"`start` needs an empty cache; this one holds {len(self.row_bytes)} rows.")
+        self._clear()
+        self.num_bytes = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.num_patches = torch.zeros_like(self.num_bytes)
+        if self.compile_config is not None:
+            mark_static(self.num_bytes)
+            mark_static(self.num_patches)
+        self.row_bytes, self.row_patches, self._row_stale = [0] * num_rows, [0] * num_rows, [0] * num_rows
 
     def compile_steps(self, compile_config, max_length: int | None = None) -> None:
-        """Decodes with compiled steps from now on.
+        """Decodes with compiled steps from now on, in an empty cache.
 
         Args:
             compile_config: a `transformers.CompileConfig`, what `torch.compile` is told.
-            max_length: bytes to make room for at once, so that nothing is compiled again as the text grows.
+            max_length: bytes to make room for at once, so that no shape changes as the text grows.
         """
-        self.compile_config, self.max_length = compile_config, max_length
+        self.compile_config = compile_config
+        for slots in self._kinds():
+            slots.is_static = True
+            slots.least = (max_length or 0) if slots.keep is None else slots.keep + self.slack
+        self.patch_slots.least = (max_length or 0) // 2
+        self.recent_slots.least = _OPEN_BYTES
+        self.latent_slots.least = self.decoder_window + 2 * self.slack
 
-    def rest(self, steps) -> None:
-        """Leaves its content to a `BltStepState` made of it, until somebody asks for any of it."""
-        self.__dict__["steps"] = steps
-        self.__dict__["_resting"] = {name: self.__dict__.pop(name) for name in self._HELD}
+    def is_small(self, num_columns: int) -> bool:
+        """Whether a chunk of so many columns is written first and then reads all slots."""
+        return not self.is_empty and num_columns <= min(self.slack, _LARGEST_SMALL_CHUNK)
 
-    def __getattr__(self, name: str):
-        # Only asked for what is not there: while the cache rests, what it holds.
-        if name not in self._HELD or self.__dict__.get("steps") is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        steps, self.steps = self.steps, None
-        self.__dict__.update(self.__dict__.pop("_resting"))
-        steps.return_to(self)
-        return self.__dict__[name]
+    def begin(self, num_rows: int, num_columns: int, is_small: bool, device: torch.device) -> None:
+        """Makes room for the next bytes of each row, up to `num_columns`."""
+        if self.is_empty:
+            self.start(num_rows, device)
+        if self.num_bytes.is_inference() and not torch.is_inference_mode_enabled():
+            self.select_rows(torch.arange(num_rows))  # copies that may be written to outside inference mode
+        if self.record_past:
+            self._recorded += num_columns
+            self.reserve_slack(self._recorded)
+        for slots in (self.patcher_slots, self.local_slots):
+            slots.reserve(max(self.row_bytes) + num_columns, self.slack, self.num_bytes)
+        if is_small:
+            self._row_stale = [max(stale, num_columns) for stale in self._row_stale]
+            self._reserve_recent(self.max_open_bytes + num_columns, num_columns)
+
+    def reserve_open(self, max_open_bytes: int, num_columns: int) -> None:
+        """Makes room for the log of the next `num_columns` bytes, and for open patches of so many bytes."""
+        self.max_open_bytes = max(self.max_open_bytes, max_open_bytes)
+        self._reserve_recent(self.max_open_bytes, num_columns)
+
+    def _reserve_recent(self, max_open_bytes: int, num_columns: int) -> None:
+        self.recent_slots.keep = max(self.num_hash_bytes, self.needed_states(max_open_bytes))
+        self.recent_slots.reserve(max(self.row_bytes) + num_columns, self.slack, self.num_bytes)
+
+    def needed_states(self, max_open_bytes: int) -> int:
+        """Bytes before the next one whose encoder states later patches read, at most."""
+        # Cross attention over several patches reads closed ones again; a patch closes at most one byte later.
+        return self.encoder_window * (max_open_bytes + 1)
+
+    def reserve_patches(self, max_new: int) -> None:
+        """Makes room for up to `max_new` more patches in every row."""
+        total = max(self.row_patches) + max_new
+        self.patch_slots.reserve(round_up_columns(total), 0, self.num_patches)
+        # Rows that close fewer patches than others write past their counter, and `crop` may lower it besides.
+        self.latent_slots.keep = self.decoder_window + self.slack
+        self.latent_slots.reserve(total, self.slack, self.num_patches)
+
+    def reserve_slack(self, slack: int) -> None:
+        """Makes the cache able to take back `slack` bytes of each row."""
+        if slack > self.slack:
+            self.slack = slack if slack <= _BLOCK else max(slack, self.slack + self.slack // 2)
+            # The slots in use must be whole windows from now on.
+            for slots in (self.patcher_slots, self.local_slots, self.recent_slots):
+                slots.reserve(max(self.row_bytes, default=0), self.slack, self.num_bytes)
+
+    def fits(self, shape: tuple[int, int]) -> bool:
+        """Whether `(B, S)` bytes are a small chunk of the rows that are here."""
+        return self.is_small(shape[1]) and shape[0] == len(self.row_bytes)
+
+    def commit(self, chunk, numbers=None) -> None:
+        """Counts a chunk, on the device.
+
+        Args:
+            chunk: the [`ByteChunk`] that was run.
+            numbers: its [`PatchNumbers`]; None: it closed no patch.
+        """
+        self.num_bytes.add_(chunk.num_bytes)
+        if numbers is not None:
+            self.num_patches.add_(numbers.num_new)
+
+    def count(self, num_columns: int, row_bytes: list[int], counts=None, num_croppable: int | None = None) -> None:
+        """Counts it on the host.
+
+        Args:
+            num_columns, row_bytes: columns of the chunk, and bytes of each row in it.
+            counts: its [`PatchCounts`]; None: it closed no patch.
+            num_croppable: columns at its end that are text in every row; None: as many as the shortest row has.
+        """
+        self.row_bytes = [old + new for old, new in zip(self.row_bytes, row_bytes)]
+        self._row_stale = [max(stale - new, 0) for stale, new in zip(self._row_stale, row_bytes)]
+        if counts is not None:
+            self.row_patches = [old + new for old, new in zip(counts.old, counts.new)]
+            self.max_open_bytes = max(self.max_open_bytes, counts.max_open_bytes)
+        croppable = min(row_bytes) if num_croppable is None else num_croppable
+        self.num_croppable = croppable + (self.num_croppable if croppable == num_columns else 0)
+        self.seq_length += num_columns
+
+    def count_chunk(self, chunk, counts=None) -> None:
+        """The same for a [`ByteChunk`] that may hold more than plain bytes."""
+        self.count(chunk.num_columns, chunk.row_bytes, counts, chunk.num_croppable)
+        self.has_documents |= chunk.has_documents
+        self.hides_ids |= chunk.input_ids is None
+
+    # What `generate` and others ask for.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` that the cache has seen, padding included."""
@@ -431,7 +558,9 @@ class BltCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.num_bytes is None else self.num_bytes.shape[0]
+        return len(self.row_bytes) or -1
+
+    max_batch_size = batch_size
 
     @property
     def is_compileable(self) -> bool:
@@ -441,83 +570,15 @@ class BltCache(Cache):
     def is_initialized(self) -> bool:
         return not self.is_empty
 
-    def activate_past_recording(self) -> None:
-        """Keeps what later bytes do not need, until the next `crop`, so that it can go back that far."""
-        self.record_past = True
-        for layer in self.layers:
-            layer.activate_past_recording()
-
-    def _rolling_tensors(self) -> Iterator[RollingTensor]:
-        yield from self.log.tensors()
-        yield from self._byte_tensors()
-        for pair in self.latents:
-            yield from pair
-
-    def _byte_tensors(self) -> Iterator[RollingTensor]:
-        yield from self.byte_states
-        yield self.byte_patches
-
-    def commit(self, chunk, patch_shift: Tensor | None = None, max_open_bytes: int | None = None) -> None:
-        """Ends a forward: aligns ragged rows and forgets what no later byte needs.
-
-        Args:
-            chunk: the [`ByteChunk`] that was run.
-            patch_shift: int64 `(B,)`, how many fewer patches each row closed than the row that closed most; None: 0.
-            max_open_bytes: bytes of text in the longest open patch of any row; None without an encoder.
-        """
-        if chunk.min_bytes < chunk.num_columns:
-            shift = chunk.num_columns - chunk.num_bytes
-            for layer in (*self.patcher, *self.encoder, *self.decoder):
-                layer.shift_right(shift)
-            for tensor in (*self.log.tensors(), *self._byte_tensors()):
-                tensor.shift_right(shift)
-        if patch_shift is not None:
-            for pair in self.latents:
-                for tensor in pair:
-                    tensor.shift_right(patch_shift)
-        self.num_single_bytes = self.num_single_bytes + 1 if chunk.num_columns == 1 else 0
-        self.seq_length += chunk.num_columns
-        self.num_bytes = chunk.num_bytes if self.num_bytes is None else self.num_bytes + chunk.num_bytes
-        self.min_bytes += chunk.min_bytes
-        if chunk.num_croppable < chunk.num_columns:
-            self.num_croppable = 0
-        self.num_croppable += chunk.num_croppable
-        self.has_documents |= chunk.has_documents
-        if not self.record_past:
-            if max_open_bytes is not None and self.encoder_window > 1:
-                max_open_bytes = int(self.needed_byte_states().max())
-            self._trim(max_open_bytes)
-
-    def _trim(self, max_open_bytes: int | None) -> None:
-        for layer in (*self.patcher, *self.encoder, *self.decoder):
-            layer.trim()
-        for tensor in self.log.tensors():
-            tensor.keep_last(max(self.num_hash_bytes, 1))
-        if max_open_bytes is not None:
-            for tensor in self._byte_tensors():
-                tensor.keep_last(max_open_bytes)
-        for pair in self.latents:
-            for tensor in pair:
-                tensor.keep_last(self.decoder_window)
-
-    def needed_byte_states(self) -> Tensor:
-        """Bytes at the end of each row whose encoder states a later patch will read, int64 `(B,)`."""
-        if self.encoder_window == 1:
-            return self.log.last("open_bytes")
-        oldest = self.log.last("num_patches") - self.encoder_window + 1
-        held = self.byte_patches.values[..., 0]
-        age = torch.arange(held.shape[1], 0, -1, device=held.device)
-        return ((held >= oldest[:, None]) & (age <= self.num_bytes[:, None])).sum(dim=1)
-
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last columns of every row, and what recording kept in front of them.
+        """Takes back the last columns of every row.
 
         Args:
             tokens_to_remove: minus the number of columns to remove; 0 only ends what is recorded. A positive number is
                 the length to crop to, as in older releases of transformers.
         Raises:
             ValueError: more is to be removed than the cache holds.
-            RuntimeError: those bytes were not recorded; see `activate_past_recording`.
+            RuntimeError: those bytes are gone: more than `slack`, and not recorded; see `activate_past_recording`.
         """
         tokens_to_remove = int(tokens_to_remove)  # some callers count in tensors
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seq_length - tokens_to_remove, 0)
@@ -526,60 +587,100 @@ class BltCache(Cache):
         if remove > self.seq_length:
             raise ValueError(f"`crop` cannot remove {remove} bytes from a cache that holds {self.seq_length}.")
         if remove == self.seq_length:
-            recording = self.record_past
+            is_recording = self.record_past
             self.reset()
-            if recording:
+            if is_recording:
                 self.activate_past_recording()
             return
-        if remove:
-            self._drop_bytes(remove)
-        self._trim(int(self.needed_byte_states().max()) if self.byte_states else None)
-
-    def _drop_bytes(self, remove: int) -> None:
-        if not self.record_past or remove >= len(self.log) or remove > min(self.num_croppable, self.min_bytes - 1):
+        if remove > self.num_croppable:
             raise RuntimeError(
-                f"`crop` cannot go back {remove} bytes: they were not recorded. Call `activate_past_recording` before "
+                f"`crop` cannot go back {remove} bytes: only the last {self.num_croppable} columns are text in every row."
+            )
+        self.crop_rows([remove] * len(self.row_bytes))
+        self.seq_length -= remove
+        self.num_croppable -= remove
+        self._recorded = 0
+        if self.slack > max(_MOST_IDLE_SLACK, self._first_slack):
+            self._shrink()
+
+    def crop_rows(self, counts: list[int] | Tensor) -> None:
+        """Takes back the last `counts[b]` bytes of each row; `get_seq_length`, which counts columns, stays.
+
+        Raises:
+            ValueError: a row does not have so many bytes.
+            RuntimeError: those bytes are gone.
+        """
+        counts = counts.tolist() if isinstance(counts, Tensor) else counts
+        if len(counts) != len(self.row_bytes) or any(not 0 <= n <= held for n, held in zip(counts, self.row_bytes)):
+            raise ValueError(f"`crop_rows` takes back {counts} bytes from rows of {self.row_bytes}; not more are there.")
+        if not any(counts):
+            return
+        stale = [stale + n if n else 0 for stale, n in zip(self._row_stale, counts)]
+        if max(stale) > self.slack:
+            raise RuntimeError(
+                f"`crop` cannot go back {max(counts)} bytes: they were not recorded. Call `activate_past_recording` before "
                 "the forward that it may have to undo."
             )
-        last_count = self.log.last("num_patches")
-        for tensor in (*self.log.tensors(), *self._byte_tensors()):
-            tensor.drop_last(remove)
-        for layer in (*self.patcher, *self.encoder, *self.decoder):
-            layer.crop(-remove)
-        reopened = last_count - self.log.last("num_patches")  # patches that are no longer closed
-        for pair in self.latents:
-            for tensor in pair:
-                tensor.shift_right(reopened)
-        self.seq_length -= remove
-        self.num_bytes = self.num_bytes - remove
-        self.min_bytes -= remove
-        self.num_croppable -= remove
+        self._row_stale = [max(stale) for stale in zip(stale, self._row_stale)]
+        self.row_bytes = [held - n for n, held in zip(counts, self.row_bytes)]
+        self.num_bytes.sub_(torch.tensor(counts, device=self.num_bytes.device))
+        state = self.log.last(self.num_bytes, 1)[:, 0]
+        self.num_patches.copy_(torch.where(self.num_bytes > 0, log_field(state, "num_patches"), 0))
 
-    def snapshot(self) -> tuple:
-        """The state of the byte clock, for `restore`: drafting closes no patch, so nothing else changes."""
-        counts = (self.seq_length, self.num_bytes, self.min_bytes, self.num_croppable)
-        return counts, [tensor.snapshot() for tensor in self._drafted_tensors()]
+    def set_columns(self, count: int) -> None:
+        """Says how many columns of `input_ids` the rows, which may have grown differently, stand for."""
+        self.seq_length, self.num_croppable = count, 0
 
-    def restore(self, state: tuple) -> None:
-        """Forgets all drafts since `snapshot`; they cost no copy."""
-        (self.seq_length, self.num_bytes, self.min_bytes, self.num_croppable), tensors = state
-        for tensor, tensor_state in zip(self._drafted_tensors(), tensors):
-            tensor.restore(tensor_state)
-
-    def _drafted_tensors(self) -> Iterator[RollingTensor]:
-        yield from self._rolling_tensors()
-        for layer in (*self.encoder, *self.decoder):
-            yield from layer.tensors()
+    def _shrink(self) -> None:
+        """Gives back room that recording asked for."""
+        self.slack = max(_MOST_IDLE_SLACK, self._first_slack)
+        for slots in self._kinds():
+            if slots.keep is not None and slots.size > _round_up(slots.keep + self.slack):
+                slots.resize(_round_up(slots.keep + self.slack), self._counts_of(slots))
 
     def select_rows(self, index: Tensor) -> None:
         """Makes row `index[i]` the new row `i`; rows may be repeated or left out."""
         if self.is_empty:
             return
-        for layer in self.layers:
-            layer.select_rows(index)
-        for tensor in self._rolling_tensors():
-            tensor.select_rows(index)
-        self.num_bytes = self.num_bytes.index_select(0, index.to(self.num_bytes.device))
+        for slots in self._kinds():
+            for tensor in slots.tensors:
+                tensor.select_rows(index)
+        on_device = index.to(self.num_bytes.device)
+        self.num_bytes, self.num_patches = (c.index_select(0, on_device) for c in (self.num_bytes, self.num_patches))
+        rows = index.tolist()
+        for name in ("row_bytes", "row_patches", "_row_stale"):
+            counts = getattr(self, name)
+            setattr(self, name, [counts[row] for row in rows])
+
+    def reset_rows(self, index: list[int] | Tensor) -> None:
+        """Makes rows empty: the next byte of each is the first of another text."""
+        for row in index.tolist() if isinstance(index, Tensor) else index:
+            self.num_bytes[row], self.num_patches[row] = 0, 0
+            self.row_bytes[row] = self.row_patches[row] = self._row_stale[row] = 0
+
+    def write_rows(self, index: list[int], other: "BltCache") -> None:
+        """Rows `index` become the rows of `other`, a cache of the same model; the other rows stay as they are."""
+        self.reserve_slack(other.slack)
+        device = self.num_bytes.device
+        rows = torch.tensor(index, device=device)
+        for name in ("row_bytes", "row_patches", "_row_stale"):
+            for row, count in zip(index, getattr(other, name)):
+                getattr(self, name)[row] = count
+        for slots in (self.patcher_slots, self.local_slots):
+            slots.reserve(max(self.row_bytes), self.slack, self.num_bytes)
+        self.reserve_open(other.max_open_bytes, 0)
+        self.reserve_patches(0)
+        for slots, others in zip(self._kinds(), other._kinds()):
+            counts = other._counts_of(others)
+            if others.size != slots.size and others.size:
+                others.resize(slots.size, counts)
+            for tensor, values in zip(slots.tensors, others.tensors):
+                tensor.write_rows(rows, values.values, len(self.row_bytes))
+        self.num_bytes.index_copy_(0, rows, other.num_bytes.to(device))
+        self.num_patches.index_copy_(0, rows, other.num_patches.to(device))
+        self.has_documents |= other.has_documents
+        self.hides_ids |= other.hides_ids
+        self.seq_length = max(self.seq_length, other.seq_length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_rows(beam_idx)
@@ -589,17 +690,13 @@ class BltCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if not self.is_empty:
-            rows = torch.arange(self.num_bytes.shape[0], device=self.num_bytes.device)
-            self.select_rows(rows.repeat_interleave(repeats))
+            self.select_rows(torch.arange(len(self.row_bytes)).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Empties the cache."""
-        super().reset()
-        for tensor in self._rolling_tensors():
-            tensor.clear()
         for layer in self.layers:
             layer.record_past = False
-        self._reset_counts()
+        self._clear()
 
 
-__all__ = ["BltCache", "BltPatchLayer", "BltWindowLayer"]
+__all__ = ["BltCache", "BltCacheLayer", "ByteLog", "SlotAccess", "SlotTensor", "Slots", "log_field", "round_up_columns"]

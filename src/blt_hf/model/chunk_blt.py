@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cache_blt import BltCache, ByteLog
+from .attention_blt import AttentionSpan, SlotSpan
+from .cache_blt import BltCache, ByteLog, SlotAccess, Slots, log_field, round_up_columns
 from .patching_blt import NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
 
 
@@ -31,8 +32,9 @@ class ByteChunk:
 
     Attributes:
         input_ids: int64 `(B, S)`; ids after a row's bytes are whatever the padding was. None with `inputs_embeds`.
-        num_bytes: int64 `(B,)`, bytes of each row in this chunk.
-        min_bytes: the smallest of them, on the host.
+        num_bytes: int64 `(B,)`, bytes of each row in this chunk; `row_bytes` on the host. (What is on the host is None in
+            a step, whose caller counts.)
+        is_small: it is written to the slots of the cache first, and reads them then (see `cache_blt.py`).
         num_croppable: columns at the chunk's end that are text in every row.
         layout: where the bytes stood; None: every column is text.
         row_positions: int64 `(B, S)`, index of each byte in its row.
@@ -42,22 +44,26 @@ class ByteChunk:
             encoder and decoder, and in the entropy model. None: all bytes before it.
         previous: last log entry of each row, field by field (zeros in an empty cache).
         history: int64 `(B, H)`, ids before the chunk, as many as the hashes may ask.
+        cached_bytes: int64 `(B,)`, bytes of each row before the chunk; None: there are none.
+        is_partial: some columns at the end of rows hold no byte, though there is no `layout`.
     """
 
     input_ids: Tensor | None
     num_bytes: Tensor
-    min_bytes: int
-    num_croppable: int
+    row_bytes: list[int] | None
+    is_small: bool
+    num_croppable: int | None
     layout: RowLayout | None
     row_positions: Tensor
     text_positions: Tensor
-    text_starts: Tensor | None
-    document_start: Tensor | None
-    context_start: Tensor | None
     previous: dict[str, Tensor]
     previous_entropy: Tensor
     history: Tensor | None
     cached_bytes: Tensor | None
+    is_partial: bool = False
+    text_starts: Tensor | None = None
+    document_start: Tensor | None = None
+    context_start: Tensor | None = None
 
     @property
     def num_columns(self) -> int:
@@ -70,7 +76,7 @@ class ByteChunk:
     @property
     def is_text(self) -> Tensor | None:
         """bool `(B, S)`: columns that hold a byte; None: all."""
-        if self.layout is None:
+        if self.layout is None and not self.is_partial:
             return None
         return torch.arange(self.num_columns, device=self.num_bytes.device) < self.num_bytes[:, None]
 
@@ -90,7 +96,46 @@ class ByteChunk:
         weights = torch.cat([weights[..., :past], chunk.permute(0, 3, 2, 1)], dim=-1)
         return self.layout.unpack(weights.permute(0, 2, 1, 3)).permute(0, 2, 1, 3)
 
-    def first_key(self, start: Tensor | None, num_past: int, min_cached_bytes: int) -> Tensor | None:
+    def access(self, slots: Slots, num_past: int) -> SlotAccess:
+        """Where the bytes of this chunk go in slots of bytes; a large chunk also reads `num_past` bytes before it."""
+        if self.is_small:
+            return SlotAccess(index=slots.find(self.row_positions).flatten())
+        before = torch.zeros_like(self.num_bytes) if self.cached_bytes is None else self.cached_bytes
+        past = None
+        if num_past:
+            past = slots.find(before[:, None] + torch.arange(-num_past, 0, device=before.device))
+        return SlotAccess(source=slots.held(before + self.num_bytes) - before[:, None], past=past)
+
+    def span(
+        self,
+        cache: BltCache | None,
+        slots: Slots | None,
+        window: int | None,
+        start: Tensor | None,
+        implementation: str,
+        wants_weights: bool = False,
+    ) -> AttentionSpan:
+        """Keys of each byte.
+
+        Args:
+            cache, slots: where keys are kept; None: nowhere.
+            window: bytes that a byte sees, itself included; None: no limit.
+            start: `document_start`, `context_start` or None.
+        """
+        if self.is_small:
+            last = self.cached_bytes + self.num_columns
+            return SlotSpan(
+                slots.held(last), self.row_positions, window, start, implementation, self.access(slots, 0)
+            )
+        num_past, access = 0, None
+        if cache is not None:
+            longest = max(cache.row_bytes)
+            num_past = longest if window is None else min(longest, window - 1)
+            access = self.access(slots, num_past)
+        first_key = self._first_key(start, num_past, 0 if cache is None else cache.min_bytes)
+        return AttentionSpan(num_past, self.num_columns, window, first_key, implementation, wants_weights, access)
+
+    def _first_key(self, start: Tensor | None, num_past: int, min_cached_bytes: int) -> Tensor | None:
         """First visible key of each byte, as an index into `[past | chunk]` `(B, S)`; None: nothing to hide.
 
         Args:
@@ -141,6 +186,7 @@ def make_chunk(
     mask_documents: bool = False,
     newline_reset: bool = False,
     eos_token_id: int | list[int] | None = None,
+    in_order: bool = False,
 ) -> ByteChunk:
     """Reads what the caller says about the rows of a chunk.
 
@@ -152,6 +198,7 @@ def make_chunk(
         shape: `(B, S)`.
         mask_documents: a document ends at each `eos_token_id`.
         newline_reset: the entropy model forgets what came before each newline.
+        in_order: attention is to see its keys in their order, however few bytes come.
     Raises:
         ValueError: a shape does not fit.
     """
@@ -159,95 +206,170 @@ def make_chunk(
     if columns == 0:
         raise ValueError("`input_ids` has no columns; a forward needs at least one byte a row (a BOS for empty text).")
     is_empty = cache is None or cache.is_empty
-    cached_bytes = None if is_empty else cache.num_bytes
-    if cached_bytes is not None and cached_bytes.shape[0] != rows:
+    if not is_empty and len(cache.row_bytes) != rows:
         raise ValueError(
-            f"`past_key_values` holds {cached_bytes.shape[0]} rows and the input has {rows}; "
+            f"`past_key_values` holds {len(cache.row_bytes)} rows and the input has {rows}; "
             "they must be the same rows, in the same order."
         )
-    layout, min_bytes, num_croppable = None, columns, columns
-    num_bytes = torch.full((rows,), columns, dtype=torch.int64, device=device)
-    if attention_mask is not None:
-        attention_mask = _check_mask(attention_mask, rows, columns, 0 if is_empty else cache.seq_length)
-        is_text = attention_mask != 0
-        text_at_end = is_text.flip(1).long().cumprod(dim=1).sum(dim=1)
-        # One transfer for the three facts that the host must know.
-        min_bytes, num_croppable = torch.stack([is_text.sum(dim=1).min(), text_at_end.min()]).tolist()
-        if min_bytes < columns:
-            layout = RowLayout.from_mask(attention_mask)
-            num_bytes = layout.num_bytes
-            input_ids = None if input_ids is None else layout.pack(input_ids)
-    zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-    if is_empty:
-        previous = dict.fromkeys(ByteLog.FIELDS, zeros)
-        previous["position"] = zeros - 1
-        previous_entropy, history = zeros.float(), None
+    layout, row_bytes, num_croppable = _find_text(attention_mask, shape, 0 if is_empty else cache.seq_length)
+    if layout is None:
+        num_bytes = torch.full((rows,), columns, dtype=torch.int64, device=device)
     else:
-        state = cache.log.integers.values[:, -1]
-        # A row without text so far has no state: its columns hold padding.
-        state = (
-            torch.where(cached_bytes[:, None] > 0, state, torch.zeros_like(state)) if cache.min_bytes == 0 else state
-        )
-        previous = dict(zip(ByteLog.FIELDS, state.unbind(-1)))
-        if cache.min_bytes == 0:
-            previous["position"] = torch.where(cached_bytes > 0, previous["position"], zeros - 1)
-        previous_entropy = cache.log.last_entropy
-        history = (
-            cache.log.last("input_id", min(len(cache.log), cache.num_hash_bytes)) if cache.num_hash_bytes else None
-        )
-
-    text_starts = None
-    if position_ids is not None:
-        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != columns:
-            raise ValueError(
-                f"`position_ids` has shape {tuple(position_ids.shape)}; accepted is ({rows} or 1, {columns}): one "
-                "position for each column of this call."
-            )
-        position_ids = position_ids.expand(rows, -1)
-        if columns > 1 or not is_empty:
-            packed_ids = position_ids if layout is None else layout.pack(position_ids)
-            text_starts = _find_text_starts(packed_ids, num_bytes, cached_bytes)
-
+        num_bytes = layout.num_bytes
+        input_ids = None if input_ids is None else layout.pack(input_ids)
+    past = _Past.of(cache, rows, device)
     index = torch.arange(columns, device=device)
-    row_positions = index.expand(rows, -1) if cached_bytes is None else cached_bytes[:, None] + index
-    text_positions = index + previous["position"][:, None] + 1
-    if text_starts is not None:
-        base = torch.where(text_starts, index, -1 - previous["position"][:, None])
-        text_positions = index - base.cummax(dim=1).values
-
-    document_start = context_start = None
-    may_hold_documents = text_starts is not None or (not is_empty and cache.has_documents)
-    if may_hold_documents or mask_documents or newline_reset:
-        previous_ids = None if input_ids is None else shift_right(input_ids, previous["input_id"])
-        if input_ids is None and (mask_documents or newline_reset):
-            raise ValueError(
-                "document boundaries are read from `input_ids`; with `inputs_embeds` set them by `position_ids`."
-            )
-        begins = torch.zeros(rows, columns, dtype=torch.bool, device=device) if text_starts is None else text_starts
-        if mask_documents:
-            eos_token_id = DEFAULT_EOS_TOKEN_ID if eos_token_id is None else eos_token_id
-            begins = begins | (_is_any_of(previous_ids, eos_token_id) & (row_positions > 0))
-        if may_hold_documents or mask_documents:
-            document_start = _running_max(row_positions * begins, previous["document_start"])
-        if newline_reset:
-            begins = begins | ((previous_ids == NEWLINE_ID) & (row_positions > 0))
-        context_start = _running_max(row_positions * begins, previous["context_start"])
-    return ByteChunk(
+    chunk = ByteChunk(
         input_ids=input_ids,
         num_bytes=num_bytes,
-        min_bytes=min_bytes,
+        row_bytes=row_bytes,
+        is_small=not in_order and not is_empty and cache.is_small(columns),
         num_croppable=num_croppable,
         layout=layout,
-        row_positions=row_positions,
-        text_positions=text_positions,
-        text_starts=text_starts,
-        document_start=document_start,
-        context_start=context_start,
-        previous=previous,
-        previous_entropy=previous_entropy,
-        history=history,
-        cached_bytes=cached_bytes,
+        row_positions=index.expand(rows, -1) if past.num_bytes is None else past.num_bytes[:, None] + index,
+        text_positions=index + past.state["position"][:, None] + 1,
+        previous=past.state,
+        previous_entropy=past.entropy,
+        history=past.ids,
+        cached_bytes=past.num_bytes,
     )
+    _find_texts(chunk, position_ids)
+    _find_documents(chunk, not is_empty and cache.has_documents, mask_documents, newline_reset, eos_token_id)
+    return chunk
+
+
+def next_bytes(
+    input_ids: Tensor,
+    lengths: Tensor | None,
+    cache: BltCache,
+    mask_documents: bool = False,
+    newline_reset: bool = False,
+    eos_token_id: int | list[int] | None = None,
+) -> ByteChunk:
+    """A small chunk without padding or texts to look for: the next bytes `(B, S)` of each row.
+
+    Args:
+        lengths: int64 `(B,)`, how many of them count in each row; None: all.
+        cache: holds at least one byte of some row.
+        mask_documents, newline_reset, eos_token_id: as in [`make_chunk`].
+    """
+    rows, columns = input_ids.shape
+    past = _Past.of(cache, rows, input_ids.device)
+    index = torch.arange(columns, device=input_ids.device)
+    chunk = ByteChunk(
+        input_ids=input_ids,
+        num_bytes=torch.full_like(past.num_bytes, columns) if lengths is None else lengths,
+        row_bytes=None,
+        is_small=True,
+        num_croppable=None,
+        layout=None,
+        row_positions=past.num_bytes[:, None] + index,
+        text_positions=index + past.state["position"][:, None] + 1,
+        previous=past.state,
+        previous_entropy=past.entropy,
+        history=past.ids,
+        cached_bytes=past.num_bytes,
+        is_partial=lengths is not None,
+    )
+    _find_documents(chunk, cache.has_documents, mask_documents, newline_reset, eos_token_id)
+    return chunk
+
+
+def _find_text(
+    attention_mask: Tensor | None, shape: tuple[int, int], past_columns: int
+) -> tuple[RowLayout | None, list[int], int]:
+    """Where the text of a chunk stands (None: in every column), its bytes in each row, and the columns at the end that
+    are text in every row."""
+    rows, columns = shape
+    if attention_mask is None:
+        return None, [columns] * rows, columns
+    attention_mask = _check_mask(attention_mask, rows, columns, past_columns)
+    is_text = attention_mask != 0
+    text_at_end = is_text.flip(1).long().cumprod(dim=1).sum(dim=1)
+    # One transfer for what the host must know.
+    row_bytes, at_end = torch.stack([is_text.sum(dim=1), text_at_end]).tolist()
+    layout = RowLayout.from_mask(attention_mask) if min(row_bytes) < columns else None
+    return layout, row_bytes, min(at_end)
+
+
+@dataclass
+class _Past:
+    """What the new bytes of a row follow: bytes before them (None: none), and the last entry of the log.
+
+    `ids` are those before the chunk, as many as the hashes may ask.
+    """
+
+    num_bytes: Tensor | None
+    state: dict[str, Tensor]
+    entropy: Tensor
+    ids: Tensor | None
+
+    @classmethod
+    def of(cls, cache: BltCache | None, rows: int, device: torch.device) -> "_Past":
+        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+        if cache is None or cache.is_empty:
+            return cls(None, {**dict.fromkeys(ByteLog.FIELDS, zeros), "position": zeros - 1}, zeros.float(), None)
+        counts = cache.num_bytes
+        entries = cache.log.last(counts, max(cache.num_hash_bytes, 1))
+        # A row without text so far has no state.
+        has_text = counts > 0
+        state = dict(zip(ByteLog.FIELDS, torch.where(has_text[:, None], entries[:, -1], 0).unbind(-1)))
+        state["position"] = torch.where(has_text, state["position"], -1)
+        return cls(
+            # A copy, because the counter itself goes on.
+            counts.clone(),
+            state,
+            cache.log.last_entropy(counts),
+            log_field(entries, "input_id") if cache.num_hash_bytes else None,
+        )
+
+
+def _find_texts(chunk: ByteChunk, position_ids: Tensor | None) -> None:
+    """Sets where `position_ids` begin another text inside a row, and the positions in it."""
+    if position_ids is None:
+        return
+    rows, columns = chunk.row_positions.shape
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != columns:
+        raise ValueError(
+            f"`position_ids` has shape {tuple(position_ids.shape)}; accepted is ({rows} or 1, {columns}): one "
+            "position for each column of this call."
+        )
+    if columns == 1 and chunk.cached_bytes is None:
+        return
+    position_ids = chunk.pack(position_ids.expand(rows, -1))
+    chunk.text_starts = _find_text_starts(position_ids, chunk.num_bytes, chunk.cached_bytes)
+    if chunk.text_starts is not None:
+        index = torch.arange(columns, device=position_ids.device)
+        base = torch.where(chunk.text_starts, index, -1 - chunk.previous["position"][:, None])
+        chunk.text_positions = index - base.cummax(dim=1).values
+
+
+def _find_documents(
+    chunk: ByteChunk,
+    holds_documents: bool,
+    mask_documents: bool,
+    newline_reset: bool,
+    eos_token_id: int | list[int] | None,
+) -> None:
+    """Sets the first byte that each byte may see, if there is more than one document in some row."""
+    may_hold_documents = chunk.text_starts is not None or holds_documents
+    if not (may_hold_documents or mask_documents or newline_reset):
+        return
+    if chunk.input_ids is None and (mask_documents or newline_reset):
+        raise ValueError(
+            "document boundaries are read from `input_ids`; with `inputs_embeds` set them by `position_ids`."
+        )
+    positions = chunk.row_positions
+    begins = torch.zeros_like(positions, dtype=torch.bool) if chunk.text_starts is None else chunk.text_starts
+    previous_ids = None if chunk.input_ids is None else shift_right(chunk.input_ids, chunk.previous["input_id"])
+    if mask_documents:
+        eos_token_id = DEFAULT_EOS_TOKEN_ID if eos_token_id is None else eos_token_id
+        begins = begins | (_is_any_of(previous_ids, eos_token_id) & (positions > 0))
+    if may_hold_documents or mask_documents:
+        chunk.document_start = _running_max(positions * begins, chunk.previous["document_start"])
+    if newline_reset:
+        begins = begins | ((previous_ids == NEWLINE_ID) & (positions > 0))
+    chunk.context_start = _running_max(positions * begins, chunk.previous["context_start"])
 
 
 @dataclass
@@ -261,7 +383,7 @@ class PatchNumbers:
         num_new: int64 `(B,)`, patches closed in this chunk.
         byte_patch: int64 `(B, S)`, index in its row of the patch that holds each byte.
         read: int64 `(B, S)`, new patch that each byte reads; -1 is the last one closed before the chunk.
-        open_at_end: int64 `(B,)`, bytes of the patch left open.
+        facts: int64 `(3, B)`, for [`PatchCounts`].
         log: the chunk's entries for [`ByteLog`], integers `(B, S, F)`.
     """
 
@@ -270,31 +392,32 @@ class PatchNumbers:
     num_new: Tensor
     byte_patch: Tensor
     read: Tensor
-    open_at_end: Tensor
+    facts: Tensor
     log: Tensor
 
 
 @dataclass
-class PatchRouting(PatchNumbers):
-    """The same, and what the host knows of it.
+class PatchCounts:
+    """What the host knows of the patches of a chunk.
 
     Attributes:
-        new_counts: `num_new`; `max_new`: their maximum.
-        old_counts: patches closed before the chunk.
-        max_open_bytes: bytes of the longest patch left open.
-        first_patch: int64 `(B, max_new)`, index in its row of the first patch that each new patch may see. None: 0.
+        old, new: patches closed before the chunk and in it, of each row; `max_new`: the most new ones.
+        seen: columns of the global transformer's cache to read, so that all of a row's patches are among them.
+        max_open_bytes: bytes of the longest open patch after any byte.
     """
 
-    new_counts: list[int]
+    old: list[int]
+    new: list[int]
     max_new: int
-    old_counts: list[int]
+    seen: int
     max_open_bytes: int
-    first_patch: Tensor | None
 
-
-def log_field(log: Tensor, field: str) -> Tensor:
-    """`field` of log entries `(..., F)`."""
-    return log[..., ByteLog.FIELDS.index(field)]
+    @classmethod
+    def of(cls, numbers: PatchNumbers) -> "PatchCounts":
+        """The one place where the host learns what the patcher decided."""
+        old, new, open_bytes = numbers.facts.tolist()
+        max_new = max(new)
+        return cls(old, new, max_new, round_up_columns(max(old) + max_new), max(open_bytes))
 
 
 def number_patches(
@@ -318,8 +441,8 @@ def number_patches(
         # A patch that was open when another text begins is never closed.
         previous_open = torch.where(chunk.text_starts[:, 0], torch.zeros_like(previous_open), previous_open)
     open_bytes = open_patch_bytes(closes, previous_open)
-    last_byte = (chunk.num_bytes - 1).clamp_min(0)[:, None]
-    open_at_end = torch.where(chunk.num_bytes > 0, open_bytes.gather(1, last_byte)[:, 0], previous_open)
+    if is_text is not None:
+        open_bytes = torch.where(is_text, open_bytes, 0)
 
     zeros = torch.zeros_like(byte_patch)
     own = later = zeros
@@ -334,33 +457,23 @@ def number_patches(
         "context_start": zeros if chunk.context_start is None else chunk.context_start,
         "patch_document_start": own,
         "next_patch_document_start": later,
+        "row_position": chunk.row_positions,
+        "byte_patch": byte_patch,
     }
     log = torch.stack([fields[name] for name in ByteLog.FIELDS], dim=-1)
-    return PatchNumbers(ends, closes, closed[:, -1], byte_patch, read, open_at_end, log)
+    num_new = closed[:, -1]
+    facts = torch.stack([old, num_new, open_bytes.amax(dim=1)])
+    return PatchNumbers(ends, closes, num_new, byte_patch, read, facts, log)
 
 
-def route_patches(
-    chunk: ByteChunk, ends: Tensor, mask_documents: bool, eos_token_id: int | list[int] | None
-) -> PatchRouting:
-    """Numbers the patches that `ends` `(B, S)` closes; see [`PatchRouting`]."""
-    numbers = number_patches(chunk, ends, mask_documents, eos_token_id)
-    # The one place where the host learns what the patcher decided.
-    facts = torch.stack([numbers.num_new, chunk.previous["num_patches"], numbers.open_at_end])
-    new_counts, old_counts, open_counts = facts.tolist()
-    max_new = max(new_counts)
-    first_patch = None
-    if chunk.document_start is not None:
-        column = torch.where(numbers.closes, numbers.closes.long().cumsum(dim=1) - 1, max_new)
-        first_patch = torch.zeros(ends.shape[0], max_new + 1, dtype=torch.int64, device=ends.device)
-        first_patch = first_patch.scatter(1, column, log_field(numbers.log, "patch_document_start"))[:, :max_new]
-    return PatchRouting(
-        **vars(numbers),
-        new_counts=new_counts,
-        max_new=max_new,
-        old_counts=old_counts,
-        max_open_bytes=max(open_counts),
-        first_patch=first_patch,
-    )
+def first_visible_patches(chunk: ByteChunk, numbers: PatchNumbers, new: Tensor) -> Tensor | None:
+    """Index in its row of the first patch that each new patch may see, int64 `(B, P)`; None: 0. `new`: `0 .. P - 1`."""
+    if chunk.document_start is None:
+        return None
+    num_new = new.shape[0]
+    column = torch.where(numbers.closes, numbers.closes.long().cumsum(dim=1) - 1, num_new).clamp_max(num_new)
+    first = torch.zeros(column.shape[0], num_new + 1, dtype=torch.int64, device=column.device)
+    return first.scatter(1, column, log_field(numbers.log, "patch_document_start"))[:, :num_new]
 
 
 def _patch_document_starts(
@@ -384,4 +497,4 @@ def _patch_document_starts(
     return _running_max(own, chunk.previous["patch_document_start"]), later
 
 
-__all__ = ["ByteChunk", "PatchNumbers", "PatchRouting", "log_field", "make_chunk", "number_patches", "route_patches"]
+__all__ = ["ByteChunk", "PatchCounts", "PatchNumbers", "first_visible_patches", "make_chunk", "next_bytes", "number_patches"]

@@ -1,9 +1,11 @@
 """Generation hooks: `generate()` makes a [`BltCache`] and hands the model its next bytes; all else is transformers'."""
 
+import torch
 from transformers.generation import CompileConfig, GenerationMixin
 
 from .cache_blt import BltCache
-from .speculation_blt import BltSelfSpeculator
+from .decoding_blt import RaggedText
+from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
 
 
 _OWN_FIELDS = ("self_speculation_window", "self_speculation_schedule")
@@ -14,12 +16,12 @@ _SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 class BltGenerationMixin(GenerationMixin):
     """Makes every decoding strategy of transformers use the cache with two clocks.
 
-    Two more fields of the generation configuration (and arguments of `generate`), for greedy decoding and sampling of
-    one row by a [`BltForCausalLM`]:
+    Two more fields of the generation configuration (and arguments of `generate`), for greedy decoding and sampling by a
+    [`BltForCausalLM`]:
 
         self_speculation_window (default None): bytes that the local models draft before the whole model verifies
             them. The text is that of normal decoding; sampling keeps its distribution.
-        self_speculation_schedule (default `"constant"`): `"heuristic"` adapts the window to what is accepted.
+        self_speculation_schedule (default `"constant"`): `"heuristic"` adapts the window of each row to what it accepts.
 
     `cache_implementation="static"` compiles the decoding step with `torch.compile`, on any device, as `compile_config`
     says; `disable_compile=True` leaves it as it is. The first bytes then take as long as compiling does.
@@ -53,14 +55,65 @@ class BltGenerationMixin(GenerationMixin):
             raise ValueError("`self_speculation_window` needs `use_cache=True`; got False.")
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        if getattr(generation_config, "self_speculation_window", None) is None:
+        streamer = kwargs.get("streamer")
+        model_kwargs = {name: value for name, value in kwargs.items() if name not in ("streamer", "synced_gpus")}
+        if kwargs.get("synced_gpus") or not self._decodes_itself(generation_config, model_kwargs):
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-        if input_ids.shape[0] > 1:
-            raise ValueError(
-                "`self_speculation_window` decodes one row at a time, because rows would accept differently many "
-                f"drafts; got {input_ids.shape[0]} rows."
-            )
-        return self._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        text = RaggedText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        outputs = self._prefill(input_ids, generation_config, model_kwargs)
+        cache = model_kwargs["past_key_values"]
+        logits = outputs.logits[:, -1:].float()
+        del outputs  # may be large
+        source = self._draft_source(generation_config, len(text.lengths), cache)
+        do_sample = generation_config.do_sample
+        with torch.no_grad():
+            while True:
+                scores = text.process(logits)
+                if do_sample:
+                    ids = torch.multinomial(scores[:, 0].softmax(dim=-1), num_samples=1)
+                else:
+                    ids = scores.argmax(dim=-1)
+                if text.waits and any(text.stops):
+                    has_stopped = torch.tensor([stop is not None for stop in text.stops], device=ids.device)
+                    ids = ids.masked_fill(has_stopped[:, None], text.pad_token_id)
+                text.append(ids, [1] * ids.shape[0], logits, scores)
+                if text.is_done or source is not None:
+                    break
+                logits = self._next_logits(ids, cache)
+            if source is not None:
+                decode_drafted(self, source, text, cache, do_sample)
+        return text.finish(cache)
+
+    def _decodes_itself(self, generation_config, model_kwargs: dict) -> bool:
+        """Whether a loop that looks at nothing but logits gives what transformers' loop gives."""
+        config, cache = generation_config, model_kwargs.get("past_key_values")
+        wants_states = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
+        has_own_inputs = "prepare_inputs_for_generation" in vars(self) or (
+            type(self).prepare_inputs_for_generation is not BltGenerationMixin.prepare_inputs_for_generation
+        )
+        plain = {"attention_mask", "past_key_values", "use_cache", "position_ids", "logits_to_keep"}
+        return (
+            isinstance(cache, BltCache)
+            and bool(model_kwargs.get("use_cache"))
+            and not (wants_states or has_own_inputs or config.is_assistant)
+            and hasattr(self, "step_logits")
+            and set(model_kwargs) <= plain
+        )
+
+    def _next_logits(self, ids, cache: BltCache):
+        """fp32 logits `(B, 1, V)` after one more byte of each row."""
+        if any(module._forward_hooks or module._forward_pre_hooks for module in (self, self.model)):
+            return self(input_ids=ids, past_key_values=cache, use_cache=True).logits.float()
+        return self.step_logits(ids, cache)
+
+    def _draft_source(self, generation_config, num_rows: int, cache: BltCache) -> DraftSource | None:
+        """Who drafts in this call of `generate`; None: nobody."""
+        window = getattr(generation_config, "self_speculation_window", None)
+        if window is None:
+            return None
+        is_adaptive = getattr(generation_config, "self_speculation_schedule", "constant") == "heuristic"
+        cache.reserve_slack(max(window, 32 if is_adaptive else 0) + 1)
+        return SelfSpeculation(self, num_rows, window, is_adaptive, generation_config.do_sample)
 
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
@@ -71,12 +124,6 @@ class BltGenerationMixin(GenerationMixin):
             if known == input_ids.shape[1]:  # the whole text was passed, so its cached part must not be fed again
                 kwargs["num_cached_columns"] = cache.get_seq_length()
         return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-
-    def _get_candidate_generator(self, generation_config, *args, **kwargs):
-        if getattr(generation_config, "self_speculation_window", None) is not None:
-            cache = kwargs["model_kwargs"]["past_key_values"]
-            return BltSelfSpeculator(self, cache, generation_config, kwargs["logits_processor"])
-        return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

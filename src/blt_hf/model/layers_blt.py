@@ -1,5 +1,7 @@
 """Building blocks of all stacks: norm, feed-forward, self-attention and the two cross attentions."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -8,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_blt import AttentionSpan, gathered_attention, repeat_kv_heads, segment_attention
-from .cache_blt import RollingTensor
+from .cache_blt import SlotAccess
 
 
 class BltRMSNorm(nn.Module):
@@ -56,13 +58,13 @@ class BltRotaryEmbedding(LlamaRotaryEmbedding):
         return torch.cat([cos, cos], dim=-1).flatten(-2), torch.cat([-sin, sin], dim=-1).flatten(-2)
 
     def for_heads(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What [`rotate_pairs`] multiplies by, `(B or 1, 1, S, D)` each."""
+        """What [`rotate_pairs`] multiplies by, `(B or 1, S, 1, D)` each."""
         cos, sin = self(hidden_states, position_ids)
-        return cos[:, None], sin[:, None]
+        return cos[:, :, None], sin[:, :, None]
 
 
 def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs `(2i, 2i + 1)` of `states` `(B, H, S, D)` (released checkpoints interleave; Llama halves)."""
+    """Rotates the pairs `(2i, 2i + 1)` of `states` `(B, S, H, D)` (released checkpoints interleave; Llama halves)."""
     swapped = states.view(*states.shape[:-1], -1, 2).flip(-1).view(states.shape)
     return torch.addcmul(states * cos, swapped, sin)
 
@@ -91,16 +93,14 @@ class BltSelfAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         span: AttentionSpan,
         past_key_values: CacheLayerMixin | None = None,
-        **cache_kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends `(B, S, W)` -> `(B, S, W)`, and weights `(B, H, S, T)` where the implementation gives them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        query = rotate_pairs(self.q_proj(hidden_states).view(shape), *position_embeddings).transpose(1, 2)
+        key = rotate_pairs(self.k_proj(hidden_states).view(shape), *position_embeddings).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = rotate_pairs(query, *position_embeddings), rotate_pairs(key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, **cache_kwargs)
+            key, value = past_key_values.update(key, value, span.access)
         dropout = self.dropout if self.training else 0.0
         output, weights = span.attend(self, query, key, value, dropout)
         return self.o_proj(output.flatten(2).contiguous()), weights
@@ -122,11 +122,10 @@ class BltTransformerLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor],
         span: AttentionSpan,
         past_key_values: CacheLayerMixin | None = None,
-        **cache_kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results as [`BltSelfAttention.forward`]."""
         attended, weights = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, span, past_key_values, **cache_kwargs
+            self.input_layernorm(hidden_states), position_embeddings, span, past_key_values
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
@@ -188,39 +187,43 @@ class BltPatchCrossAttention(_BltCrossAttention):
         return output + patch_states
 
 
+@dataclass
+class PatchReads:
+    """Which patches each byte reads in the decoder's cross attention.
+
+    Attributes:
+        index: int64 `(B, S, W)`, where they lie among the keys.
+        hidden: bool `(B, S, W)`, those that are not there, before the first patch. None: all are there.
+        access: where the keys and values of a large chunk go in the cache; None: nowhere.
+        is_first: these are the first patches of all rows, so that the cache has none in front of them.
+    """
+
+    index: Tensor
+    hidden: Tensor | None
+    access: SlotAccess | None = None
+    is_first: bool = False
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """`index` and `hidden` on the device of a layer."""
+        return self.index.to(device), None if self.hidden is None else self.hidden.to(device)
+
+
 class BltByteCrossAttention(_BltCrossAttention):
     """Decoder: each byte reads the `K` latents of one patch (and of `window - 1` patches before it)."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        latents: Tensor | None,
-        read: Tensor,
-        first: Tensor,
-        past_key_values: tuple[RollingTensor, RollingTensor] | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, keys: Tensor, values: Tensor, reads: "PatchReads") -> Tensor:
         """
         Args:
             hidden_states: `(B, S, W)`, queries.
-            latents: `(B, P, K, W)` of new patches; None: no row closed one.
-            read: int64 `(B, S)`, new patch that each byte reads; -1 is the last cached one.
-            first: int64 `(B, 1)`, first new patch (negative for cached ones) that exists.
-            past_key_values: keys and values of the patches before; updated in place.
+            keys, values: `(B, P, K*H_kv*D)`, what [`project`] made of patches.
+            reads: which of these each byte reads.
         Returns:
             `(B, S, W)`.
         """
         query = self._split(self.q_proj(self.q_norm(hidden_states)))
-        states = (None, None) if latents is None else self.project(latents)
-        num_cached = 0
-        if past_key_values is not None:
-            num_cached = len(past_key_values[0])
-            states = tuple(
-                cached.values if new is None else cached.append(new) for cached, new in zip(past_key_values, states)
-            )
-        shape = (*states[0].shape[:2], self.num_latents, -1, self.head_dim)
-        key, value = (s.view(shape) for s in states)
-        read, first = (read + num_cached).clamp_min(0), (first + num_cached).clamp_min(0)
-        output = gathered_attention(query, key, value, read, first, self.window, self.scaling)
+        shape = (*keys.shape[:2], self.num_latents, -1, self.head_dim)
+        index, hidden = reads.on(query.device)
+        output = gathered_attention(query, keys.view(shape), values.view(shape), index, hidden, self.scaling)
         return self.o_proj(output.flatten(2)) + hidden_states
 
     def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,13 +239,10 @@ def run_layers(
     span: AttentionSpan,
     cache_layers: list | None,
     trace: "StateTrace | None" = None,
-    **cache_kwargs,
 ) -> Tensor:
     """Runs a stack of [`BltTransformerLayer`] on `(B, S, W)`, writing states and weights to `trace` if there is one."""
     for layer, cache_layer in zip(layers, cache_layers or [None] * len(layers)):
-        hidden_states, weights = layer(
-            hidden_states, position_embeddings, span, past_key_values=cache_layer, **cache_kwargs
-        )
+        hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=cache_layer)
         if trace is not None:
             trace.add(hidden_states, weights)
     return hidden_states
@@ -290,6 +290,7 @@ __all__ = [
     "BltRotaryEmbedding",
     "BltSelfAttention",
     "BltTransformerLayer",
+    "PatchReads",
     "StateTrace",
     "rotate_pairs",
     "run_layers",

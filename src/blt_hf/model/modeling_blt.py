@@ -7,12 +7,12 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast, Toke
 from transformers.utils import can_return_tuple
 
 from .attention_blt import AttentionSpan
-from .cache_blt import BltCache
-from .chunk_blt import ByteChunk, PatchRouting, make_chunk, route_patches
+from .cache_blt import BltCache, SlotAccess
+from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, make_chunk, number_patches
 from .configuration_blt import BltConfig
 from .embedding_blt import BltHashEmbedding, ngram_hashes
 from .generation_blt import BltGenerationMixin
-from .layers_blt import BltSelfAttention, BltTransformerLayer, StateTrace
+from .layers_blt import BltSelfAttention, BltTransformerLayer, PatchReads, StateTrace
 from .modeling_base_blt import BltCausalLMOutput, BltModelOutput, BltPreTrainedModel, check_inputs, keep_positions
 from .patcher_blt import BltPatcher
 from .patching_blt import (
@@ -23,7 +23,7 @@ from .patching_blt import (
     patch_lengths_from_ends,
 )
 from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder
-from .step_blt import can_step, take_step
+from .step_blt import CompiledSteps, run_small, take_draft, take_step
 
 
 _BOS_TOKEN_ID = 1
@@ -50,6 +50,7 @@ class BltModel(BltPreTrainedModel):
             num_tables * config.encoder_hash_byte_group_vocab, config.encoder_config.hidden_size
         )
         self.patcher = BltPatcher(config.patcher_config) if config.patch_in_forward else None
+        self.compiled_steps = CompiledSteps()
         self.freeze_patcher()
         self.post_init()
 
@@ -135,66 +136,150 @@ class BltModel(BltPreTrainedModel):
         wants_states = self._wants("output_hidden_states", output_hidden_states)
         wants_weights = self._wants("output_attentions", output_attentions)
         is_plain = attention_mask is position_ids is inputs_embeds is patch_lengths is None
-        is_plain = is_plain and not (wants_states or wants_weights or output_patches)
-        if is_plain and cache is not None and shape[1] == 1 and can_step(self, cache, input_ids):
-            return BltModelOutput(last_hidden_state=take_step(self, cache, input_ids), past_key_values=cache)
+        is_plain = is_plain and not (wants_states or wants_weights or output_patches or torch.is_grad_enabled())
+        if is_plain and cache is not None and cache.fits(shape):
+            return BltModelOutput(last_hidden_state=self.step(input_ids, cache), past_key_values=cache)
         chunk = make_chunk(
             input_ids, attention_mask, position_ids, cache, shape, device,
-            mask_documents=config.mask_documents, newline_reset=config.patching_newline_reset,
-            eos_token_id=config.eos_token_id,
+            in_order=bool(wants_weights), **self._document_rules,
         )  # fmt: skip
         if chunk.has_documents and max(self._cross_windows) > 1:
             raise ValueError(
                 "`position_ids` restart inside a row, and `cross_attn_window` is larger than 1: cross attention over "
                 "several patches would cross texts. Pass one text a row."
             )
-        entropies, ends = self._find_patches(chunk, cache, patch_lengths)
-        routing = route_patches(chunk, ends, config.mask_documents, config.eos_token_id)
-        if routing.max_new == 0 and cache is None:
-            raise ValueError("`attention_mask` leaves no text in any row.")
-
+        given_ends = None if patch_lengths is None else self._given_ends(chunk, patch_lengths)
+        embeds = None if inputs_embeds is None else chunk.pack(inputs_embeds)
         traces = [StateTrace(wants_states, wants_weights) for _ in range(3)]
-        embeds = self._embed_bytes(chunk) if inputs_embeds is None else chunk.pack(inputs_embeds)
-        traces[0].add(embeds)
-        span = self._local_span(chunk, cache, wants_weights)
-        byte_states, latents = self.local_encoder(embeds, chunk, routing, span, cache, traces[0])
-        global_states = None
-        if latents is not None:
-            global_states = self.global_transformer(latents.flatten(2), routing, cache, traces[1])
-        hidden_states = self.local_decoder(byte_states, global_states, chunk, routing.read, span, cache, traces[2])
+        run = run_small if chunk.is_small else BltModel._run
+        hidden_states, entropies, numbers = run(self, chunk, cache, embeds, given_ends, traces)
+        return self._make_output(chunk, numbers, hidden_states, cache, entropies, traces, output_patches)
+
+    @property
+    def _document_rules(self) -> dict:
+        config = self.config
+        return {
+            "mask_documents": config.mask_documents,
+            "newline_reset": config.patching_newline_reset,
+            "eos_token_id": config.eos_token_id,
+        }
+
+    def _run(
+        self,
+        chunk: ByteChunk,
+        cache: BltCache | None,
+        embeds: Tensor | None = None,
+        given_ends: Tensor | None = None,
+        traces: list[StateTrace] | None = None,
+    ) -> tuple[Tensor, Tensor | None, PatchNumbers]:
+        """Byte states `(B, S, W)`, entropies `(B, S)` and patches of a large chunk, which the cache takes in."""
+        byte_trace, patch_trace, trace = [None] * 3 if traces is None else traces
         if cache is not None:
-            self._end_step(cache, chunk, routing, entropies)
-        return self._make_output(chunk, routing, hidden_states, cache, entropies, traces, output_patches)
+            cache.begin(len(chunk.row_bytes), chunk.num_columns, False, chunk.num_bytes.device)
+        byte_states, span, numbers, entropies = self._read_bytes(chunk, cache, embeds, given_ends, byte_trace)
+        counts = PatchCounts.of(numbers)
+        if counts.max_new == 0 and (cache is None or cache.is_empty):
+            raise ValueError("`attention_mask` leaves no text in any row.")
+        latents = None
+        if counts.max_new:
+            if cache is not None:
+                cache.reserve_patches(counts.max_new)
+            states, segment = self.local_encoder.patch_bytes(chunk, numbers, byte_states, cache)
+            latents = self.local_encoder.make_latents(states, segment, counts.max_new)
+            new = torch.arange(counts.max_new, device=latents.device)
+            columns = torch.arange(0 if chunk.cached_bytes is None else counts.seen, device=latents.device)
+            latents = self.global_transformer(latents.flatten(2), chunk, numbers, new, columns, None, cache, patch_trace)
+            latents = self.local_decoder.split_latents(latents)
+        if cache is not None:
+            cache.reserve_open(counts.max_open_bytes, chunk.num_columns)
+            self._keep_bytes(chunk, numbers, byte_states, entropies, cache)
+        reads = self._reads(chunk, numbers, cache, latents is not None)
+        hidden_states = self.local_decoder(byte_states[-1], latents, chunk, reads, span, cache, trace)
+        if cache is not None:
+            cache.commit(chunk, numbers)
+            cache.count_chunk(chunk, counts)
+        return hidden_states, entropies, numbers
+
+    def _read_bytes(
+        self,
+        chunk: ByteChunk,
+        cache: BltCache | None,
+        embeds: Tensor | None = None,
+        given_ends: Tensor | None = None,
+        trace: StateTrace | None = None,
+    ) -> tuple[list[Tensor], AttentionSpan, PatchNumbers, Tensor | None]:
+        """Entropy model and encoder: byte states, the keys of encoder and decoder, patches, and entropies."""
+        entropies, ends = self._find_patches(chunk, cache, given_ends)
+        numbers = number_patches(chunk, ends, self.config.mask_documents, self.config.eos_token_id)
+        span = self._local_span(chunk, cache, trace is not None and trace.attentions is not None)
+        embeds = self._embed_bytes(chunk) if embeds is None else embeds
+        if trace is not None:
+            trace.add(embeds)
+        byte_states = self.local_encoder(embeds, chunk, span, cache, trace)
+        return byte_states, span, numbers, entropies
+
+    def _keep_bytes(
+        self,
+        chunk: ByteChunk,
+        numbers: PatchNumbers,
+        byte_states: list[Tensor],
+        entropies: Tensor | None,
+        cache: BltCache,
+    ) -> None:
+        """Writes the log of the bytes, and their states for the patches that are open."""
+        access = chunk.access(cache.recent_slots, 0)
+        cache.log.write(numbers.log, entropies, access)
+        for kept, new in zip(cache.byte_states, byte_states):
+            kept.write(new, access.on(new.device))
+
+    def _reads(
+        self, chunk: ByteChunk, numbers: PatchNumbers, cache: BltCache | None, has_new: bool = False
+    ) -> PatchReads:
+        """Where the latents that each byte reads lie: in the cache, or behind those (`has_new`, in a large chunk)."""
+        before = chunk.previous["num_patches"][:, None]
+        entries = (before + numbers.read)[..., None]
+        hidden = None
+        if (window := self._cross_windows[1]) > 1:
+            entries = entries - torch.arange(window, device=entries.device)
+            hidden = entries < 0
+        if chunk.cached_bytes is None:
+            access = None if cache is None else SlotAccess(source=cache.latent_slots.held(numbers.num_new))
+            return PatchReads(entries.clamp_min(0), hidden, access, is_first=True)
+        size = cache.latent_slots.size
+        if not has_new:
+            return PatchReads(entries % size, hidden)
+        index = torch.where(entries >= before[..., None], size + entries - before[..., None], entries % size)
+        source = cache.latent_slots.held(before[:, 0] + numbers.num_new) - before
+        return PatchReads(index, hidden, SlotAccess(source=source))
 
     @torch.no_grad()
-    def draft(self, input_ids: Tensor, past_key_values: BltCache) -> Tensor:
+    def step(self, input_ids: Tensor, cache: BltCache, lengths: list[int] | None = None) -> Tensor:
+        """Byte states `(B, S, W)` of a few more bytes of each row, whose patches are closed as they end.
+
+        Args:
+            input_ids: int64 `(B, S)`, at most `cache.slack` bytes a row.
+            cache: holds some text.
+            lengths: how many of them count in each row; None: all.
+        """
+        return take_step(self, cache, input_ids, lengths)
+
+    @torch.no_grad()
+    def draft(self, input_ids: Tensor, cache: BltCache) -> Tensor:
         """Byte states `(B, S, W)` of the local models alone, that read the last closed patch and close none.
 
-        The cache takes the bytes in; undo that with its `snapshot` and `restore`.
+        The cache takes the bytes in; undo that with its `crop_rows`.
         """
-        config, cache = self.config, past_key_values
-        chunk = make_chunk(
-            input_ids, None, None, cache, tuple(input_ids.shape), input_ids.device,
-            mask_documents=config.mask_documents, eos_token_id=config.eos_token_id,
-        )  # fmt: skip
-        no_ends = torch.zeros_like(input_ids, dtype=torch.bool)
-        routing = route_patches(chunk, no_ends, config.mask_documents, config.eos_token_id)
-        span = self._local_span(chunk, cache)
-        byte_states, _ = self.local_encoder(self._embed_bytes(chunk), chunk, routing, span, cache)
-        hidden_states = self.local_decoder(byte_states, None, chunk, routing.read, span, cache)
-        self._end_step(cache, chunk, routing, None)
-        return hidden_states
+        return take_draft(self, cache, input_ids)
 
     def _local_span(self, chunk: ByteChunk, cache: BltCache | None, wants_weights: bool = False) -> AttentionSpan:
         """Keys of the self-attention of encoder and decoder."""
-        num_past = cache.encoder[0].num_visible if cache is not None else 0
-        return AttentionSpan(
-            num_past,
-            chunk.num_columns,
+        return chunk.span(
+            cache,
+            None if cache is None else cache.local_slots,
             self.config.local_attention_window_len,
-            chunk.first_key(chunk.document_start, num_past, cache.min_bytes if cache is not None else 0),
+            chunk.document_start,
             self.config._attn_implementation,
-            wants_weights=wants_weights,
+            wants_weights,
         )
 
     def _check_history(self, cache: BltCache | None, inputs_embeds: Tensor | None) -> None:
@@ -227,28 +312,21 @@ class BltModel(BltPreTrainedModel):
         return embeds
 
     def _find_patches(
-        self,
-        chunk: ByteChunk,
-        cache: BltCache | None,
-        patch_lengths: Tensor | None,
-        patcher_span: AttentionSpan | None = None,
+        self, chunk: ByteChunk, cache: BltCache | None, given_ends: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
         """Entropies `(B, S)` where the entropy model ran, and patch ends `(B, S)`."""
         config = self.config
         entropies = None
-        # Checked before anything is written to the cache.
-        given_ends = None if patch_lengths is None else self._given_ends(chunk, patch_lengths)
         # With given patches the entropy model only runs to leave its state in the cache.
-        if config.uses_patcher and (patch_lengths is None or cache is not None) and self.patcher is not None:
+        if config.uses_patcher and (given_ends is None or cache is not None) and self.patcher is not None:
             if chunk.input_ids is None:
-                if patch_lengths is None:
+                if given_ends is None:
                     raise ValueError(
                         "`inputs_embeds` hide the bytes that `patching_mode='entropy'` reads; pass `patch_lengths`."
                     )
             else:
                 with torch.no_grad():
-                    known_ids = self._ids_known_to_patcher(chunk.input_ids)
-                    entropies = self.patcher(known_ids, chunk=chunk, past_key_values=cache, span=patcher_span)
+                    entropies = self.patcher.entropies(self._ids_known_to_patcher(chunk.input_ids), chunk, cache)
         if given_ends is not None:
             return entropies, given_ends
         if config.uses_patcher and entropies is None:
@@ -306,23 +384,21 @@ class BltModel(BltPreTrainedModel):
         ends = patch_ends_from_lengths(patch_lengths, chunk.num_columns)
         return ends | (chunk.text_positions == 0)
 
-    def _end_step(self, cache: BltCache, chunk: ByteChunk, routing: PatchRouting, entropies: Tensor | None) -> None:
-        if entropies is None:
-            entropies = torch.zeros(routing.ends.shape, device=routing.ends.device)
-        cache.hides_ids |= chunk.input_ids is None
-        cache.log.integers.append(routing.log)
-        cache.log.entropies.append(entropies[..., None])
-        patch_shift = None
-        if min(routing.new_counts) < routing.max_new:
-            patch_shift = routing.max_new - routing.num_new
-        cache.commit(chunk, patch_shift, routing.max_open_bytes)
-
-    def _make_output(self, chunk, routing, hidden_states, cache, entropies, traces, output_patches) -> BltModelOutput:
+    def _make_output(
+        self,
+        chunk: ByteChunk,
+        numbers: PatchNumbers,
+        hidden_states: Tensor,
+        cache: BltCache | None,
+        entropies: Tensor | None,
+        traces: list[StateTrace],
+        output_patches: bool | None,
+    ) -> BltModelOutput:
         encoder_states, encoder_weights = traces[0].unpacked(chunk)
         states, weights = traces[2].unpacked(chunk, last=hidden_states)
         patch_lengths = None
         if output_patches:
-            patch_lengths = patch_lengths_from_ends(routing.ends, chunk.num_bytes)
+            patch_lengths = patch_lengths_from_ends(numbers.ends, chunk.num_bytes)
             entropies = None if entropies is None else chunk.unpack(entropies)
         return BltModelOutput(
             last_hidden_state=chunk.unpack(hidden_states),
@@ -370,9 +446,15 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         """See [`BltModel.set_patcher`]."""
         self.model.set_patcher(patcher)
 
-    def draft_logits(self, input_ids: Tensor, past_key_values: BltCache) -> Tensor:
+    @torch.no_grad()
+    def draft_logits(self, input_ids: Tensor, cache: BltCache) -> Tensor:
         """Logits `(B, vocabulary)`, fp32, after the last byte, by [`BltModel.draft`]."""
-        return self.lm_head(self.model.draft(input_ids, past_key_values)[:, -1]).float()
+        return take_draft(self.model, cache, input_ids, self.lm_head)[:, -1]
+
+    @torch.no_grad()
+    def step_logits(self, input_ids: Tensor, cache: BltCache, lengths: list[int] | None = None) -> Tensor:
+        """Logits `(B, S, vocabulary)`, fp32, of [`BltModel.step`]."""
+        return take_step(self.model, cache, input_ids, lengths, self.lm_head)
 
     @can_return_tuple
     def forward(

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
-from .attention_blt import AttentionSpan
 from .cache_blt import BltCache
-from .chunk_blt import ByteChunk, make_chunk, route_patches
+from .chunk_blt import ByteChunk, make_chunk, number_patches
 from .configuration_blt import BltPatcherConfig
 from .generation_blt import BltGenerationMixin
 from .layers_blt import (
@@ -64,6 +63,31 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
+    def entropies(self, input_ids: Tensor, chunk: ByteChunk, cache: BltCache | None) -> Tensor:
+        """Nats of the byte after each byte, fp32 `(B, S)`, for a [`BltModel`] that has made a chunk of `(B, S)` ids.
+
+        The cache gets the keys and values; the caller counts the bytes.
+        """
+        return entropy_from_logits(self.lm_head(self._run(self.embed_tokens(input_ids), chunk, cache)))
+
+    def _run(
+        self, hidden_states: Tensor, chunk: ByteChunk, cache: BltCache | None, trace: StateTrace | None = None
+    ) -> Tensor:
+        """The layers and the norm, on byte embeddings `(B, S, W)`."""
+        if trace is not None:
+            trace.add(hidden_states)
+        span = chunk.span(
+            cache,
+            None if cache is None else cache.patcher_slots,
+            self.config.sliding_window,
+            chunk.context_start,
+            self.config._attn_implementation,
+            trace is not None and trace.attentions is not None,
+        )
+        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
+        layers = None if cache is None else cache.patcher
+        return self.norm(run_layers(self.layers, hidden_states, position_embeddings, span, layers, trace))
+
     @can_return_tuple
     def forward(
         self,
@@ -78,8 +102,6 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         output_attentions: bool | None = None,
         output_patches: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        chunk: ByteChunk | None = None,
-        span: AttentionSpan | None = None,
         **kwargs,
     ) -> BltCausalLMOutput:
         """Predicts the next byte.
@@ -91,51 +113,32 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             labels: int64 `(B, S)`, -100 is ignored; shifted inside.
             output_patches: also return `entropies`.
             logits_to_keep: as in transformers.
-            chunk: what a [`BltModel`] has already made of these arguments; it also ends the cache's step.
-            span: keys of each byte, where the cache is not a [`BltCache`].
         Returns:
-            [`BltCausalLMOutput`]; with `chunk`, entropies fp32 `(B, S)` alone.
+            [`BltCausalLMOutput`].
         """
-        cache = past_key_values
-        is_part = chunk is not None
-        if not is_part:
-            shape, device = check_inputs(input_ids, inputs_embeds)
-            cache = self._start_cache(cache, use_cache, self.config)
-            chunk = make_chunk(
-                input_ids, attention_mask, position_ids, cache, shape, device,
-                mask_documents=self.config.mask_documents, eos_token_id=self.config.eos_token_id,
-            )  # fmt: skip
-            inputs_embeds = None if inputs_embeds is None else chunk.pack(inputs_embeds)
-        hidden_states = embed_inputs(self.embed_tokens, input_ids if is_part else chunk.input_ids, inputs_embeds)
+        shape, device = check_inputs(input_ids, inputs_embeds)
+        cache = self._start_cache(past_key_values, use_cache, self.config)
         trace = StateTrace(
             self._wants("output_hidden_states", output_hidden_states),
             self._wants("output_attentions", output_attentions),
         )
-        trace.add(hidden_states)
-        if span is None:
-            num_past = cache.patcher[0].num_visible if cache is not None else 0
-            span = AttentionSpan(
-                num_past,
-                chunk.num_columns,
-                self.config.sliding_window,
-                chunk.first_key(chunk.context_start, num_past, cache.min_bytes if cache is not None else 0),
-                self.config._attn_implementation,
-                wants_weights=trace.attentions is not None,
-            )
-        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
-        cache_layers = None if cache is None else cache.patcher
-        hidden_states = run_layers(self.layers, hidden_states, position_embeddings, span, cache_layers, trace)
-        hidden_states = self.norm(hidden_states)
-        if is_part:
-            return entropy_from_logits(self.lm_head(hidden_states))
+        chunk = make_chunk(
+            input_ids, attention_mask, position_ids, cache, shape, device,
+            mask_documents=self.config.mask_documents, eos_token_id=self.config.eos_token_id,
+            in_order=trace.attentions is not None,
+        )  # fmt: skip
         if cache is not None:
-            routing = route_patches(
-                chunk, torch.ones_like(chunk.row_positions, dtype=torch.bool), self.config.mask_documents,
-                self.config.eos_token_id,
-            )  # fmt: skip
-            cache.log.integers.append(routing.log)
-            cache.log.entropies.append(routing.log.new_zeros(routing.log.shape[0], chunk.num_columns, 1).float())
+            cache.begin(shape[0], shape[1], chunk.is_small, device)
+        inputs_embeds = None if inputs_embeds is None else chunk.pack(inputs_embeds)
+        hidden_states = self._run(embed_inputs(self.embed_tokens, chunk.input_ids, inputs_embeds), chunk, cache, trace)
+        if cache is not None:
+            ends = torch.ones_like(chunk.row_positions, dtype=torch.bool)
+            numbers = number_patches(chunk, ends, self.config.mask_documents, self.config.eos_token_id)
+            if not chunk.is_small:
+                cache.reserve_open(0, chunk.num_columns)
+            cache.log.write(numbers.log, None, chunk.access(cache.recent_slots, 0))
             cache.commit(chunk)
+            cache.count_chunk(chunk)
         hidden_states = chunk.unpack(hidden_states)
         states, attentions = trace.unpacked(chunk, last=chunk.pack(hidden_states))
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep)).float()

@@ -1,64 +1,171 @@
-"""Self-speculation (BLT-S, arXiv 2605.08044): the local models draft bytes, one pass of the whole model verifies them."""
+"""Drafting: a source proposes bytes for each row, one pass of the whole model verifies them.
+
+Self-speculation (BLT-S, arXiv 2605.08044) is the first source: encoder and decoder draft alone. Each row accepts its own
+number of bytes. Greedy text is that of decoding byte by byte; sampling keeps its distribution.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.generation.candidate_generator import CandidateGenerator
 
 from .cache_blt import BltCache
+from .decoding_blt import RaggedText
 
 
-class BltSelfSpeculator(CandidateGenerator):
-    """Drafts with encoder and decoder alone, on the last closed patch, as if no patch ended.
+@dataclass
+class Drafts:
+    """Proposed bytes.
 
-    What is drafted leaves no trace: the cache is put back before the whole model sees the drafts.
+    Attributes:
+        ids: int64 `(B, k)`.
+        lengths: how many of them count in each row.
+        probs: fp32 `(B, k, V)`, the distribution that each was drawn from. None: they were not drawn.
+    """
+
+    ids: Tensor
+    lengths: list[int]
+    probs: Tensor | None = None
+
+
+class DraftSource(ABC):
+    """Proposes bytes for the rows of a batch."""
+
+    @abstractmethod
+    def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
+        """Drafts for each row, at most `limits[b]`.
+
+        The cache has read all bytes of `text` but the last one of each row, and must be left as it was: what is written
+        to it is taken back with `crop_rows`.
+        """
+
+    def update(self, drafted: list[int], accepted: list[int]) -> None:
+        """Learns how many drafts of each row were verified, and how many accepted; rows that wait have 0 of both."""
+
+
+class SelfSpeculation(DraftSource):
+    """BLT-S: encoder and decoder draft by themselves, on the last closed patch, as if no patch ended.
 
     Args:
         model: a [`BltForCausalLM`].
-        cache: its cache.
-        generation_config: `self_speculation_window`, bytes to draft; `self_speculation_schedule`, `"constant"`, or
-            `"heuristic"` to draft two bytes more after a window that was accepted whole and one less otherwise.
-        logits_processor: applied to the drafts' logits as to the model's own.
+        num_rows: rows of the batch.
+        window: bytes to draft.
+        is_adaptive: each row's window grows by two bytes after all of its drafts were accepted and shrinks by one
+            otherwise; the batch drafts the mean of its rows' windows.
+        do_sample: draw the drafts, from what the logits processors make of them.
     """
 
-    def __init__(self, model, cache: BltCache, generation_config, logits_processor):
-        self.model, self.cache, self.logits_processor = model, cache, logits_processor
-        self.window = generation_config.self_speculation_window
-        self.is_adaptive = getattr(generation_config, "self_speculation_schedule", "constant") == "heuristic"
-        self.do_sample = generation_config.do_sample
-        self.max_length = generation_config.max_length
-        self.eos_token_ids = getattr(generation_config, "_eos_token_tensor", None)
-        self.num_drafted = 0
+    def __init__(self, model, num_rows: int, window: int, is_adaptive: bool, do_sample: bool):
+        self.model, self.windows = model, [window] * num_rows
+        self.is_adaptive, self.do_sample = is_adaptive, do_sample
 
     @torch.no_grad()
-    def get_candidates(self, input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """`input_ids` `(1, N)` with the drafts behind them, and the drafts' logits `(1, drafts, V)` when sampling."""
-        num_pending = input_ids.shape[1] - self.cache.get_seq_length()
-        num_drafts = min(self.window, self.max_length - input_ids.shape[1] - 1)
-        self.num_drafted = 0
-        if self.cache.is_empty or num_pending != 1 or num_drafts < 1:
-            return input_ids, None  # a prompt is read by the whole model
-        state = self.cache.snapshot()
-        pending, all_logits = input_ids[:, -1:], []
-        try:
-            while self.num_drafted < num_drafts:
-                logits = self.model.draft_logits(pending, self.cache)
-                logits = self.logits_processor(input_ids, logits)
-                if self.do_sample:
-                    pending = torch.multinomial(logits.softmax(dim=-1), num_samples=1)
-                else:
-                    pending = logits.argmax(dim=-1, keepdim=True)
-                all_logits.append(logits)
-                input_ids = torch.cat([input_ids, pending], dim=1)
-                self.num_drafted += 1
-                if self.eos_token_ids is not None and bool(torch.isin(pending, self.eos_token_ids).any()):
-                    break
-        finally:
-            self.cache.restore(state)
-        return input_ids, torch.stack(all_logits, dim=1) if self.do_sample else None
+    def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
+        windows = [window for window, limit in zip(self.windows, limits) if limit > 0]
+        window = -(-sum(windows) // len(windows)) if windows else 0
+        window = min(window, max(limits), cache.slack - 1)
+        pending, ids, probs = text.last_ids(), [], []
+        for step in range(window):
+            logits = self.model.draft_logits(pending, cache)[:, None]
+            if ids and text.has_context:
+                text.put_drafts(torch.cat(ids, dim=1))
+            scores = text.process(logits, ahead=step)[:, 0]
+            if self.do_sample:
+                probs.append(scores.softmax(dim=-1))
+                pending = torch.multinomial(probs[-1], num_samples=1)
+            else:
+                pending = scores.argmax(dim=-1, keepdim=True)
+            ids.append(pending)
+        cache.crop_rows([window] * len(limits))
+        if not ids:
+            return Drafts(pending[:, :0], [0] * len(limits))
+        lengths = [min(limit, window) for limit in limits]
+        return Drafts(torch.cat(ids, dim=1), lengths, torch.stack(probs, dim=1) if probs else None)
 
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        if self.is_adaptive and self.num_drafted:
-            self.window = self.window + 2 if num_matches == self.num_drafted else max(self.window - 1, 1)
+    def update(self, drafted: list[int], accepted: list[int]) -> None:
+        if self.is_adaptive:
+            self.windows = [
+                window if not d else window + 2 if a == d else max(window - 1, 1)
+                for window, d, a in zip(self.windows, drafted, accepted)
+            ]
 
 
-__all__ = ["BltSelfSpeculator"]
+@torch.no_grad()
+def verify(model, text: RaggedText, cache: BltCache, drafts: Drafts, do_sample: bool):
+    """One pass of the whole model over the last byte of each row and its drafts.
+
+    Each row accepts drafts up to the first that the model would not have written (greedy), or by speculative sampling
+    (arXiv 2211.17192, algorithm 1), and gets one byte of the model's own behind them. The cache has read all of these but
+    the last one then; rows that wait are left alone.
+
+    Returns:
+        ids: int64 `(B, k + 1)`; counts: how many of them each row gets; logits and scores: fp32 `(B, k + 1, V)`.
+    """
+    is_active = text.active
+    lengths = [count + 1 if active else 0 for count, active in zip(drafts.lengths, is_active)]
+    num_drafts = drafts.ids.shape[1]
+    input_ids = torch.cat([text.last_ids(), drafts.ids], dim=1)
+    is_full = min(lengths) == num_drafts + 1
+    logits = model.step_logits(input_ids, cache, None if is_full else lengths)
+    if text.has_context:
+        text.put_drafts(drafts.ids)
+    scores = text.process(logits)
+    ids, accepted = choose(scores, drafts, do_sample)
+    counts = [min(count, draft) + 1 if active else 0 for count, draft, active in
+              zip(accepted.tolist(), drafts.lengths, is_active)]  # fmt: skip
+    cache.crop_rows([length - count for length, count in zip(lengths, counts)])
+    return ids, counts, logits, scores
+
+
+def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Tensor]:
+    """Ids `(B, k + 1)` and how many drafts are accepted `(B,)`, from processed scores `(B, k + 1, V)`."""
+    rows, num_drafts = drafts.ids.shape
+    exists = torch.arange(num_drafts, device=scores.device) < torch.tensor(drafts.lengths, device=scores.device)[:, None]
+    if not do_sample:
+        ids = scores.argmax(dim=-1)
+        is_accepted = (ids[:, :num_drafts] == drafts.ids) & exists
+        return ids, is_accepted.long().cumprod(dim=1).sum(dim=1)
+    probs = scores.softmax(dim=-1)
+    if drafts.probs is None:  # the whole probability of a draft that was not drawn is its own
+        proposed = torch.nn.functional.one_hot(drafts.ids, probs.shape[-1]).to(probs.dtype)
+    else:
+        proposed = drafts.probs
+    of_model = probs[:, :num_drafts].gather(2, drafts.ids[..., None])[..., 0]
+    of_draft = proposed.gather(2, drafts.ids[..., None])[..., 0]
+    is_accepted = (torch.rand_like(of_model) * of_draft < of_model) & exists
+    accepted = is_accepted.long().cumprod(dim=1).sum(dim=1)
+    # After a refused draft, the next byte comes from what the model says beyond the draft; else from the model.
+    proposed = torch.cat([proposed * exists[..., None], torch.zeros_like(probs[:, :1])], dim=1)
+    at = accepted[:, None, None].expand(-1, 1, probs.shape[-1])
+    model_probs, draft_probs = probs.gather(1, at)[:, 0], proposed.gather(1, at)[:, 0]
+    rest = (model_probs - draft_probs).clamp_min(0)
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, model_probs)
+    own = torch.multinomial(rest, num_samples=1)
+    ids = torch.cat([drafts.ids, own], dim=1)
+    is_own = torch.arange(num_drafts + 1, device=ids.device) == accepted[:, None]
+    return torch.where(is_own, own, ids), accepted
+
+
+def decode_drafted(model, source: DraftSource, text: RaggedText, cache: BltCache, do_sample: bool) -> None:
+    """Writes texts to their ends. The cache has read all bytes but the last one of each row, before and after."""
+    while not text.is_done:
+        limits = [
+            max(text.max_length - length - 1, 0) if active else 0 for length, active in zip(text.lengths, text.active)
+        ]
+        drafts = source.propose(text, cache, limits)
+        is_active = text.active
+        ids, counts, logits, scores = verify(model, text, cache, drafts, do_sample)
+        added = text.append(ids, counts, logits, scores)
+        cache.crop_rows([count - new for count, new in zip(counts, added)])
+        drafted = [count if active else 0 for count, active in zip(drafts.lengths, is_active)]
+        source.update(drafted, [max(count - 1, 0) for count in counts])
+    # Rows that ended before others have one byte that the next turn would not read; others may have gone too far.
+    cache.crop_rows([max(length - text.end, 0) for length in text.lengths])
+    is_behind = [int(length < text.end) for length in text.lengths]
+    if any(is_behind):
+        model.step_logits(text.last_ids(), cache, is_behind)
+    cache.set_columns(text.end - 1)
+
+
+__all__ = ["DraftSource", "Drafts", "SelfSpeculation", "choose", "decode_drafted", "verify"]

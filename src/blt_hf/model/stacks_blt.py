@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .attention_blt import AttentionSpan
-from .cache_blt import BltCache
-from .chunk_blt import ByteChunk, PatchRouting
+from .attention_blt import AttentionSpan, SlotSpan
+from .cache_blt import BltCache, SlotAccess, SlotTensor, log_field
+from .chunk_blt import ByteChunk, PatchNumbers, first_visible_patches
 from .configuration_blt import BltGlobalTransformerConfig, BltLocalDecoderConfig, BltLocalEncoderConfig
 from .layers_blt import (
     BltByteCrossAttention,
@@ -13,6 +13,7 @@ from .layers_blt import (
     BltRMSNorm,
     BltRotaryEmbedding,
     BltTransformerLayer,
+    PatchReads,
     StateTrace,
     run_layers,
 )
@@ -45,54 +46,75 @@ class BltLocalEncoder(BltPreTrainedModel):
         self,
         inputs_embeds: Tensor,
         chunk: ByteChunk,
-        routing: PatchRouting,
         span: AttentionSpan,
-        past_key_values: BltCache | None = None,
-        trace: StateTrace | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """
-        Args:
-            inputs_embeds: `(B, S, W)`, byte embeddings with their hash embeddings.
-            chunk, routing: what the bytes are, and which patches they close.
-            span: keys of each byte.
-        Returns:
-            byte states `(B, S, W)`, and latents `(B, P, K, W)` of the `P = routing.max_new` patches closed (None for 0).
-        """
-        cache = past_key_values
-        hidden_states = self.dropout(inputs_embeds)
-        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
-        byte_patch = routing.byte_patch
-        if chunk.is_text is not None:
-            byte_patch = torch.where(chunk.is_text, byte_patch, NO_PATCH)
-        if cache is not None:
-            byte_patch = self._with_open_patch(chunk, routing, cache, byte_patch)
-        segment = byte_patch - chunk.previous["num_patches"][:, None]
-        states = self.run_bytes(
-            hidden_states, position_embeddings, span, None if cache is None else cache.encoder, trace
-        )
-        hidden_states = states[-1]
-        if cache is not None:
-            states = [kept.append(new) for kept, new in zip(cache.byte_states, states)]
-        if routing.max_new == 0:
-            return hidden_states, None
-        return hidden_states, self.make_latents(states, segment, routing.max_new)
-
-    def run_bytes(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        span: AttentionSpan,
-        cache_layers: list | None,
+        cache: BltCache | None = None,
         trace: StateTrace | None = None,
     ) -> list[Tensor]:
-        """The layers over bytes: states `(B, S, W)` that each cross attention reads; the last are the encoder's own."""
+        """The layers over bytes.
+
+        Args:
+            inputs_embeds: `(B, S, W)`, byte embeddings with their hash embeddings.
+            chunk: what the bytes are.
+            span: keys of each byte.
+        Returns:
+            states `(B, S, W)` that each cross attention reads; the last are the encoder's own.
+        """
+        hidden_states = self.dropout(inputs_embeds)
+        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
         states = []
-        for layer, cache_layer in zip(self.layers, cache_layers or [None] * len(self.layers)):
-            hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=cache_layer)
+        for index, layer in enumerate(self.layers):
+            kept = None if cache is None else cache.encoder[index]
+            hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=kept)
             states.append(hidden_states)
             if trace is not None:
                 trace.add(hidden_states, weights)
         return states[-len(self.cross_attn_layers) :]
+
+    def patch_bytes(
+        self, chunk: ByteChunk, numbers: PatchNumbers, states: list[Tensor], cache: BltCache | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The bytes that new patches may read: those of a large chunk, and those that the cache holds before it.
+
+        Returns:
+            states `(B, T, W)` that each cross attention reads, and int64 `(B, T)`, the new patch that holds each byte
+            (negative for earlier ones).
+        """
+        old = chunk.previous["num_patches"][:, None]
+        segment = numbers.byte_patch - old
+        if chunk.is_text is not None:
+            segment = torch.where(chunk.is_text, segment, NO_PATCH)
+        if chunk.cached_bytes is None:
+            return states, segment
+        length = min(cache.needed_states(cache.max_open_bytes), max(cache.row_bytes))
+        back = torch.arange(-length, 0, device=old.device)
+        held, held_segment = self.held_bytes(cache, chunk, chunk.cached_bytes, back)
+        states = [torch.cat([before.to(new.dtype), new], dim=1) for before, new in zip(held, states)]
+        return states, torch.cat([held_segment, segment], dim=1)
+
+    def held_bytes(
+        self, cache: BltCache, chunk: ByteChunk, counts: Tensor, back: Tensor, rows: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The last bytes that the cache holds in rows of `counts` `(B,)` bytes; results as `patch_bytes`.
+
+        `back`: int64 `(T,)`, `-T .. -1`.
+        """
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor if rows is None else tensor.index_select(0, rows)
+
+        counts = chosen(counts)[:, None]
+        entries = counts + back
+        index = cache.recent_slots.find(entries, rows)
+        log = cache.log.integers.read(index)
+        # A slot holds what it should unless that byte does not exist, or is padding of the chunk.
+        last = chosen(chunk.num_bytes if chunk.cached_bytes is None else chunk.cached_bytes + chunk.num_bytes)
+        is_held = (log_field(log, "row_position") == entries) & (entries >= 0) & (entries < last[:, None])
+        if chunk.text_starts is not None:  # a text that begins here leaves the open patch unread
+            begins = chosen(chunk.text_starts[:, :1]) & (entries < chosen(chunk.cached_bytes)[:, None])
+            is_held = is_held & ~begins
+        segment = log_field(log, "byte_patch") - chosen(chunk.previous["num_patches"])[:, None]
+        states = [kept.read(index.to(kept.values.device)) for kept in cache.byte_states]
+        return states, torch.where(is_held, segment, NO_PATCH)
 
     def make_latents(self, byte_states: list[Tensor], segment: Tensor, num_patches: int) -> Tensor:
         """Latents `(B, P, K, W)` of the patches that bytes `(B, T, W)` make up.
@@ -110,20 +132,6 @@ class BltLocalEncoder(BltPreTrainedModel):
     def _reach(self) -> int:
         """How many patches back a byte may still be read."""
         return (self.config.cross_attn_window or 1) - 1
-
-    def _with_open_patch(self, chunk: ByteChunk, routing: PatchRouting, cache: BltCache, byte_patch: Tensor) -> Tensor:
-        """Patches of the bytes whose states the cache holds, followed by those of the chunk, `(B, T)`."""
-        held = cache.byte_patches.values
-        if held is not None:
-            held = held[..., 0]
-            # Rows reach back differently far, and a text that begins here leaves the open patch unread.
-            age = torch.arange(held.shape[1], 0, -1, device=held.device)
-            is_read = age <= cache.needed_byte_states()[:, None]
-            if chunk.text_starts is not None:
-                is_read = is_read & ~chunk.text_starts[:, :1]
-            held = torch.where(is_read, held, NO_PATCH)
-        cache.byte_patches.append(byte_patch[..., None])
-        return byte_patch if held is None else torch.cat([held, byte_patch], dim=1)
 
     def _pool(self, byte_states: Tensor, segment: Tensor, num_patches: int) -> Tensor:
         """Pools the bytes of each patch and projects the pool to its `K` queries, `(B, P, K, W)`."""
@@ -171,60 +179,45 @@ class BltGlobalTransformer(BltPreTrainedModel):
     def forward(
         self,
         inputs_embeds: Tensor,
-        routing: PatchRouting,
-        past_key_values: BltCache | None = None,
+        chunk: ByteChunk,
+        numbers: PatchNumbers,
+        new: Tensor,
+        columns: Tensor,
+        rows: Tensor | None = None,
+        cache: BltCache | None = None,
         trace: StateTrace | None = None,
     ) -> Tensor:
-        """Runs the patches that were closed: latents `(B, P, K*W_local)` to `(B, P, W)`.
+        """Runs the patches that were closed: latents `(R, P, K*W_local)` to `(R, P, W)`.
 
-        With a cache, rows that closed none are left out (0 in the result). Columns past a row's own patches hold
-        values that nothing reads.
+        Columns past a row's own patches hold values that nothing reads.
+
+        Args:
+            chunk, numbers: the bytes that closed them.
+            new: `0 .. P - 1`, int64.
+            columns: `0, 1, ...`, int64, columns of the cache to read. None of them: the new patches are the first.
+            rows: int64 `(R,)`, rows that take part; None: all.
         """
-        rows, old_counts, first_key = None, routing.old_counts, routing.first_patch
-        if past_key_values is not None and 0 in routing.new_counts:
-            rows = [row for row, count in enumerate(routing.new_counts) if count]
-            selected = torch.tensor(rows, device=inputs_embeds.device)
-            old_counts = [old_counts[row] for row in rows]
-            inputs_embeds = inputs_embeds.index_select(0, selected)
-            first_key = None if first_key is None else first_key.index_select(0, selected)
-        num_new = inputs_embeds.shape[1]
-        positions = torch.tensor(old_counts, device=inputs_embeds.device)[:, None]
-        positions = positions + torch.arange(num_new, device=inputs_embeds.device)
-        is_ragged = len(set(old_counts)) > 1
-        span = AttentionSpan(
-            max(old_counts),
-            num_new,
-            None,
-            first_key,
-            self.config._attn_implementation,
-            wants_weights=trace is not None and trace.attentions is not None,
-            last_key=positions if is_ragged else None,
-        )
-        cache_layers, cache_kwargs = None, {}
-        if past_key_values is not None:
-            cache_layers = past_key_values.global_transformer
-            cache_kwargs = {"counts": old_counts, "rows": rows, "total_rows": len(routing.new_counts)}
-        hidden_states = self.run_patches(inputs_embeds, positions, span, cache_layers, trace, **cache_kwargs)
-        if rows is None:
-            return hidden_states
-        complete = hidden_states.new_zeros(len(routing.new_counts), *hidden_states.shape[1:])
-        return complete.index_copy(0, selected, hidden_states)
-
-    def run_patches(
-        self,
-        inputs_embeds: Tensor,
-        positions: Tensor,
-        span: AttentionSpan,
-        cache_layers: list | None,
-        trace: StateTrace | None = None,
-        **cache_kwargs,
-    ) -> Tensor:
-        """The layers over patches at `positions` `(B, P)`, latents `(B, P, K*W_local)` to `(B, P, W)`."""
+        first_patch, before = first_visible_patches(chunk, numbers, new), chunk.previous["num_patches"]
+        if rows is not None:
+            first_patch = None if first_patch is None else first_patch.index_select(0, rows)
+            before = before.index_select(0, rows)
+        positions = before[:, None] + new
+        implementation = self.config._attn_implementation
+        access = None
+        if cache is not None:
+            index = cache.patch_slots.find(positions, rows).flatten()
+            access = SlotAccess(index=index, rows=rows, seen=columns.shape[0])
+        if columns.shape[0] == 0:
+            wants_weights = trace is not None and trace.attentions is not None
+            span = AttentionSpan(0, new.shape[0], None, first_patch, implementation, wants_weights, access)
+        else:
+            span = SlotSpan(columns[None], positions, None, first_patch, implementation, access)
         hidden_states = self.dropout(self.token_embedding_projection(inputs_embeds))
         if trace is not None:
             trace.add(hidden_states)
         position_embeddings = self.rotary_emb.for_heads(hidden_states, positions)
-        return run_layers(self.layers, hidden_states, position_embeddings, span, cache_layers, trace, **cache_kwargs)
+        layers = None if cache is None else cache.global_transformer
+        return run_layers(self.layers, hidden_states, position_embeddings, span, layers, trace)
 
 
 class BltLocalDecoder(BltPreTrainedModel):
@@ -249,34 +242,58 @@ class BltLocalDecoder(BltPreTrainedModel):
     def forward(
         self,
         byte_states: Tensor,
-        global_states: Tensor | None,
+        latents: Tensor | None,
         chunk: ByteChunk,
-        read: Tensor,
+        reads: PatchReads,
         span: AttentionSpan,
-        past_key_values: BltCache | None = None,
+        cache: BltCache | None = None,
         trace: StateTrace | None = None,
     ) -> Tensor:
-        """Byte states `(B, S, W)` and states of new patches `(B, P, W_global)` (None for 0) to `(B, S, W)`.
+        """Byte states `(B, S, W)` and latents of new patches `(B, P, K, W)` to `(B, S, W)`.
 
-        `read`: int64 `(B, S)`, new patch that each byte reads; -1 is the last one closed before the chunk.
+        `latents` is None where none are new, or the cache has them already. `reads`: what each byte reads.
         """
-        cache = past_key_values
-        latents = None if global_states is None else self.split_latents(global_states)
         hidden_states = self.dropout(byte_states)
         position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
-        first = -chunk.previous["num_patches"][:, None]
         if trace is not None:
             trace.add(hidden_states)
         for index, layer in enumerate(self.layers):
             if index < len(self.cross_attn_layers):
+                cross_attention = self.cross_attn_layers[index]
                 kept = None if cache is None else cache.latents[index]
-                cross = self.cross_attn_layers[index](hidden_states, latents, read, first, kept)
-                hidden_states = hidden_states + cross
+                states = self._patch_states(cross_attention, latents, kept, reads)
+                hidden_states = hidden_states + cross_attention(hidden_states, *states, reads)
             cache_layer = None if cache is None else cache.decoder[index]
             hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=cache_layer)
             if trace is not None:
                 trace.add(hidden_states, weights)
         return self.norm(hidden_states)
+
+    def _patch_states(
+        self,
+        cross_attention: BltByteCrossAttention,
+        latents: Tensor | None,
+        kept: tuple[SlotTensor, SlotTensor] | None,
+        reads: PatchReads,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values `(B, P, K*H_kv*D)` among which `reads` tells those of each byte."""
+        if latents is None:
+            return tuple(tensor.values for tensor in kept)
+        new = cross_attention.project(latents)
+        if kept is None:
+            return new
+        states = []
+        for tensor, patches in zip(kept, new):
+            held = tensor.values
+            tensor.write(patches, reads.access.on(patches.device))
+            states.append(patches if held is None or reads.is_first else torch.cat([held.to(patches.dtype), patches], dim=1))
+        return tuple(states)
+
+    def keep_latents(self, latents: Tensor, access: SlotAccess, cache: BltCache) -> None:
+        """Writes latents `(R, P, K, W)` of new patches to the cache, as keys and values."""
+        for cross_attention, pair in zip(self.cross_attn_layers, cache.latents):
+            for tensor, new in zip(pair, cross_attention.project(latents)):
+                tensor.write(new, access.on(new.device), len(cache.row_bytes))
 
     def split_latents(self, global_states: Tensor) -> Tensor:
         """What bytes read of a patch: `(B, P, W_global)` to `(B, P, K, W)`."""

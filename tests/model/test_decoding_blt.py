@@ -1,0 +1,193 @@
+"""Decoding byte by byte: small chunks in the slots of the cache, and the loop that `generate` runs on them."""
+
+import copy
+
+import pytest
+import torch
+from test_exactness import RULES, alone, assert_same, model_for, pad
+from transformers import CompileConfig, GenerationMixin, StoppingCriteria
+from transformers.generation import BaseStreamer
+
+from blt_hf.model import cache_blt
+from blt_hf.model.cache_blt import BltCache
+from conftest import make_model, tiny_config
+
+
+ROWS = ["héllo, a b\nc 速2 d ab", "ab", "2, c\n\nbé ab cd, ab c"]
+
+
+def rows_of(rule: str, length: int) -> list[list[int]]:
+    rows = []
+    for text in ROWS:
+        ids = [1] + [byte + 4 for byte in (text * 20).encode()][: length - 1]
+        if rule == "documents":
+            ids[5::9] = [2] * len(ids[5::9])
+        rows.append(ids)
+    return rows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_steps_of_padded_rows_equal_rows_alone(rule):
+    """Bytes, short and long chunks, for rows of different lengths."""
+    model = model_for(rule)
+    rows = rows_of(rule, 100)
+    prompts = [rows[0][:9], rows[1][:2], rows[2][:14]]
+    ids, mask = pad(prompts, "left")
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    at = [len(prompt) for prompt in prompts]
+    for size in [1] * 12 + [5] + [1] * 8 + [17, 2, 30, 1, 1]:
+        new = torch.tensor([row[i : i + size] for row, i in zip(rows, at)])
+        logits = model(new, past_key_values=cache).logits
+        at = [i + size for i in at]
+        for row, stop, row_logits in zip(rows, at, logits):
+            assert_same(row_logits, alone(model, row[:stop])[-size:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["entropy", "full_windows", "space_max", "wide_cross"])
+def test_slots_grow_and_wrap(rule, monkeypatch):
+    """Longer than windows, slots, patch columns and the room for the open patch were at first."""
+    monkeypatch.setattr(cache_blt, "_BLOCK", 4)
+    monkeypatch.setattr(cache_blt, "_COLUMNS", 4)
+    model = model_for(rule)
+    row = rows_of(rule, 150)[0]
+    expected = alone(model, row)
+    cache = BltCache(model.config, slack=3)
+    model(torch.tensor([row[:3]]), past_key_values=cache)
+    for index in range(3, len(row)):
+        logits = model(torch.tensor([row[index : index + 1]]), past_key_values=cache).logits
+        assert_same(logits[0, 0], expected[index])
+    assert cache.row_patches[0] > 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["entropy", "space", "wide_cross"])
+def test_patches_longer_than_all_room(rule):
+    """A patch that does not end for 200 bytes, and then does."""
+    config = tiny_config(**{**RULES[rule], "patching_mode": "space", "encoder_hash_byte_group_size": [3]})
+    model = make_model(config, seed=4)
+    row = [1] + [byte + 4 for byte in (b"ab " + b"c" * 200 + b" d" + b"e" * 70 + b" f g")]
+    expected = alone(model, row)
+    for sizes in ([1], [40, 1, 7]):
+        cache, start, seen = None, 0, []
+        while start < len(row):
+            size = sizes[len(seen) % len(sizes)]
+            out = model(torch.tensor([row[start : start + size]]), past_key_values=cache, use_cache=True)
+            cache, start = out.past_key_values, start + size
+            seen.append(out.logits[0])
+        assert_same(torch.cat(seen), expected)
+
+
+@torch.no_grad()
+def test_lengths_leave_rows_alone(rule="entropy"):
+    model, rows = model_for(rule), rows_of(rule, 60)
+    cache = model(torch.tensor([row[:10] for row in rows]), use_cache=True).past_key_values
+    at = [10, 10, 10]
+    for step in range(12):
+        lengths = [step % 4, 3, (step + 2) % 4]
+        new = torch.tensor([row[i : i + 3] for row, i in zip(rows, at)])
+        logits = model.step_logits(new, cache, lengths)
+        for row, i, count, row_logits in zip(rows, at, lengths, logits):
+            if count:
+                assert_same(row_logits[:count], alone(model, row[: i + count])[i:])
+        at = [i + count for i, count in zip(at, lengths)]
+        assert cache.row_bytes == cache.num_bytes.tolist() == at
+
+
+@torch.no_grad()
+def test_an_interrupted_step_leaves_the_cache_usable():
+    """Counters go on at the end of a forward alone, so what was written before is written again."""
+    model, row = model_for("entropy"), rows_of("entropy", 60)[0]
+    cache = model(torch.tensor([row[:20]]), use_cache=True).past_key_values
+    hook = model.model.local_decoder.layers[1].register_forward_hook(lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    for index in range(20, 23):
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.tensor([row[30:34]]), past_key_values=cache)
+    hook.remove()
+    for index in range(20, 60):
+        logits = model(torch.tensor([row[index : index + 1]]), past_key_values=cache).logits
+        assert_same(logits[0, 0], alone(model, row[: index + 1])[-1])
+
+
+# The loop of `generate` against transformers' own.
+
+
+class After(StoppingCriteria):
+    """Stops each row at a length of its own."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([input_ids.shape[1] >= length for length in self.lengths])
+
+
+class Received(BaseStreamer):
+    def __init__(self):
+        self.ids, self.ended = [], False
+
+    def put(self, value):
+        self.ids.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def transformers_loop(model):
+    """The same model, decoded by transformers' `_sample`."""
+    other = copy.copy(model)
+    object.__setattr__(other, "_sample", GenerationMixin._sample.__get__(other))
+    return other
+
+
+LOOPS = {
+    "greedy": {},
+    "eos": {"eos_token_id": None},
+    "sample": {"do_sample": True, "temperature": 0.8, "top_k": 20, "num_return_sequences": 2},
+    "processors": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 9},
+    "criteria": {"stopping_criteria": [After([24, 30, 19])]},
+    "bad_words": {"bad_words_ids": [[40], [41, 42]], "forced_eos_token_id": 2},
+}
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_the_loop_is_that_of_transformers(case):
+    model = model_for("entropy")
+    ids, mask = pad([row[:length] for row, length in zip(rows_of("entropy", 20), (14, 9, 11))], "left")
+    settings = {
+        "attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True,
+        "output_scores": True, "output_logits": True, "eos_token_id": None, **LOOPS[case],
+    }  # fmt: skip
+    if case == "eos":
+        free = model.generate(ids, **settings).sequences
+        settings["eos_token_id"] = [int(free[0, 20]), int(free[1, 25])]
+    results = []
+    for one in (transformers_loop(model), model):
+        torch.manual_seed(3)
+        streamer = Received()
+        results.append((one.generate(ids, streamer=streamer, **copy.deepcopy(settings)), streamer))
+    (expected, their_stream), (actual, our_stream) = results
+    assert actual.sequences.equal(expected.sequences)
+    assert our_stream.ended and their_stream.ended
+    assert our_stream.ids[1:] == their_stream.ids[1:]
+    for name in ("scores", "logits"):
+        theirs, ours = getattr(expected, name), getattr(actual, name)
+        assert len(ours) == len(theirs)
+        assert_same(torch.stack(ours), torch.stack(theirs))
+    assert actual.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+
+
+# Steps that are compiled.
+
+
+@pytest.mark.parametrize("rule", ["entropy", "documents", "all_layers"])
+def test_static_decoding_gives_the_same_text(rule):
+    model = model_for(rule)
+    ids, mask = pad([row[:12] for row in rows_of(rule, 12)], "left")
+    settings = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "attention_mask": mask}
+    expected = model.generate(ids, **settings)
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    static = {"cache_implementation": "static", "compile_config": config}
+    assert model.generate(ids, **settings, **static).equal(expected)
+    assert model.generate(ids, **settings, **static, disable_compile=True).equal(expected)
