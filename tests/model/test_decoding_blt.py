@@ -100,7 +100,9 @@ def test_an_interrupted_step_leaves_the_cache_usable():
     """Counters go on at the end of a forward alone, so what was written before is written again."""
     model, row = model_for("entropy"), rows_of("entropy", 60)[0]
     cache = model(torch.tensor([row[:20]]), use_cache=True).past_key_values
-    hook = model.model.local_decoder.layers[1].register_forward_hook(lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    hook = model.model.local_decoder.layers[1].register_forward_hook(
+        lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     for index in range(20, 23):
         with pytest.raises(KeyboardInterrupt):
             model(torch.tensor([row[30:34]]), past_key_values=cache)

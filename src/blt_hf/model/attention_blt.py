@@ -227,8 +227,10 @@ class SlotSpan(AttentionSpan):
         if window is None:
             first = torch.zeros_like(query_positions) if start is None else start
         else:
-            first = (query_positions - (window - 1)).clamp_min(0) if start is None else torch.maximum(
-                query_positions - (window - 1), start
+            first = (
+                (query_positions - (window - 1)).clamp_min(0)
+                if start is None
+                else torch.maximum(query_positions - (window - 1), start)
             )
         self.key_positions, self.query_positions, self.first = key_positions, query_positions, first
 

@@ -612,7 +612,9 @@ class BltCache(Cache):
         """
         counts = counts.tolist() if isinstance(counts, Tensor) else counts
         if len(counts) != len(self.row_bytes) or any(not 0 <= n <= held for n, held in zip(counts, self.row_bytes)):
-            raise ValueError(f"`crop_rows` takes back {counts} bytes from rows of {self.row_bytes}; not more are there.")
+            raise ValueError(
+                f"`crop_rows` takes back {counts} bytes from rows of {self.row_bytes}; not more are there."
+            )
         if not any(counts):
             return
         stale = [stale + n if n else 0 for stale, n in zip(self._row_stale, counts)]
@@ -699,4 +701,13 @@ class BltCache(Cache):
         self._clear()
 
 
-__all__ = ["BltCache", "BltCacheLayer", "ByteLog", "SlotAccess", "SlotTensor", "Slots", "log_field", "round_up_columns"]
+__all__ = [
+    "BltCache",
+    "BltCacheLayer",
+    "ByteLog",
+    "SlotAccess",
+    "SlotTensor",
+    "Slots",
+    "log_field",
+    "round_up_columns",
+]

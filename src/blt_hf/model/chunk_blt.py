@@ -124,9 +124,7 @@ class ByteChunk:
         """
         if self.is_small:
             last = self.cached_bytes + self.num_columns
-            return SlotSpan(
-                slots.held(last), self.row_positions, window, start, implementation, self.access(slots, 0)
-            )
+            return SlotSpan(slots.held(last), self.row_positions, window, start, implementation, self.access(slots, 0))
         num_past, access = 0, None
         if cache is not None:
             longest = max(cache.row_bytes)
@@ -497,4 +495,12 @@ def _patch_document_starts(
     return _running_max(own, chunk.previous["patch_document_start"]), later
 
 
-__all__ = ["ByteChunk", "PatchCounts", "PatchNumbers", "first_visible_patches", "make_chunk", "next_bytes", "number_patches"]
+__all__ = [
+    "ByteChunk",
+    "PatchCounts",
+    "PatchNumbers",
+    "first_visible_patches",
+    "make_chunk",
+    "next_bytes",
+    "number_patches",
+]

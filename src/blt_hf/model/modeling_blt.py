@@ -188,7 +188,9 @@ class BltModel(BltPreTrainedModel):
             latents = self.local_encoder.make_latents(states, segment, counts.max_new)
             new = torch.arange(counts.max_new, device=latents.device)
             columns = torch.arange(0 if chunk.cached_bytes is None else counts.seen, device=latents.device)
-            latents = self.global_transformer(latents.flatten(2), chunk, numbers, new, columns, None, cache, patch_trace)
+            latents = self.global_transformer(
+                latents.flatten(2), chunk, numbers, new, columns, None, cache, patch_trace
+            )
             latents = self.local_decoder.split_latents(latents)
         if cache is not None:
             cache.reserve_open(counts.max_open_bytes, chunk.num_columns)

@@ -121,7 +121,9 @@ def verify(model, text: RaggedText, cache: BltCache, drafts: Drafts, do_sample: 
 def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Tensor]:
     """Ids `(B, k + 1)` and how many drafts are accepted `(B,)`, from processed scores `(B, k + 1, V)`."""
     rows, num_drafts = drafts.ids.shape
-    exists = torch.arange(num_drafts, device=scores.device) < torch.tensor(drafts.lengths, device=scores.device)[:, None]
+    exists = (
+        torch.arange(num_drafts, device=scores.device) < torch.tensor(drafts.lengths, device=scores.device)[:, None]
+    )
     if not do_sample:
         ids = scores.argmax(dim=-1)
         is_accepted = (ids[:, :num_drafts] == drafts.ids) & exists

@@ -286,7 +286,9 @@ class BltLocalDecoder(BltPreTrainedModel):
         for tensor, patches in zip(kept, new):
             held = tensor.values
             tensor.write(patches, reads.access.on(patches.device))
-            states.append(patches if held is None or reads.is_first else torch.cat([held.to(patches.dtype), patches], dim=1))
+            states.append(
+                patches if held is None or reads.is_first else torch.cat([held.to(patches.dtype), patches], dim=1)
+            )
         return tuple(states)
 
     def keep_latents(self, latents: Tensor, access: SlotAccess, cache: BltCache) -> None:
