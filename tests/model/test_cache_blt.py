@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import RULES, alone, assert_same, encode, model_for, rules, text_ids, texts
+from test_exactness import alone, assert_same, encode, model_for, rules, text_ids, texts
 from transformers import DynamicCache, StaticCache
 
 from blt_hf import BltForCausalLM

@@ -10,7 +10,6 @@ from transformers.generation import BaseStreamer
 
 from blt_hf.model.speculation_blt import Drafts, DraftSource, SelfSpeculation, choose
 from blt_hf.model.tokenization_blt import BltTokenizer
-
 from conftest import make_model, tiny_config
 
 

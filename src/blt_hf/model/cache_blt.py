@@ -335,8 +335,8 @@ class BltCache(Cache):
     """Everything that a BLT must remember to continue each row exactly where it stands.
 
     Bytes: keys and values of the patcher's, encoder's and decoder's windows, the log of the last bytes, and the encoder
-    states of the open patch. Patches: keys and values of the global layers, and what the decoder's cross attention keeps of
-    the last patches. An empty cache has no tensors at all.
+    states of the open patch. Patches: keys and values of the global layers, and what the decoder's cross attention
+    keeps of the last patches. An empty cache has no tensors at all.
 
     `get_seq_length` counts columns of `input_ids`, padding included, as `generate` expects; `num_bytes` counts text.
 
@@ -620,8 +620,8 @@ class BltCache(Cache):
         stale = [stale + n if n else 0 for stale, n in zip(self._row_stale, counts)]
         if max(stale) > self.slack:
             raise RuntimeError(
-                f"`crop` cannot go back {max(counts)} bytes: they were not recorded. Call `activate_past_recording` before "
-                "the forward that it may have to undo."
+                f"`crop` cannot go back {max(counts)} bytes: they were not recorded. Call `activate_past_recording` "
+                "before the forward that it may have to undo."
             )
         self._row_stale = [max(stale) for stale in zip(stale, self._row_stale)]
         self.row_bytes = [held - n for n, held in zip(counts, self.row_bytes)]

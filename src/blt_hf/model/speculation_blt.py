@@ -42,6 +42,7 @@ class DraftSource(ABC):
 
     def update(self, drafted: list[int], accepted: list[int]) -> None:
         """Learns how many drafts of each row were verified, and how many accepted; rows that wait have 0 of both."""
+        return
 
 
 class SelfSpeculation(DraftSource):
