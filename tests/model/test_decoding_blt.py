@@ -19,7 +19,7 @@ ROWS = ["héllo, a b\nc 速2 d ab", "ab", "2, c\n\nbé ab cd, ab c"]
 def rows_of(rule: str, length: int) -> list[list[int]]:
     rows = []
     for text in ROWS:
-        ids = [1] + [byte + 4 for byte in (text * 20).encode()][: length - 1]
+        ids = [1] + [byte + 4 for byte in (text * 200).encode()][: length - 1]
         if rule == "documents":
             ids[5::9] = [2] * len(ids[5::9])
         rows.append(ids)
