@@ -18,13 +18,13 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}
 
 def count_passes(model) -> list[int]:
     """Bytes of each pass of the whole model, from now on."""
-    sizes, run = [], model.model._run
+    sizes, read = [], model.model._read_bytes
 
     def counted(chunk, *args):
         sizes.append(chunk.num_columns)
-        return run(chunk, *args)
+        return read(chunk, *args)
 
-    model.model._run = counted
+    model.model._read_bytes = counted
     return sizes
 
 
