@@ -195,8 +195,11 @@ def test_keys_in_slots_equal_dense_masks(data, implementation, window, length):
     query = leaf(rows, 2, length, size)
     key, value = leaf(rows, 2, num_slots, size), leaf(rows, 2, num_slots, size)
     span = SlotSpan(positions, own, window, start, implementation)
-    with torch.compiler.set_stance("force_eager"):
-        actual, _ = span.attend(module_with(1), query, key, value)
+    with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(implementation != "flex_attention"):
+        inputs = (
+            (query, key, value) if implementation != "flex_attention" else (t.detach() for t in (query, key, value))
+        )
+        actual, _ = span.attend(module_with(1), *inputs)
     visible = (positions[:, None] <= own[..., None]) & (positions[:, None] >= 0)
     if window is not None:
         visible = visible & (positions[:, None] > own[..., None] - window)
