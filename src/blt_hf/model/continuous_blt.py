@@ -236,10 +236,7 @@ class RunningBatch:
 
     def _decode(self) -> list[RequestState]:
         """One byte for each running row, all in one pass of the model."""
-        is_running = [request is not None for request in self.rows]
-        lengths = None
-        if not all(is_running):
-            lengths = torch.tensor(is_running, device=self._last_ids.device).long()
+        lengths = None if None not in self.rows else [int(request is not None) for request in self.rows]
         logits = self.model.step_logits(self._last_ids, self.cache, lengths)[:, -1]
         plain = None
         if any(request.is_plain for request in self.running):
@@ -278,8 +275,7 @@ class RunningBatch:
             self._resize(_row_count(len(self.rows) + 1))
         row = self.rows.index(None)
         self.rows[row] = request
-        index = torch.tensor([row], device=self._last_ids.device)
-        self.cache.write_rows(index, request.cache)
+        self.cache.write_rows([row], request.cache)
         self._last_ids[row] = request.state.generated_tokens[-1]
 
     def _leave(self, rows: list[int]) -> None:
@@ -288,7 +284,7 @@ class RunningBatch:
             return
         for row in rows:
             self.rows[row] = None
-        self.cache.reset_rows(torch.tensor(rows, device=self._last_ids.device))
+        self.cache.reset_rows(rows)
         if _row_count(len(self.running)) < len(self.rows):
             self._resize(_row_count(len(self.running)))
 
@@ -305,7 +301,7 @@ class RunningBatch:
             if kept:
                 index = torch.tensor(kept, device=device)
                 self.cache.select_rows(index)
-                cache.write_rows(torch.arange(len(kept), device=device), self.cache)
+                cache.write_rows(list(range(len(kept))), self.cache)
                 last_ids[: len(kept)] = self._last_ids[index]
         self.rows, self.cache, self._last_ids = requests, cache, last_ids
 
