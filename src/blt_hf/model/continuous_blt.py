@@ -1,8 +1,8 @@
 """Continuous batching: requests join and leave a running batch between two steps, on transformers' own interface.
 
-[`RunningBatch`] is the engine: rows of one [`BltCache`], each with a request of its own. A round reads a piece of one
-waiting prompt, in a cache of its own, and then makes one byte for every running row; a prompt that has been read whole
-takes a free row while its neighbours go on. [`BltContinuousBatchingManager`] runs rounds in a thread and speaks to the
+[`RunningBatch`] is the engine: rows of one [`BltCache`], each with a request of its own. A round makes one byte for every
+running row and then reads a piece of one waiting prompt, in a cache of its own; a prompt that has been read whole takes
+a free row while its neighbours go on. [`BltContinuousBatchingManager`] runs rounds in a thread and speaks to the
 outside: its queues, its results and its life cycle are those of transformers' manager.
 """
 
@@ -46,6 +46,30 @@ def free_memory(device: torch.device) -> int:
         return psutil.virtual_memory().available
     except ImportError:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def row_memory(config, num_bytes: int, dtype: torch.dtype) -> int:
+    """Bytes of memory that a row of `num_bytes` bytes of text takes in a [`BltCache`], at worst (every byte a patch).
+
+    Buffers grow by halves, so a row may hold one and a half times what it needs.
+    """
+    cache, size = BltCache(config), torch.empty(0, dtype=dtype).element_size()
+
+    def kept(slots) -> int:
+        return num_bytes if slots.keep is None else min(num_bytes, slots.keep + cache.slack)
+
+    def width(part) -> int:
+        return 2 * part.num_hidden_layers * part.head_dim * part.num_key_value_heads
+
+    patcher, encoder, decoder = config.patcher_config, config.encoder_config, config.decoder_config
+    patcher_size = 4 if size < 4 else size  # it stays in fp32
+    total = kept(cache.patcher_slots) * width(patcher) * patcher_size if cache.patcher else 0
+    total += kept(cache.local_slots) * (width(encoder) + width(decoder)) * size
+    total += num_bytes * width(config.global_config) * size
+    # Log, encoder states and latents of the last bytes; a patch may be as long as the text.
+    latents = 2 * len(cache.latents) * decoder.cross_attn_k * decoder.hidden_size
+    total += min(num_bytes, 1024) * (len(cache.byte_states) * encoder.hidden_size + latents) * size
+    return 3 * total // 2
 
 
 class _Request:
@@ -206,9 +230,8 @@ class RunningBatch:
     @torch.no_grad()
     def step(self) -> list[RequestState]:
         """One round; the requests whose text grew."""
-        grown = self._read_prompt()
-        if self.running:
-            grown += self._decode()
+        grown = self._decode() if self.running else []
+        grown += self._read_prompt()
         self._leave([row for row, request in enumerate(self.rows) if request and _is_over(request)])
         return grown
 
@@ -266,8 +289,7 @@ class RunningBatch:
         return self._memory(_row_count(len(texts)), max(texts)) <= self.max_memory
 
     def _memory(self, rows: int, num_bytes: int) -> int:
-        config = self.model.config
-        return rows * BltCache.memory(config, num_bytes, num_bytes, self.model.dtype)
+        return rows * row_memory(self.model.config, num_bytes, self.model.dtype)
 
     def _join(self, request: _Request) -> None:
         """Gives a request whose prompt has been read a row of its own."""
@@ -477,4 +499,4 @@ def _drained(messages) -> list:
     return drained
 
 
-__all__ = ["BltContinuousBatchingManager", "RunningBatch"]
+__all__ = ["BltContinuousBatchingManager", "RunningBatch", "row_memory"]

@@ -1,7 +1,7 @@
 """Generation hooks: `generate()` makes a [`BltCache`] and hands the model its next bytes; all else is transformers'."""
 
 import torch
-from transformers.generation import CompileConfig, GenerationMixin
+from transformers.generation import CompileConfig, ContinuousBatchingConfig, GenerationMixin
 
 from .cache_blt import BltCache
 from .decoding_blt import RaggedText
@@ -170,6 +170,30 @@ class BltGenerationMixin(GenerationMixin):
             position_ids=position_ids,
             is_first_iteration=is_first_iteration,
             **kwargs,
+        )
+
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
+        """A manager that requests join and leave while others run; see [`BltContinuousBatchingManager`].
+
+        Args:
+            generation_config: settings of all requests; None: the model's.
+            continuous_batching_config: a `ContinuousBatchingConfig`; None: its defaults.
+            workload_hints: as in transformers; not used.
+        Raises:
+            ValueError: the model is not a [`BltForCausalLM`].
+        """
+        from .continuous_blt import BltContinuousBatchingManager
+
+        manager = getattr(self, "_cached_continuous_batching_manager", None)
+        if isinstance(manager, BltContinuousBatchingManager):
+            return manager
+        if not hasattr(self, "step_logits"):
+            raise ValueError(f"continuous batching needs a BltForCausalLM; got {type(self).__name__}.")
+        return BltContinuousBatchingManager(
+            self,
+            self.generation_config if generation_config is None else generation_config,
+            ContinuousBatchingConfig() if continuous_batching_config is None else continuous_batching_config,
+            workload_hints,
         )
 
     def adjust_generation_fn(self, *args, **kwargs):
