@@ -5,12 +5,14 @@ compared. A snippet after `<!-- not run: reason -->` is compiled only.
 """
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import set_seed
 
 from blt_hf import BltForCausalLM, BltTokenizer
@@ -18,7 +20,7 @@ from blt_hf.cli import app
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPET = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?```python\n(?P<code>.*?)^```", re.M | re.S)
 
 
@@ -30,8 +32,9 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-# `converting.md` has a test of its own, which makes the checkpoints that it converts.
-PAGES_THAT_RUN = [page for page in PAGES if snippets(page) and page.name != "converting.md"]
+# `converting.md` has a test of its own, which makes the checkpoints that it converts. `troubleshooting.md` raises errors.
+WITH_TESTS_OF_THEIR_OWN = ("converting.md", "troubleshooting.md")
+PAGES_THAT_RUN = [page for page in PAGES if snippets(page) and page.name not in WITH_TESTS_OF_THEIR_OWN]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,38 @@ def test_snippets_run(page, clone, monkeypatch):
         if reason is None:
             with torch.enable_grad():
                 exec(program, namespace)
+
+
+def test_errors_are_those_of_the_page(clone, monkeypatch):
+    """Each snippet of the troubleshooting page raises an error whose message begins as the heading above it."""
+    monkeypatch.chdir(clone)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    namespace = {"__name__": "__main__"}
+    first, *sections = re.split(r"^### ", page, flags=re.M)
+    exec(SNIPPET.search(first)["code"], namespace)
+    assert len(sections) > 15
+    for section in sections:
+        heading = section.splitlines()[0]
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as raised:
+            exec(SNIPPET.search(section)["code"], namespace)
+        assert str(raised.value).startswith(heading), heading
+
+
+def test_options_of_shown_commands_exist():
+    """Each `blt-hf` line of a page names options that the command has."""
+    commands = typer.main.get_command(app).commands
+    shown = [
+        shlex.split(line.partition("blt-hf ")[2], comments=True)
+        for page in PAGES
+        for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", page.read_text(), re.M | re.S)
+        for line in block.replace("\\\n", " ").splitlines()
+        if re.match(r"(\$ )?blt-hf ", line)
+    ]
+    assert len(shown) > 10
+    for name, *arguments in shown:
+        known = {"--help"}.union(*(parameter.opts + parameter.secondary_opts for parameter in commands[name].params))
+        used = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
+        assert used <= known, (name, used - known)
 
 
 def test_shown_commands_exist():
