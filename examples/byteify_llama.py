@@ -1,5 +1,7 @@
 """Turn a Llama into a Byte Latent Transformer: its layers become the global transformer, and learn a tenth as fast.
 
+Takes about 10 minutes on two cores with the random Llama.
+
     python examples/byteify_llama.py [LLAMA] [--entropy-model DIR] [--steps N] [--output-dir DIR] [--small]
 
 LLAMA is a folder or Hub id; without one, a small random Llama stands in, which shows how it goes and is of no use.

@@ -1,5 +1,7 @@
 """Train an entropy model, the small byte LM that says where patches start, and calibrate its threshold.
 
+Takes about 15 minutes on two cores.
+
     python examples/train_entropy_model.py [TEXTS ...] [--steps N] [--output-dir DIR] [--small]
 
 TEXTS are files and folders (`.jsonl`: a text in each line); without any, the language reference that every Python

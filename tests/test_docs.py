@@ -85,3 +85,15 @@ def test_nothing_is_loaded_from_elsewhere(site):
 def test_links_out_of_the_docs_lead_to_copies(site):
     assert (site / "files" / "examples" / "spelling.py").read_text() == (ROOT / "examples" / "spelling.py").read_text()
     assert 'href="files/examples/spelling.py"' in (site / "spelling.html").read_text()
+
+
+def test_the_architecture_page_names_every_file_of_the_model():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = {file.name for file in (ROOT / "src" / "blt_hf" / "model").glob("*_blt.py")}
+    assert set(re.findall(r"\w+_blt\.py", page)) - {file.name for file in ROOT.glob("tests/*/test_*_blt.py")} == files
+
+
+def test_every_picture_is_shown():
+    pages = "".join((ROOT / "docs" / page).read_text() for page in PAGES) + (ROOT / "README.md").read_text()
+    for picture in (ROOT / "docs" / "images").glob("*.png"):
+        assert f"images/{picture.name})" in pages, picture.name

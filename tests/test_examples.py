@@ -1,12 +1,16 @@
 """Every example runs, in a small setting."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from hub_server import HubServer
+from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blt_hf  # noqa: F401
@@ -57,3 +61,98 @@ def test_quickstart_learns(tmp_path):
     found = re.search(r"([\d.]+) bits per byte before, ([\d.]+) after", " ".join(printed.split()))
     before, after = map(float, found.groups())
     assert after < before - 0.3 and after < 2.2
+
+
+GALLERY = sorted(
+    path.name
+    for path in (ROOT / "examples").glob("*.py")
+    if path.name not in ("quickstart.py", "spelling.py")  # longer stories, with pages and tests of their own
+)
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_gallery_is_short_and_says_how_long_it_takes(name):
+    source = (ROOT / "examples" / name).read_text()
+    header = source[:1500]
+    assert len(source.splitlines()) < 120
+    assert re.search(r"Takes (about )?(a|half a|\d+) (minute|hour)s? on two cores", header)
+    assert f"(../examples/{name})" in (ROOT / "docs" / "examples.md").read_text()
+
+
+def test_from_scratch_to_an_adapter(tmp_path):
+    """A BLT is trained, then fine-tuned with LoRA."""
+    options = ("--size", "tiny", "--steps", 2, "--context", 64, "--batch", 2, "--cpu")
+    printed = run_example("train_blt.py", *options, "--output", tmp_path / "scratch")
+    assert re.search(r"bits per byte on held-out text: \d+\.\d\d", printed)
+    model = tmp_path / "scratch" / "model"
+    printed = run_example("finetune_lora.py", "--model", model, "--output", tmp_path / "lora", "--steps", 2, "--cpu")
+    assert printed.splitlines()[-1].startswith("lemon -> ")
+    assert (tmp_path / "lora" / "adapter_config.json").is_file()
+
+
+def test_published_folder_works_for_strangers(tmp_path):
+    """And arrives on a Hub (a small one, on this machine), as one private commit."""
+    with HubServer() as hub:
+        printed = run_example(
+            "publish.py", "--output-dir", tmp_path / "out", "--repo", "me/my-blt",
+            HF_ENDPOINT=hub.url, HF_TOKEN="hf_writer", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"),
+        )  # fmt: skip
+        assert hub.repos["me/my-blt"].is_private
+    assert "The same text with its own code." in printed and "The same text with plain transformers." in printed
+    assert printed.splitlines()[-1] == "Uploaded to me/my-blt."
+
+
+def test_server_answers(tmp_path):
+    printed = run_example("serve.py", "--max-bytes", 16, HF_HOME=str(tmp_path))
+    assert re.search(r"^completion: '.+'$", printed, re.M)
+    assert re.search(r"^chat, in \d+ pieces: ", printed, re.M)
+
+
+def test_notebooks_are_those_of_the_scripts():
+    sys.path.insert(0, str(ROOT / "examples" / "notebooks"))
+    try:
+        import make
+    finally:
+        sys.path.pop(0)
+    assert sorted(make.NAMES) == [path.stem for path in NOTEBOOKS]
+    for path in NOTEBOOKS:
+        script = (ROOT / "examples" / f"{path.stem}.py").read_text()
+        assert json.loads(path.read_text()) == make.make_notebook(script), f"run {make.__file__}"
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory) -> Path:
+    """Pages of two languages, in the shape of Debian's installation guide."""
+    folder = tmp_path_factory.mktemp("guide")
+    sentences = {
+        "de": "Das Paket ist auf dem Rechner installiert. ",
+        "en": "The package is installed on the machine. ",
+    }
+    for language, sentence in sentences.items():
+        (folder / language).mkdir()
+        for number in range(5):
+            (folder / language / f"ch0{number}.html").write_text(f"<html><body><p>{sentence * 20}</p></body></html>")
+    return folder
+
+
+EXPECTED = {
+    "chat_sft": r"letters: \d of 2 right",
+    "classify_language": r"80 +\d+\.\d% +\d+\.\d%",
+    "noise_robustness": r"CAPITALS +BLT \d+\.\d\d \([+-]\d+\.\d\d\), Llama with BPE \d+\.\d\d",
+}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(path, guide, tmp_path, monkeypatch):
+    """Executed as Jupyter would, with a few steps of training."""
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    monkeypatch.setenv("BLT_EXAMPLE_SMALL", "1")
+    monkeypatch.setenv("BLT_EXAMPLE_TEXTS", str(guide))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
+    assert re.search(EXPECTED[path.stem], printed), printed
