@@ -149,8 +149,9 @@ with torch.no_grad():
         wanted = "base" if auto_class is AutoModel else name
         same(model(ids)[0], wanted)
         seen[f"{auto_class.__name__} {name}"] = type(model).__name__
-    model, tokenizer = load(AutoModelForCausalLM, "lm"), load(AutoTokenizer, "lm")
+    model, tokenizer = load(AutoModelForCausalLM, "lm"), AutoTokenizer.from_pretrained(folder / "lm")
     assert type(model.config).__module__.startswith("transformers_modules.")
+    assert type(tokenizer).__module__.startswith("transformers."), type(tokenizer)
     assert tokenizer(TEXT, return_tensors="pt").input_ids.tolist() == ids.tolist()
     generated = model.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None)
     assert generated.tolist() == expected["text"].tolist()
@@ -180,15 +181,18 @@ def test_remote_code_without_the_package(saved, model):
 
 
 PLAIN = """
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(folder / "lm").eval()
 assert type(model).__module__ == "transformers.models.blt.modeling_blt", type(model).__module__
 with torch.no_grad():
     logits = model(ids, use_cache=False).logits
-tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "lm")
+tokenizer = AutoTokenizer.from_pretrained(folder / "lm")
+chat = [{"role": "user", "content": TEXT}]
 print(json.dumps({
     "difference": float((logits - expected["lm"]).abs().max()),
     "ids": tokenizer(TEXT).input_ids,
+    "batch": {name: rows for name, rows in tokenizer([TEXT, "short"], padding=True).items()},
+    "chat": tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False),
     "text": tokenizer.decode(ids[0], skip_special_tokens=True),
     "tokenizer": type(tokenizer).__module__,
 }))
@@ -196,16 +200,17 @@ print(json.dumps({
 
 
 def test_plain_transformers_loads_it(saved):
-    """Without our code and without asking for remote code: the in-tree class, equal logits, equal ids.
-
-    `AutoTokenizer` asks for trust there, as for any repository whose tokenizer has code of its own.
-    """
+    """Without our code and without asking for remote code: the in-tree class, equal logits, equal ids."""
     seen = run_elsewhere(PLAIN, saved)
     if "local_attention_window_len" in transformers.models.blt.BltConfig().to_dict():
         assert seen["difference"] < 1e-4
     assert seen["ids"] == torch.load(saved / "expected.pt")["ids"][0].tolist()
     assert seen["text"] == TEXT
     assert seen["tokenizer"].startswith("transformers.")
+    tokenizer = BltTokenizer()
+    assert seen["batch"] == dict(tokenizer([TEXT, "short"], padding=True))
+    chat = [{"role": "user", "content": TEXT}]
+    assert seen["chat"] == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
 # The files that travel.
@@ -227,7 +232,7 @@ def siblings_of(path: pathlib.Path) -> set[str]:
 def test_every_file_that_is_needed_travels(saved, name):
     """All that is reached by `from .name import`, byte for byte, and nothing that stays home."""
     needed = set()
-    queue = ["patcher_blt" if name == "patcher" else "modeling_blt", "configuration_blt", "tokenization_blt"]
+    queue = ["patcher_blt" if name == "patcher" else "modeling_blt", "configuration_blt"]
     while queue:
         module = queue.pop()
         if module not in needed:
@@ -278,8 +283,26 @@ def test_auto_maps(saved):
         "AutoConfig": "configuration_blt.BltPatcherConfig",
         "AutoModelForCausalLM": "patcher_blt.BltPatcher",
     }
-    tokenizer = json.loads((saved / "lm" / "tokenizer_config.json").read_text())["auto_map"]
-    assert "tokenization_blt.BltTokenizer" in tokenizer["AutoTokenizer"]
+
+
+def test_a_tokenizer_needs_no_code(saved, tmp_path):
+    """Its files name a class of transformers; here it is a `BltTokenizer` all the same."""
+    for tokenizer in (BltTokenizer(), AutoTokenizer.from_pretrained(saved / "lm")):
+        assert type(tokenizer) is BltTokenizer
+        tokenizer.save_pretrained(tmp_path)
+        saved_as = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert saved_as["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in saved_as
+        assert not list(tmp_path.glob("*.py"))
+
+
+def test_architectures_are_names_that_transformers_lacks(saved):
+    """So that whoever looks one up in `transformers` finds our class or nothing."""
+    in_tree = set(dir(transformers.models.blt.modeling_blt))
+    for name in ("lm", "base", "classifier", "tagger", "patcher"):
+        architectures = json.loads((saved / name / "config.json").read_text())["architectures"]
+        assert len(architectures) == 1 and architectures[0].startswith("BltHf"), architectures
+        assert architectures[0] not in in_tree
+        assert getattr(blt_hf, architectures[0].replace("BltHf", "Blt")) is getattr(transformers, architectures[0])
 
 
 def test_configs_keep_their_model_type(saved):
@@ -316,7 +339,8 @@ def test_push_to_hub_uploads_the_code(model, monkeypatch):
     assert {name for name in uploads if name.endswith(".py")} <= code
     uploads.clear()
     BltTokenizer().push_to_hub("someone/blt")
-    assert {"tokenizer.json", "tokenizer_config.json", "tokenization_blt.py"} <= set(uploads)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(uploads)
+    assert not any(name.endswith(".py") for name in uploads)
 
 
 # Here, where the package is imported.

@@ -1,11 +1,15 @@
-"""What other libraries are taught about BLT when `blt_hf` is imported; each module says what, and why."""
+"""What `import blt_hf` changes in other libraries. Each module says what it changes, why, and what breaks without it."""
 
 from .auto import register_auto_classes
+from .names import take_over_names
+from .peft import teach_peft_when_imported
 
 
 def register() -> None:
     """Everything that `import blt_hf` changes outside this package."""
     register_auto_classes()
+    take_over_names()
+    teach_peft_when_imported()
 
 
 __all__ = ["register"]

@@ -1,6 +1,17 @@
-"""The Auto classes: after `import blt_hf` they give this package's classes for `model_type: "blt"`."""
+"""The Auto classes: after `import blt_hf` they give this package's classes for `model_type: "blt"`.
 
-import transformers
+What is changed, why, what breaks without it, and the test in tests/integrations/test_still_needed.py that fails when
+transformers no longer needs it:
+
+- The mappings of the Auto classes, through their own `register`, in the place of the in-tree classes. Without it a BLT
+  does not decode with a cache. Test: `in_tree_blt_cannot_decode`.
+- The mapping of tokenizers, with `TOKENIZER_MAPPING_NAMES` and `MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`: tokenizer
+  files name a generic class, which `AutoTokenizer` believes unless the model type is in both. Without it text becomes
+  ids by the generic class: the same ids, slower, and no `BltTokenizer`. Test: `auto_tokenizer_believes_the_files`.
+
+`register_for_auto_class` concerns our own classes alone: `save_pretrained` then ships the code.
+"""
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -49,9 +60,7 @@ def register_auto_classes() -> None:
         tokenization_auto.TOKENIZER_MAPPING_NAMES[config_class.model_type] = BltTokenizer.__name__
         tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config_class.model_type)
 
-    transformers.BltForCausalLM = BltForCausalLM  # for callers that look `architectures` up there, as TRL does
-
-    # Makes `save_pretrained` ship the code, for processes that do not have this package.
+    # `save_pretrained` ships the code, for processes that do not have this package. A tokenizer's files need none.
     for config_class in (BltConfig, BltPatcherConfig):
         config_class.register_for_auto_class()
     for auto_class, model_class in (
@@ -62,7 +71,6 @@ def register_auto_classes() -> None:
         ("AutoModelForTokenClassification", BltForTokenClassification),
     ):
         model_class.register_for_auto_class(auto_class)
-    BltTokenizer.register_for_auto_class("AutoTokenizer")
 
 
 __all__ = ["register_auto_classes"]

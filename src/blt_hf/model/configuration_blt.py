@@ -1,8 +1,9 @@
 """Configuration of the Byte Latent Transformer: model types, fields and defaults of transformers' in-tree classes."""
 
-import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+from .names_blt import add_architectures, architecture_name
 
 
 PATCHING_MODES = ("entropy", "space", "static", "byte")
@@ -49,7 +50,16 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-class _BltComponentConfig(PreTrainedConfig):
+class _SavedConfig(PreTrainedConfig):
+    """A configuration whose file names architectures that transformers does not have where code travels along."""
+
+    def save_pretrained(self, *args, **kwargs):
+        if self._auto_class is not None and self.architectures:
+            self.architectures = [architecture_name(name) for name in self.architectures]
+        return super().save_pretrained(*args, **kwargs)
+
+
+class _BltComponentConfig(_SavedConfig):
     """What the four transformer stacks have in common: derived sizes and their validation."""
 
     base_model_tp_plan = _LAYERS_TP_PLAN
@@ -255,7 +265,7 @@ class BltPatcherConfig(_BltComponentConfig):
 
 
 @strict
-class BltConfig(PreTrainedConfig):
+class BltConfig(_SavedConfig):
     """Configuration of a Byte Latent Transformer.
 
     Fields, defaults and file format are those of transformers' in-tree `BltConfig`. The fields that it does not have
@@ -473,28 +483,9 @@ class BltConfig(PreTrainedConfig):
         return self.decoder_config.intermediate_size
 
 
-class _CausalLMByName:
-    """Stands under `transformers.BltForCausalLM` for the class of that name here, which it imports when it is used.
-
-    TRL does not ask an Auto class for a model that is given by its path: it takes the class that `architectures` names
-    from `transformers`, after it has read the configuration. With the in-tree class it would train slowly, and adapt
-    the entropy model. `import blt_hf` puts the class itself there.
-    """
-
-    def _load(self):
-        from .modeling_blt import BltForCausalLM
-
-        transformers.BltForCausalLM = BltForCausalLM
-        return BltForCausalLM
-
-    def __getattr__(self, name):
-        return getattr(self._load(), name)
-
-    def __call__(self, *args, **kwargs):
-        return self._load()(*args, **kwargs)
-
-
-transformers.BltForCausalLM = _CausalLMByName()
+# Code of a checkpoint: TRL and `transformers serve` look the class up by its name after they have read the configuration.
+if __name__.startswith("transformers_modules."):
+    add_architectures()
 
 __all__ = [
     "BltConfig",

@@ -11,10 +11,9 @@ from transformers.utils import ModelOutput, logging
 from .cache_blt import BltCache
 from .configuration_blt import BltConfig
 from .generation_blt import BltGenerationMixin
-from .peft_blt import teach_peft_when_imported
+from .peft_blt import add_default_targets
 
 
-teach_peft_when_imported()
 logger = logging.get_logger(__name__)
 
 
@@ -86,6 +85,7 @@ class BltPreTrainedModel(PreTrainedModel):
         self.model_tags = ["blt", "byte-level", "tokenizer-free"]  # of this instance: trainers append to the list
         if isinstance(self, BltGenerationMixin):
             self.fill_special_token_ids()
+        add_default_targets()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

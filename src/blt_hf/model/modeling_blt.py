@@ -22,6 +22,7 @@ from .patching_blt import (
     patch_ends_from_lengths,
     patch_lengths_from_ends,
 )
+from .peft_blt import asked_by_peft
 from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder
 from .step_blt import CompiledSteps, run_small, take_draft, take_step
 
@@ -87,6 +88,13 @@ class BltModel(BltPreTrainedModel):
         if self.patcher is not None:
             self.patcher.eval()
         return self
+
+    def named_modules(self, memo=None, prefix="", remove_duplicate=True):
+        """As in torch; but PEFT, which looks here for what to adapt, does not meet the entropy model."""
+        memo = set() if memo is None else memo
+        if asked_by_peft():
+            memo.add(self._modules.get("patcher"))
+        return super().named_modules(memo, prefix, remove_duplicate)
 
     def get_input_embeddings(self):
         return self.local_encoder.embed_tokens

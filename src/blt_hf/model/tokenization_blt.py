@@ -250,9 +250,17 @@ class BltTokenizer(PreTrainedTokenizerFast):
             kwargs["tokenizer_object"] = Tokenizer.from_str(json.dumps(spec))
         return kwargs
 
-    def _save_pretrained(self, *args, **kwargs):
+    def _save_pretrained(self, save_directory, file_names, *args, **kwargs):
         self.update_post_processor()  # the names of BOS and EOS may have changed since
-        return super()._save_pretrained(*args, **kwargs)
+        # `tokenizer.json` says it all, so the files name a class that every transformers has.
+        path = next(name for name in file_names if name.endswith("tokenizer_config.json"))
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        content.pop("auto_map", None)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        return super()._save_pretrained(save_directory, file_names, *args, **kwargs)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """No file: the bytes are the vocabulary."""
