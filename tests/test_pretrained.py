@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,11 +25,15 @@ TEXTS = [
 ]
 
 
-def load_example(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "pretrain_small" / f"{name}.py")
+def load_script(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load_example(name: str):
+    return load_script(ROOT / "examples" / "pretrain_small" / f"{name}.py")
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +41,48 @@ def model():
     return AutoModelForCausalLM.from_pretrained(FOLDER)
 
 
-def test_it_is_small_and_needs_no_code_of_its_own():
+def test_it_is_small():
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 12e6
-    assert not list(FOLDER.glob("*.py"))
+
+
+def test_its_code_is_that_of_src():
+    """After a module of the model was added, renamed or removed: `python scripts/link_code.py`."""
+    link_code = load_script(ROOT / "scripts" / "link_code.py")
+    files = {file.name: file for file in FOLDER.glob("*.py")}
+    assert sorted(files) == link_code.needed_files()
+    for name, file in files.items():
+        assert file.read_text() == (link_code.SOURCE / name).read_text()
+
+
+def test_its_code_survives_an_archive(tmp_path):
+    """Links that were unpacked as files of one line become links again, or copies where links cannot be."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "src" / "blt_hf" / "model", tree / "src" / "blt_hf" / "model")
+    (tree / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "link_code.py", tree / "scripts")
+    folder = tree / "pretrained" / "blt-5m"
+    folder.mkdir(parents=True)
+    shutil.copy(FOLDER / "config.json", folder)
+    for file in FOLDER.glob("*.py"):
+        (folder / file.name).write_text(f"../../src/blt_hf/model/{file.name}")
+    for option, is_link in (("--copy", False), (None, True)):
+        subprocess.run([sys.executable, tree / "scripts" / "link_code.py", *filter(None, [option])], check=True)
+        files = list(folder.glob("*.py"))
+        assert len(files) == len(list(FOLDER.glob("*.py")))
+        for file in files:
+            assert file.is_symlink() == is_link and file.read_text() == (FOLDER / file.name).read_text()
+            assert not is_link or not os.path.isabs(os.readlink(file))
+
+
+def test_its_configuration_is_what_would_be_saved(model, tmp_path):
+    """So it names the code, and an architecture that only this code has."""
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(FOLDER).save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.py")} == {file.name for file in FOLDER.glob("*.py")}
+    for name in ("config.json", "tokenizer_config.json"):
+        saved, bundled = (json.loads((folder / name).read_text()) for folder in (tmp_path, FOLDER))
+        for entry in ("auto_map", "architectures", "model_type", "tokenizer_class"):
+            assert saved.get(entry) == bundled.get(entry), entry
 
 
 def test_it_loads_in_fp32_with_a_frozen_patcher(model):

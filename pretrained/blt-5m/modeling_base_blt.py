@@ -1,0 +1,1 @@
+../../src/blt_hf/model/modeling_base_blt.py

@@ -1,0 +1,1 @@
+../../src/blt_hf/model/peft_blt.py

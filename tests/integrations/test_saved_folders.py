@@ -1,0 +1,85 @@
+"""Folders that exist already load: one that an earlier version saved, and the bundled model, with and without code."""
+
+import json
+import pathlib
+import zipfile
+
+import pytest
+import torch
+from test_hub import run_elsewhere
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import blt_hf
+
+
+FILES = pathlib.Path(__file__).with_name("files")
+BUNDLED = pathlib.Path(__file__).parents[2] / "pretrained" / "blt-5m"
+TEXT = "The import statement "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """`old`: what `save_pretrained` of commit 8dad2dd wrote, with a text, its ids and 8 logits of each byte."""
+    folder = tmp_path_factory.mktemp("folders")
+    with zipfile.ZipFile(FILES / "saved_by_8dad2dd.zip") as archive:
+        archive.extractall(folder / "old")
+    (folder / "bundled").symlink_to(BUNDLED, target_is_directory=True)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(BUNDLED), AutoTokenizer.from_pretrained(BUNDLED)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.save({"source": TEXT, "ids": ids, "bundled": model(ids).logits}, folder / "expected.pt")
+    return folder
+
+
+def test_an_earlier_version_saved_it(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "old")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "old")
+    assert type(model) is blt_hf.BltForCausalLM and type(tokenizer) is blt_hf.BltTokenizer
+    expected = json.loads((folder / "old" / "expected.json").read_text())
+    assert tokenizer(expected["text"]).input_ids == expected["ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([expected["ids"]])).logits[0, :, :8]
+    torch.testing.assert_close(logits, torch.tensor(expected["logits"]), atol=1e-5, rtol=1e-5)
+
+
+ELSEWHERE = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+
+seen = {}
+old = json.loads((folder / "old" / "expected.json").read_text())
+for trust in (False, True):  # plain transformers first: code of the earlier version changes it
+    for name, text, text_ids, wanted in (
+        ("bundled", TEXT, ids.tolist()[0], expected["bundled"][0]),
+        ("old", old["text"], old["ids"], torch.tensor(old["logits"])),
+    ):
+        arguments = {"trust_remote_code": True} if trust else {}
+        model = AutoModelForCausalLM.from_pretrained(folder / name, **arguments).eval()
+        with torch.no_grad():
+            logits = model(torch.tensor([text_ids]), use_cache=False).logits[0, :, : wanted.shape[-1]]
+        seen[f"{name} {trust}"] = [type(model).__module__, float((logits - wanted).abs().max())]
+        if trust or name == "bundled":
+            tokenizer = AutoTokenizer.from_pretrained(folder / name, **arguments)
+            assert tokenizer(text).input_ids == text_ids
+        if trust and name == "bundled":
+            assert transformers.BltForCausalLM.__module__.startswith("transformers.models.blt")
+            named = getattr(transformers, model.config.architectures[0]).from_pretrained(folder / name, **arguments)
+            assert type(named) is type(model)
+            out = model.generate(torch.tensor([text_ids]), max_new_tokens=30, do_sample=False)
+            seen["text"] = tokenizer.decode(out[0], skip_special_tokens=True)
+print(json.dumps(seen))
+"""
+
+
+def test_they_load_where_the_package_is_not(folder):
+    seen = run_elsewhere(ELSEWHERE, folder)
+    for name in ("bundled", "old"):
+        module, difference = seen[f"{name} True"]
+        assert module.startswith("transformers_modules.") and module.endswith("modeling_blt")
+        assert difference < 1e-4, (name, difference)
+        module, difference = seen[f"{name} False"]
+        assert module == "transformers.models.blt.modeling_blt"
+        assert difference < 1e-4, (name, difference)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(BUNDLED), AutoTokenizer.from_pretrained(BUNDLED)
+    out = model.generate(**tokenizer(TEXT, return_tensors="pt"), max_new_tokens=30, do_sample=False)
+    assert seen["text"] == tokenizer.decode(out[0], skip_special_tokens=True)

@@ -1,0 +1,115 @@
+"""What `import blt_hf` changes in other libraries is still needed: each test fails when a change can go.
+
+The reasons stand at the top of the modules in src/blt_hf/integrations/. All facts are found in one process that does not
+have this package.
+"""
+
+import pytest
+import torch
+from test_hub import run_elsewhere
+
+from blt_hf import BltTokenizer
+from conftest import make_model
+
+
+FACTS = """
+import transformers
+first = transformers
+facts = {}
+
+import transformers.processing_utils
+facts["processing_utils_runs_transformers_again"] = sys.modules["transformers"] is not first
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.blt.configuration_blt import BltConfig
+from transformers.models.blt.modeling_blt import BltForCausalLM
+
+def decoded(model):
+    # Logits of the last byte with a cache, the way `generate` asks for them.
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    return model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+
+model = BltForCausalLM.from_pretrained(folder).eval()
+with torch.no_grad():
+    whole = model(ids, use_cache=False).logits[:, -1]
+    try:
+        facts["in_tree_blt_cannot_decode"] = bool((decoded(model) - whole).abs().max() > 1e-3)
+    except AttributeError:
+        facts["in_tree_blt_cannot_decode"] = True
+
+class OurTokenizer(PreTrainedTokenizerFast):
+    pass
+
+AutoTokenizer.register(BltConfig, fast_tokenizer_class=OurTokenizer, exist_ok=True)
+facts["auto_tokenizer_believes_the_files"] = type(AutoTokenizer.from_pretrained(folder)) is not OurTokenizer
+
+before = set(sys.modules)
+import peft
+facts["importing_peft_is_slow"] = len(set(sys.modules) - before) > 100  # modules, as a measure that does not vary
+
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+facts["peft_has_no_defaults"] = "blt" not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+class Bags(torch.nn.Embedding):
+    def forward(self, rows):
+        return super().forward(rows).sum(dim=-2)
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bags = Bags(10, 4)
+
+    def forward(self, rows):
+        return self.bags(rows)
+
+rows = torch.tensor([[[1, 2, 3], [4, 5, 6]]])
+def looks_up_bags(config):
+    adapted = peft.get_peft_model(Model(), config)
+    try:
+        return adapted(rows).shape == (1, 2, 4)
+    except RuntimeError:
+        return False
+
+facts["peft_looks_up_single_rows"] = not any(
+    looks_up_bags(config)
+    for config in (
+        peft.LoraConfig(target_modules=["bags"]),
+        peft.TrainableTokensConfig(target_modules=["bags"], token_indices=[3]),
+    )
+)
+
+sizes = {"token_dim": 16, "num_layers": 1, "num_attention_heads": 2}
+config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **sizes)
+try:
+    peft.get_peft_model(BltForCausalLM(model.config), config)
+    facts["peft_accepts_prompts"] = True
+except ValueError:
+    facts["peft_accepts_prompts"] = False
+print(json.dumps(facts))
+"""
+NAMES = [
+    "auto_tokenizer_believes_the_files",
+    "importing_peft_is_slow",
+    "in_tree_blt_cannot_decode",
+    "peft_accepts_prompts",
+    "peft_has_no_defaults",
+    "peft_looks_up_single_rows",
+    "processing_utils_runs_transformers_again",
+]
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("needed")
+    make_model().save_pretrained(folder)
+    tokenizer = BltTokenizer()
+    tokenizer.save_pretrained(folder)
+    ids = tokenizer("Is it still needed?", return_tensors="pt").input_ids
+    torch.save({"source": "", "ids": ids}, folder / "expected.pt")
+    return run_elsewhere(FACTS, folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_still_needed(facts, name):
+    assert set(facts) == set(NAMES)
+    assert facts[name], "no longer so: what src/blt_hf/integrations/ changes for it can go"
