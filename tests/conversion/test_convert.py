@@ -371,7 +371,7 @@ def test_checkpoint_is_complete(source, tmp_path):
     assert model.generation_config.eos_token_id == 2 and model.generation_config.pad_token_id == 0
     assert AutoTokenizer.from_pretrained(out)("hi").input_ids == [1, 108, 109]
     config = read_json(out / "config.json")
-    assert config["architectures"] == ["BltForCausalLM"] and config["mask_documents"] is True
+    assert config["architectures"] == ["BltHfForCausalLM"] and config["mask_documents"] is True
     assert isinstance(config["patch_size"], int)  # the in-tree config takes nothing else
     for module in config["auto_map"].values():
         assert (out / f"{module.split('.')[0]}.py").is_file()

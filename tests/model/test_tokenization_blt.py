@@ -678,26 +678,21 @@ IN_PLAIN_TRANSFORMERS = """
 import json, sys
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 folder, text = sys.argv[1:]
-plain = PreTrainedTokenizerFast.from_pretrained(folder)
-remote = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-assert "blt_hf" not in sys.modules and type(remote).__module__.startswith("transformers_modules")
-raw = bytes(range(256))
-assert type(remote).__name__ == "BltTokenizer" and remote.decode_bytes(remote(raw).input_ids) == raw
-for tokenizer in (plain, remote):
+assert "blt_hf" not in sys.modules
+for tokenizer in (AutoTokenizer.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)):
+    assert type(tokenizer).__module__.startswith("transformers.")
     ids = tokenizer(text).input_ids
     print(json.dumps([ids, tokenizer.decode(ids), tokenizer.decode(ids[:-1], skip_special_tokens=True)]))
 """
 
 
 def test_without_this_package(tmp_path):
-    """A process that has transformers only: its own class, and the code that travels with the files."""
+    """A process that has transformers only: its own class, without a word about code."""
     tokenizer = customised()
-    BltTokenizer.register_for_auto_class()
     tokenizer.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert not list(tmp_path.glob("*.py"))
     BltConfig().save_pretrained(tmp_path)
-    auto_map = json.loads((tmp_path / "tokenizer_config.json").read_text())["auto_map"]
-    assert auto_map == {"AutoTokenizer": ["tokenization_blt.BltTokenizer", None]}
-    assert {"tokenization_blt.py", "encoding_blt.py", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
     text = MIXED + "</s><tool>[SEP]"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", IN_PLAIN_TRANSFORMERS, str(tmp_path), text]

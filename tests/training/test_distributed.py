@@ -128,7 +128,7 @@ def test_accelerate_launch(name, kind, model_folder, one_process, tmp_path):
         assert "patcher" not in key or torch.equal(weights[key], before[key])
     # What was saved loads, and its code is that of the model, not that of the engine that wrapped it.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert model.config.architectures == ["BltForCausalLM"]
+    assert model.config.architectures == ["BltHfForCausalLM"]
     assert model.config.auto_map["AutoModelForCausalLM"] == "modeling_blt.BltForCausalLM"
     assert not list((tmp_path / "model").glob("_fsdp*"))
 
