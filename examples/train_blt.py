@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import torch
 from datasets import Dataset
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
@@ -116,4 +117,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:  # with several processes: their connections end before Python does, which could abort otherwise
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -4,13 +4,15 @@
 #   BLT_VENV   folder of the environment (default: .venv)
 #   PYTHON     interpreter to make it with (default: the first of python3, python3.13 ... python3.10 that is new enough)
 #   BLT_TORCH  what to install where torch is missing (default: torch==2.13.0)
+#   BLT_CONSTRAINTS  file of versions to install, for pip's `--constraint`; torch's is then the one that it names
 #
 # A torch that is already in the environment is kept as it is, so install your own build there first if you want another.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${BLT_VENV:-.venv}
-torch=${BLT_TORCH:-torch==2.13.0}
+wanted=${BLT_CONSTRAINTS:-}
+torch=${BLT_TORCH:-$(grep -s "^torch==" "$wanted" || echo torch==2.13.0)}
 extras=$(IFS=, && echo "$*")
 
 fail() {
@@ -41,7 +43,7 @@ python=$venv/bin/python
 
 # Installing takes a while even when there is nothing to do, so it is done again only when something has changed.
 stamp=$venv/.installed-${extras:-none}
-state="$PWD $(cksum <pyproject.toml)"
+state="$PWD $(cat pyproject.toml ${wanted:+"$wanted"} | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; then
     exit 0
 fi
@@ -55,6 +57,9 @@ if ! "$python" -c 'import torch' 2>/dev/null; then
 fi
 constraints=$venv/constraints.txt
 "$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$constraints"
-echo "Installing blt-hf${extras:+[$extras]}, with $(cat "$constraints")"
+echo "Installing blt-hf${extras:+[$extras]}, with $(cat "$constraints")${wanted:+ and $wanted}"
+if [ -n "$wanted" ]; then
+    grep -v "^torch==" "$wanted" >>"$constraints"
+fi
 "$python" -m pip install ${quiet[@]+"${quiet[@]}"} --constraint "$constraints" --editable ".${extras:+[$extras]}"
 echo "$state" >"$stamp"

@@ -202,7 +202,7 @@ print(json.dumps({
 def test_plain_transformers_loads_it(saved):
     """Without our code and without asking for remote code: the in-tree class, equal logits, equal ids."""
     seen = run_elsewhere(PLAIN, saved)
-    if "local_attention_window_len" in transformers.models.blt.BltConfig().to_dict():
+    if "local_attention_window_len" in transformers.models.blt.configuration_blt.BltConfig().to_dict():
         assert seen["difference"] < 1e-4
     assert seen["ids"] == torch.load(saved / "expected.pt")["ids"][0].tolist()
     assert seen["text"] == TEXT

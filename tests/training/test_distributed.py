@@ -187,4 +187,9 @@ if __name__ == "__main__":
     task, model_folder, folder = sys.argv[1:]
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         pretend_that_cpus_are_gpus()
-    {"train": train_and_save, "split": split_tensors}[task](model_folder, folder)
+    try:
+        {"train": train_and_save, "split": split_tensors}[task](model_folder, folder)
+    finally:
+        # gloo's threads must end before the interpreter does, which otherwise aborts now and then.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -8,9 +8,13 @@ transformers no longer needs it:
 - The mapping of tokenizers, with `TOKENIZER_MAPPING_NAMES` and `MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`: tokenizer
   files name a generic class, which `AutoTokenizer` believes unless the model type is in both. Without it text becomes
   ids by the generic class: the same ids, slower, and no `BltTokenizer`. Test: `auto_tokenizer_believes_the_files`.
+- `tokenization_auto.get_tokenizer_config` says `BltTokenizer` for files that a `BltTokenizer` has saved. Without it a
+  folder with a tokenizer and no model (an adapter's, say) gives the generic class. Test: the same.
 
 `register_for_auto_class` concerns our own classes alone: `save_pretrained` then ships the code.
 """
+
+import functools
 
 from transformers import (
     AutoConfig,
@@ -39,6 +43,17 @@ from ..model.modeling_blt import (
 from ..model.tokenization_blt import BltTokenizer
 
 
+def _naming_our_tokenizer(get_tokenizer_config):
+    @functools.wraps(get_tokenizer_config)
+    def wrapper(*args, **kwargs):
+        config = get_tokenizer_config(*args, **kwargs)
+        if "boe_token" in config and "bpe_token" in config:  # names that no other tokenizer has
+            config = {**config, "tokenizer_class": BltTokenizer.__name__}
+        return config
+
+    return wrapper
+
+
 def register_auto_classes() -> None:
     """Puts our classes in the place of transformers' in-tree ones."""
     for config_class in (
@@ -59,6 +74,8 @@ def register_auto_classes() -> None:
         # Files in the wild name a generic class, which transformers would otherwise believe.
         tokenization_auto.TOKENIZER_MAPPING_NAMES[config_class.model_type] = BltTokenizer.__name__
         tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config_class.model_type)
+
+    tokenization_auto.get_tokenizer_config = _naming_our_tokenizer(tokenization_auto.get_tokenizer_config)
 
     # `save_pretrained` ships the code, for processes that do not have this package. A tokenizer's files need none.
     for config_class in (BltConfig, BltPatcherConfig):
