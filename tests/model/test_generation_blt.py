@@ -439,11 +439,3 @@ def test_reference_decoding_modes_need_remote_code(model, ids):
     ):
         with pytest.raises(ValueError, match="trust_remote_code"):
             model.generate(ids, max_new_tokens=3, **arguments)
-
-
-def test_continuous_batching_is_refused():
-    """The server looks for this attribute, and answers one request after another where it is missing."""
-    model = make_model()
-    assert not hasattr(model, "init_continuous_batching")
-    with pytest.raises(ValueError, match="`generate_batch`.*pad the texts on the left"):
-        model.generate_batch([[1, 2, 3]])

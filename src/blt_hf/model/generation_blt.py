@@ -211,16 +211,5 @@ class BltGenerationMixin(GenerationMixin):
         # It says more than the model's configuration now; else its own fields would be lost in files.
         generation_config._from_model_config = None
 
-    # `transformers serve` asks for this attribute; without it, requests are answered one after another.
-    @property
-    def init_continuous_batching(self):
-        raise AttributeError("continuous batching in pages of tokens cannot hold bytes and patches")
-
-    def generate_batch(self, *args, **kwargs):
-        raise ValueError(
-            f"`generate_batch` batches continuously, in pages of tokens, which a {type(self).__name__} of bytes and "
-            "patches cannot use; pad the texts on the left and call `generate` on all of them."
-        )
-
 
 __all__ = ["BltGenerationMixin"]
