@@ -279,6 +279,9 @@ class BltConfig(_SavedConfig):
         patching_newline_reset (default False): the entropy model forgets what came before each newline byte.
         mask_documents (default False): an `eos` inside a row ends a document; attention does not cross it, while
             hashes and patch starts run on (as Meta's reference does in training).
+        diffusion_block_size (default None): bytes of a block that the decoder learns to fill in at once (BLT-D, see
+            `diffusion_blt.py`). None: there is no mask embedding, and only the next byte is learned.
+        diffusion_loss_weight (default 1.0): factor of the masked loss; with 0, training reads no blocks.
 
     `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim` and
     `intermediate_size` answer with the local decoder's values (`last_hidden_state` and `hidden_states` are its
@@ -328,6 +331,8 @@ class BltConfig(_SavedConfig):
     patching_threshold_add: float | int | None = None
     patching_newline_reset: bool = False
     mask_documents: bool = False
+    diffusion_block_size: int | None = None
+    diffusion_loss_weight: float | int = 1.0
 
     def __post_init__(self, **kwargs):
         for key in _LEGACY_KEYS:
@@ -361,6 +366,19 @@ class BltConfig(_SavedConfig):
         super().__post_init__(**kwargs)
         self._validate_components()
         self.validate_patching()
+        self._validate_diffusion()
+
+    def _validate_diffusion(self) -> None:
+        size, window = self.diffusion_block_size, self.local_attention_window_len
+        _check(
+            size is None or (size >= 1 and (window is None or size <= window)),
+            "`diffusion_block_size` must be None or at least 1 byte, and at most `local_attention_window_len`; got "
+            f"{size} and a window of {window} bytes.",
+        )
+        _check(
+            self.diffusion_loss_weight >= 0,
+            f"`diffusion_loss_weight` must be 0 or more; got {self.diffusion_loss_weight}.",
+        )
 
     def _validate_components(self) -> None:
         encoder, decoder = self.encoder_config, self.decoder_config

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache_blt import BltCache
 from .configuration_blt import BltConfig
+from .diffusion_blt import CorruptedBlocks
 from .generation_blt import BltGenerationMixin
 from .peft_blt import add_default_targets
 
@@ -34,6 +35,7 @@ class BltModelOutput(ModelOutput):
         entropies: with `output_patches` and an entropy model, fp32 `(B, S)`: nats of the byte after each byte.
         patch_lengths: with `output_patches`, int64 `(B, P)`: bytes of each patch, the next, unknown byte included;
             after a cache, the first one holds what this call added to the open patch.
+        blocks: with `noise`, the corrupted blocks that the decoder read beside the text.
     """
 
     last_hidden_state: Tensor | None = None
@@ -46,11 +48,16 @@ class BltModelOutput(ModelOutput):
     global_attentions: tuple[Tensor, ...] | None = None
     entropies: Tensor | None = None
     patch_lengths: Tensor | None = None
+    blocks: CorruptedBlocks | None = None
 
 
 @dataclass
 class BltCausalLMOutput(ModelOutput):
-    """As [`BltModelOutput`], with `loss` (a scalar, with `labels`) and `logits` `(B, S, vocabulary)` in fp32."""
+    """As [`BltModelOutput`], with `loss` (a scalar, with `labels`) and `logits` `(B, S, vocabulary)` in fp32.
+
+    `masked_loss`, a scalar, is what corrupted blocks added to `loss` before it was multiplied by
+    `config.diffusion_loss_weight`.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -63,6 +70,7 @@ class BltCausalLMOutput(ModelOutput):
     global_attentions: tuple[Tensor, ...] | None = None
     entropies: Tensor | None = None
     patch_lengths: Tensor | None = None
+    masked_loss: Tensor | None = None
 
 
 class BltPreTrainedModel(PreTrainedModel):

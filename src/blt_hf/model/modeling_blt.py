@@ -10,6 +10,7 @@ from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, make_chunk, number_patches
 from .configuration_blt import BltConfig
+from .diffusion_blt import BlockNoise, TwoStreamSpan, corrupt_blocks, make_noise, masked_loss
 from .embedding_blt import BltHashEmbedding, ngram_hashes
 from .generation_blt import BltGenerationMixin
 from .layers_blt import BltSelfAttention, BltTransformerLayer, PatchReads, StateTrace
@@ -115,6 +116,7 @@ class BltModel(BltPreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         output_patches: bool | None = None,
+        noise: BlockNoise | None = None,
         **kwargs,
     ) -> BltModelOutput:
         """Byte states from bytes.
@@ -132,6 +134,8 @@ class BltModel(BltPreTrainedModel):
                 the last patch is complete) or to its bytes. Not after a cache that holds bytes.
             use_cache: return a cache; None: the config's `use_cache`, but never in training.
             output_patches: also return `entropies` and `patch_lengths`.
+            noise: makes the decoder read corrupted blocks beside the text, for the masked loss of BLT-D; not with a
+                cache.
         Returns:
             [`BltModelOutput`].
         Raises:
@@ -159,9 +163,15 @@ class BltModel(BltPreTrainedModel):
         given_ends = None if patch_lengths is None else self._given_ends(chunk, patch_lengths)
         embeds = None if inputs_embeds is None else chunk.pack(inputs_embeds)
         traces = [StateTrace(wants_states, wants_weights) for _ in range(3)]
-        run = run_small if chunk.is_small else BltModel._run
-        hidden_states, entropies, numbers = run(self, chunk, cache, embeds, given_ends, traces)
-        return self._make_output(chunk, numbers, hidden_states, cache, entropies, traces, output_patches)
+        if chunk.is_small:
+            hidden_states, entropies, numbers = run_small(self, chunk, cache, embeds, given_ends, traces)
+        else:
+            hidden_states, entropies, numbers = self._run(chunk, cache, embeds, given_ends, traces, noise)
+        if noise is not None:
+            hidden_states = noise.blocks.take_states(hidden_states, chunk.num_columns)
+        output = self._make_output(chunk, numbers, hidden_states, cache, entropies, traces, output_patches)
+        output.blocks = None if noise is None else noise.blocks
+        return output
 
     @property
     def _document_rules(self) -> dict:
@@ -179,8 +189,12 @@ class BltModel(BltPreTrainedModel):
         embeds: Tensor | None = None,
         given_ends: Tensor | None = None,
         traces: list[StateTrace] | None = None,
+        noise: BlockNoise | None = None,
     ) -> tuple[Tensor, Tensor | None, PatchNumbers]:
-        """Byte states `(B, S, W)`, entropies `(B, S)` and patches of a large chunk, which the cache takes in."""
+        """Byte states `(B, S, W)`, entropies `(B, S)` and patches of a large chunk, which the cache takes in.
+
+        With `noise`, the states of corrupted blocks stand behind those of the bytes.
+        """
         byte_trace, patch_trace, trace = [None] * 3 if traces is None else traces
         if cache is not None:
             cache.begin(len(chunk.row_bytes), chunk.num_columns, False, chunk.num_bytes.device)
@@ -204,7 +218,17 @@ class BltModel(BltPreTrainedModel):
             cache.reserve_open(counts.max_open_bytes, chunk.num_columns)
             self._keep_bytes(chunk, numbers, byte_states, entropies, cache)
         reads = self._reads(chunk, numbers, cache, latents is not None)
-        hidden_states = self.local_decoder(byte_states[-1], latents, chunk, reads, span, cache, trace)
+        states, positions = byte_states[-1], None
+        if noise is not None:
+            noise.blocks = corrupt_blocks(chunk, numbers.ends, noise)
+            states, positions, reads = noise.blocks.join(
+                states, chunk.row_positions, reads, self.local_encoder.embed_tokens, noise.mask_embedding
+            )
+            span = TwoStreamSpan(
+                noise.blocks, chunk.document_start, chunk.num_columns, self.config.local_attention_window_len,
+                self.config._attn_implementation, trace is not None and trace.attentions is not None,
+            )  # fmt: skip
+        hidden_states = self.local_decoder(states, latents, chunk, reads, span, cache, trace, positions)
         if cache is not None:
             cache.commit(chunk, numbers)
             cache.count_chunk(chunk, counts)
@@ -438,6 +462,10 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         self.model = BltModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.decoder_config.hidden_size, config.vocab_size, bias=False)
+        # What the decoder starts from at a masked byte. Whoever does not know it leaves it out, and has an ordinary BLT.
+        self.mask_embedding = (
+            None if config.diffusion_block_size is None else nn.Embedding(1, config.decoder_config.hidden_size)
+        )
         self.post_init()
 
     def get_input_embeddings(self):
@@ -481,6 +509,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         output_attentions: bool | None = None,
         output_patches: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        noise_generator: torch.Generator | None = None,
         **kwargs,
     ) -> BltCausalLMOutput:
         """Predicts the next byte; arguments as [`BltModel.forward`], and:
@@ -488,9 +517,19 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         Args:
             labels: int64 `(B, S)`, -100 is ignored; shifted inside. `num_items_in_batch` is honoured.
             logits_to_keep: the last so many positions get logits (0: all), or those of an index tensor.
+            noise_generator: where the noise of the masked loss comes from, if `config.diffusion_block_size` is set;
+                None: torch's own generator in training, and no masked loss otherwise.
         Returns:
             [`BltCausalLMOutput`].
         """
+        if use_cache and self.training and self.is_gradient_checkpointing:
+            use_cache = self._start_cache(None, use_cache, self.config) is not None  # which warns
+        noise = make_noise(
+            self.config, labels, self.mask_embedding, self.training, noise_generator,
+            input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache,
+        )  # fmt: skip
+        if noise is not None:
+            use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -502,14 +541,20 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_patches=output_patches,
+            noise=noise,
             return_dict=True,
         )
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)).float()
-        loss = None
+        loss = of_blocks = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return BltCausalLMOutput(loss=loss, logits=logits, **fields)
+        if noise is not None:
+            of_blocks = masked_loss(outputs.blocks, self.lm_head, labels, kwargs.get("num_items_in_batch"))
+            loss = loss + self.config.diffusion_loss_weight * of_blocks
+        elif self.training and loss is not None and self.mask_embedding is not None:
+            loss = loss + 0.0 * self.mask_embedding.weight.sum()  # DDP wants a gradient for every parameter
+        fields = {name: value for name, value in outputs.items() if name not in ("last_hidden_state", "blocks")}
+        return BltCausalLMOutput(loss=loss, logits=logits, masked_loss=of_blocks, **fields)
 
 
 class _BltClassifier(BltPreTrainedModel):

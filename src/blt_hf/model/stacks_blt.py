@@ -248,15 +248,20 @@ class BltLocalDecoder(BltPreTrainedModel):
         span: AttentionSpan,
         cache: BltCache | None = None,
         trace: StateTrace | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Byte states `(B, S, W)` and latents of new patches `(B, P, K, W)` to `(B, S, W)`.
 
         `latents` is None where none are new, or the cache has them already. `reads`: what each byte reads.
+        `positions`: int64 `(B, S)`, of each byte in its row; None: those of the chunk. Behind the chunk's bytes may
+        stand those of corrupted blocks, which are not traced.
         """
         hidden_states = self.dropout(byte_states)
-        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
+        position_embeddings = self.rotary_emb.for_heads(
+            hidden_states, chunk.row_positions if positions is None else positions
+        )
         if trace is not None:
-            trace.add(hidden_states)
+            trace.add(hidden_states[:, : chunk.num_columns])
         for index, layer in enumerate(self.layers):
             if index < len(self.cross_attn_layers):
                 cross_attention = self.cross_attn_layers[index]
@@ -266,7 +271,7 @@ class BltLocalDecoder(BltPreTrainedModel):
             cache_layer = None if cache is None else cache.decoder[index]
             hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=cache_layer)
             if trace is not None:
-                trace.add(hidden_states, weights)
+                trace.add(hidden_states[:, : chunk.num_columns], weights)
         return self.norm(hidden_states)
 
     def _patch_states(

@@ -1,0 +1,382 @@
+"""Fast BLT (BLT-D, arXiv 2605.08044): the local decoder learns to fill in a block of masked bytes at once.
+
+Training reads two streams. The clean one is the text, as always. The corrupted one has a block for each patch: the `K`
+bytes from where the patch starts, some of them masked. The decoder reads both in one sequence, `[bytes | blocks]`:
+
+    starts as        a clean byte: its encoder state. A masked byte: one learned vector, the mask embedding. A byte of a
+                     block that is not masked: its byte embedding alone, for its encoder state and its hashes have seen
+                     the bytes before it, which may be masked.
+    latents          every byte of a block reads those that the last byte before the block reads: the last patch that
+                     is complete there.
+    self-attention   a byte of a block sees the whole block, before and behind it, and the clean bytes before the block
+                     as far back as the window of its own position reaches. It sees no other block, and clean bytes
+                     see no block, so the clean stream is what it is without the other.
+    predicts         a clean byte: the next byte. A masked byte: itself.
+
+Blocks whose starts lie in the same stretch of text become a row of a batch, with the keys of that stretch and of the
+window before it, so the cost is linear in bytes.
+
+Dimension letters: `B` rows, `S` bytes, `N` blocks of a row, `K` bytes of a block, `W` width, `H` heads, `D` head size;
+in the attention `R` rows of `M` blocks, and `T` keys of clean bytes.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .attention_blt import AttentionSpan
+from .chunk_blt import ByteChunk
+from .layers_blt import PatchReads
+
+
+MIN_MASK_PROBABILITY = 1e-3
+"""Of a block; the loss of a masked byte is divided by it."""
+_STRETCH = 64  # bytes of text whose blocks may share their keys
+_ROW_QUERIES = 128  # bytes of blocks that do
+
+
+@dataclass
+class BlockNoise:
+    """What a forward is told of the blocks that it has to read.
+
+    Attributes:
+        labels: int64 `(B, S)`, the byte that each position should be; -100: it is not learned.
+        block_size: `K`.
+        mask_embedding: `(W,)`, what the decoder starts from at a masked byte.
+        generator: where the noise comes from; None: torch's own generator.
+        blocks: what it made of the text, once the model has patched it.
+    """
+
+    labels: Tensor
+    block_size: int
+    mask_embedding: Tensor
+    generator: torch.Generator | None = None
+    blocks: "CorruptedBlocks | None" = None
+
+    def draw(self, num_rows: int, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """First a mask probability for each block, uniform `(B, N)`, then a uniform number for each byte `(B, N, K)`."""
+        shape = (num_rows, num_blocks)
+        place = device if self.generator is None else self.generator.device
+        probability = torch.rand(shape, generator=self.generator, device=place)
+        level = torch.rand((*shape, self.block_size), generator=self.generator, device=place)
+        return probability.clamp_min(MIN_MASK_PROBABILITY).to(device), level.to(device)
+
+
+@dataclass
+class CorruptedBlocks:
+    """The blocks of one forward, in the order of their starts; rows that have fewer are filled up with empty ones.
+
+    Attributes:
+        starts: int64 `(B, N)`, position in its row of each block's first byte (0 for an empty block).
+        ids: int64 `(B, N, K)`, the bytes; anything where there is none.
+        labels: int64 `(B, N, K)`, what they should be predicted to be; -100 where nothing is learned.
+        exists: bool `(B, N, K)`, False past the end of the text, in another document, and in an empty block.
+        is_masked: bool `(B, N, K)`.
+        probability: `(B, N)`, chance with which the bytes of each block were masked.
+        states: `(B, N, K, W)`, what the decoder made of them, once it has.
+    """
+
+    starts: Tensor
+    ids: Tensor
+    labels: Tensor
+    exists: Tensor
+    is_masked: Tensor
+    probability: Tensor
+    states: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 `(B, N, K)`, position of each byte in its row."""
+        return self.starts[..., None] + torch.arange(self.ids.shape[-1], device=self.starts.device)
+
+    def join(
+        self, byte_states: Tensor, positions: Tensor, reads: PatchReads, embed_tokens: nn.Embedding, mask: Tensor
+    ) -> tuple[Tensor, Tensor, PatchReads]:
+        """What the decoder takes of both streams, `[bytes | blocks]`: states, positions, and what each byte reads.
+
+        Args:
+            byte_states: `(B, S, W)`, of the encoder.
+            positions, reads: of the clean bytes.
+            mask: `(W,)`, the mask embedding.
+        """
+        size = self.ids.shape[-1]
+        embeds = torch.where(self.is_masked[..., None], mask, embed_tokens(self.ids)).flatten(1, 2)
+        before = (self.starts - 1).clamp_min(0).repeat_interleave(size, dim=1)[..., None]
+
+        def with_blocks(values: Tensor) -> Tensor:
+            return torch.cat([values, values.gather(1, before.expand(-1, -1, values.shape[-1]))], dim=1)
+
+        reads = replace(
+            reads,
+            index=with_blocks(reads.index),
+            hidden=None if reads.hidden is None else with_blocks(reads.hidden),
+        )
+        states = torch.cat([byte_states, embeds.to(byte_states.dtype)], dim=1)
+        return states, torch.cat([positions, self.positions.flatten(1)], dim=1), reads
+
+    def take_states(self, hidden_states: Tensor, num_bytes: int) -> Tensor:
+        """Keeps the states of the blocks in `[bytes | blocks]`, and returns those of the `num_bytes` bytes."""
+        self.states = hidden_states[:, num_bytes:].unflatten(1, self.ids.shape[1:])
+        return hidden_states[:, :num_bytes]
+
+
+def make_noise(
+    config, labels: Tensor | None, mask_embedding: nn.Embedding | None, is_training: bool, generator, **inputs
+) -> BlockNoise | None:
+    """The noise of a forward; None where it reads no blocks.
+
+    Blocks are read where there are labels, `diffusion_block_size` is set, and the model is in training or the caller
+    passes a generator: otherwise the loss of an evaluation would not be the text's own, nor the same twice.
+
+    Raises:
+        ValueError: blocks were asked for and cannot be read.
+    """
+    if generator is not None and (labels is None or config.diffusion_block_size is None):
+        missing = "`labels`" if labels is None else "a model whose `diffusion_block_size` is set"
+        raise ValueError(f"`noise_generator` draws the noise of the masked loss, which needs {missing}; got None.")
+    is_wanted = generator is not None or (is_training and config.diffusion_loss_weight > 0)
+    if labels is None or config.diffusion_block_size is None or not is_wanted:
+        return None
+    for name, remedy in (
+        ("input_ids", "pass the bytes that `inputs_embeds` hide"),
+        ("past_key_values", "pass whole texts and no cache"),
+        ("use_cache", "leave it False"),
+    ):
+        given = inputs[name] is None if name == "input_ids" else inputs[name] not in (None, False)
+        if given:
+            raise ValueError(
+                f"the masked loss (`diffusion_block_size={config.diffusion_block_size}`) cannot be had with "
+                f"`{name}={inputs[name] if name != 'past_key_values' else 'a cache'}`: {remedy}, or train without it "
+                "(`model.config.diffusion_loss_weight = 0`)."
+            )
+    return BlockNoise(labels, config.diffusion_block_size, mask_embedding.weight[0], generator)
+
+
+def find_block_starts(chunk: ByteChunk, ends: Tensor, labels: Tensor, block_size: int) -> Tensor:
+    """Where blocks start, int64 `(B, N)` with `N >= 1`, -1 on the right of rows that have fewer.
+
+    A block starts with each patch but a text's first, which has nothing before it; not where none of its bytes is
+    learned.
+
+    Args:
+        ends: bool `(B, S)`, last bytes of patches.
+        labels: int64 `(B, S)`.
+    """
+    starts = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], dim=1) & (chunk.text_positions > 0)
+    if chunk.is_text is not None:
+        starts = starts & chunk.is_text
+    learned = nn.functional.pad((labels != -100).long().cumsum(dim=1), (1, block_size))
+    learned[:, ends.shape[1] + 1 :] = learned[:, ends.shape[1], None]
+    starts = starts & (learned[:, block_size:-1] > learned[:, : -block_size - 1])
+    # A stable sort moves the starts of each row to its beginning.
+    order = torch.argsort((~starts).to(torch.uint8), dim=1, stable=True)
+    counts = starts.sum(dim=1)
+    order = order[:, : max(int(counts.max()), 1)]
+    return torch.where(torch.arange(order.shape[1], device=order.device) < counts[:, None], order, -1)
+
+
+def corrupt_blocks(chunk: ByteChunk, ends: Tensor, noise: BlockNoise) -> CorruptedBlocks:
+    """The blocks of a text whose patches end at `ends` `(B, S)`, with the bytes that `noise` masks."""
+    labels = chunk.pack(noise.labels)
+    if chunk.is_text is not None:
+        labels = labels.masked_fill(~chunk.is_text, -100)
+    starts = find_block_starts(chunk, ends, labels, noise.block_size)
+    is_block, starts = starts >= 0, starts.clamp_min(0)
+    positions = starts[..., None] + torch.arange(noise.block_size, device=starts.device)
+    inside = positions.clamp_max(chunk.num_columns - 1).flatten(1)
+
+    def at_positions(values: Tensor) -> Tensor:
+        return values.gather(1, inside).view(positions.shape)
+
+    exists = (positions < chunk.num_bytes[:, None, None]) & is_block[..., None]
+    if chunk.document_start is not None:
+        document = at_positions(chunk.document_start)
+        exists = exists & (document == document[..., :1])
+    probability, level = noise.draw(*starts.shape, starts.device)
+    return CorruptedBlocks(
+        starts=starts,
+        ids=at_positions(chunk.input_ids),
+        labels=at_positions(labels).masked_fill(~exists, -100),
+        exists=exists,
+        is_masked=level < probability[..., None],
+        probability=probability,
+    )
+
+
+class TwoStreamSpan(AttentionSpan):
+    """Keys of the decoder's self-attention over `[bytes | blocks]`.
+
+    Args:
+        blocks: the corrupted blocks.
+        document_start: int64 `(B, S)`, position of the first byte that each clean byte may see; None: 0.
+        num_queries, window, implementation, wants_weights: as in [`AttentionSpan`], for the clean bytes.
+    """
+
+    def __init__(
+        self,
+        blocks: CorruptedBlocks,
+        document_start: Tensor | None,
+        num_queries: int,
+        window: int | None,
+        implementation: str,
+        wants_weights: bool = False,
+    ):
+        super().__init__(0, num_queries, window, document_start, implementation, wants_weights)
+        self.blocks, self.document_start = blocks, document_start
+        self.history = (num_queries if window is None else min(window, num_queries)) - 1
+        self._assign_rows()
+
+    def _assign_rows(self) -> None:
+        """Puts up to `M` blocks that start in one stretch of text into a row of the attention's batch.
+
+        Sets `_slots`, int64 `(R, M)`, the block at each place among the `B * N` (-1: none); `_places`, int64 `(B, N)`,
+        the place of each block among the `R * M`; and `_stretch`, int64 `(R,)`, each row's stretch among all of them.
+        """
+        starts, is_block = self.blocks.starts, self.blocks.exists[..., 0]
+        num_rows, num_blocks, size = self.blocks.ids.shape
+        width = max(_ROW_QUERIES // size, 1)
+        num_stretches = -(-self.num_queries // _STRETCH)
+        stretch = torch.where(is_block, starts // _STRETCH, num_stretches)
+        counts = nn.functional.one_hot(stretch, num_stretches + 1).sum(dim=1)
+        before = counts.cumsum(dim=1) - counts  # blocks of earlier stretches; starts ascend
+        rank = torch.arange(num_blocks, device=starts.device) - before.gather(1, stretch)
+        needed = -(-counts[:, :-1] // width).flatten()  # rows of each stretch
+        last = needed.cumsum(dim=0)
+        total = max(int(last[-1]), 1)
+        stretch = (stretch + torch.arange(num_rows, device=starts.device)[:, None] * num_stretches).flatten()
+        first = (last - needed).index_select(0, stretch.clamp_max(needed.shape[0] - 1)).view_as(rank)
+        self._places = torch.where(is_block, (first + rank // width) * width + rank % width, 0)
+        slots = starts.new_full((total * width + 1,), -1)
+        target = torch.where(is_block, self._places, total * width).flatten()
+        slots.scatter_(0, target, torch.arange(num_rows * num_blocks, device=starts.device))
+        self._slots = slots[:-1].view(total, width)
+        index = torch.arange(total, device=starts.device)
+        self._stretch = torch.searchsorted(last, index, right=True).clamp_max(needed.shape[0] - 1)
+        # Where the keys of each row stand in `(B * S)`; those before the text are hidden by the mask.
+        row, stretch = self._stretch // num_stretches, self._stretch % num_stretches
+        self._key_positions = (
+            stretch[:, None] * _STRETCH - self.history + torch.arange(self.history + _STRETCH, device=starts.device)
+        )
+        inside = self._key_positions.clamp(0, self.num_queries - 1)
+        self._key_index = (inside + row[:, None] * self.num_queries).flatten()
+        self._row_of = row
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0):
+        """Output `(B, S + N*K, H, D)`; weights are those of the clean bytes."""
+        clean = (states[:, :, : self.num_queries] for states in (query, key, value))
+        output, weights = super().attend(module, *clean, dropout)
+        return torch.cat([output, self._attend_blocks(module, query, key, value, dropout)], dim=1), weights
+
+    def _attend_blocks(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """Rows of blocks that start in one stretch, over the keys of the window, the stretch and the row's blocks."""
+        own = tuple(self._to_rows(states[:, :, self.num_queries :]) for states in (query, key, value))
+        key, value = (
+            torch.cat([self._before(states[:, :, : self.num_queries]), mine], dim=2)
+            for states, mine in zip((key, value), own[1:])
+        )
+        mask = self._mask("blocks of bytes", query, self._build_two_stream_mask)
+        output, _ = self._call(module, own[0], key, value, mask, dropout)
+        size = self.blocks.ids.shape[-1]
+        output = output.reshape(-1, size, *output.shape[2:])  # (R*M, K, H, D)
+        return output.index_select(0, self._places.flatten()).view(query.shape[0], -1, *output.shape[2:])
+
+    def _to_rows(self, states: Tensor) -> Tensor:
+        """`(B, H, N*K, D)` to `(R, H, M*K, D)`."""
+        states = states.unflatten(2, self.blocks.ids.shape[1:]).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B*N, K, H, D)
+        states = states.index_select(0, self._slots.clamp_min(0).flatten())
+        return states.unflatten(0, self._slots.shape).flatten(1, 2).transpose(1, 2)
+
+    def _before(self, states: Tensor) -> Tensor:
+        """Clean bytes `(B, H, S, D)` that the blocks of each row may see, `(R, H, T, D)`."""
+        states = states.transpose(1, 2).flatten(0, 1).index_select(0, self._key_index)
+        return states.unflatten(0, self._key_positions.shape).transpose(1, 2)
+
+    def _visible_keys(self) -> Tensor:
+        """bool `(R, M*K, T + M*K)`."""
+        blocks, slots = self.blocks, self._slots
+        device, (_, width), size = slots.device, slots.shape, blocks.ids.shape[-1]
+        index = slots.clamp_min(0)
+        starts = blocks.starts.flatten()[index]  # (R, M)
+        exists = blocks.exists.flatten(0, 1)[index] & (slots >= 0)[..., None]  # (R, M, K)
+        first = torch.zeros_like(starts)
+        if self.document_start is not None:
+            first = self.document_start[self._row_of[:, None], starts]
+        window = self.window if self.window is not None else self.num_queries + size
+        position = starts[..., None] + torch.arange(size, device=device)
+        key = self._key_positions[:, None, None]  # (R, 1, 1, T)
+        sees_clean = (key < starts[..., None, None]) & (key > position[..., None] - window)
+        sees_clean = sees_clean & (key >= first[..., None, None]) & exists[..., None]
+        same_block = torch.eye(width, dtype=torch.bool, device=device)[:, None, :, None]
+        # A place without a byte sees itself, so that no softmax is empty.
+        itself = same_block & torch.eye(size, dtype=torch.bool, device=device)[None, :, None, :]
+        sees_own = (same_block & exists[:, None, None] & exists[..., None, None]) | itself
+        return torch.cat([sees_clean, sees_own.flatten(-2)], dim=-1).flatten(1, 2)
+
+    def _build_two_stream_mask(self, device: torch.device):
+        """The same in the form of the attention interface, `(R, 1, M*K, T + M*K)`."""
+        visible = self._visible_keys()
+        if self.implementation != "flex_attention":
+            return visible[:, None]
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def is_visible(row, head, query_index, key_index):
+            return visible[row, query_index, key_index]
+
+        return create_block_mask(is_visible, visible.shape[0], None, *visible.shape[1:], device=device)
+
+    def visible(self, row: int) -> Tensor:
+        """What each position of `[bytes | blocks]` sees of them in one row, bool `(S + N*K, S + N*K)`.
+
+        For pictures and tests: it is read off the masks that the attention uses, and quadratic in bytes.
+        """
+        device, length = self.blocks.starts.device, self.num_queries
+        num_blocks, size = self.blocks.ids.shape[1:]
+        total = length + num_blocks * size
+        seen = torch.zeros(total + 1, total + 1, dtype=torch.bool, device=device)
+        whole = AttentionSpan(0, length, self.window, self.first_key, "eager", wants_weights=True)
+        clean = whole._build_mask(device)
+        seen[:length, :length] = clean[min(row, clean.shape[0] - 1), 0]
+        # Each place of the attention's rows is a position of `[bytes | blocks]`, or nothing (the last index).
+        block = torch.where(self._slots < 0, num_blocks, self._slots - row * num_blocks)[..., None]
+        block = torch.where(block < num_blocks, length + block * size + torch.arange(size, device=device), total)
+        is_byte = (self._key_positions >= 0) & (self._key_positions < length)
+        text = torch.where(is_byte, self._key_positions, total)
+        for visible, of_row, blocks, keys in zip(self._visible_keys(), self._row_of, block.flatten(1), text):
+            if of_row == row:
+                seen[blocks[:, None], torch.cat([keys, blocks])] = visible
+        return seen[:-1, :-1]
+
+
+def masked_loss(blocks: CorruptedBlocks, head: nn.Module, labels: Tensor, num_items_in_batch=None) -> Tensor:
+    """Cross-entropy of the masked bytes, each divided by the mask probability of its block, in nats a learned byte.
+
+    The sum over blocks is divided as the next-byte loss is: by `num_items_in_batch`, or by the positions whose next byte
+    is learned. So a byte counts as often as blocks cover it (`K` / mean patch length times).
+
+    Args:
+        blocks: with their `states`.
+        head: the model's head over bytes.
+        labels: int64 `(B, S)` as the caller gave them.
+    """
+    is_learned = blocks.is_masked & (blocks.labels != -100)
+    logits = head(blocks.states[is_learned]).float()
+    nats = nn.functional.cross_entropy(logits, blocks.labels[is_learned], reduction="none")
+    weights = (1 / blocks.probability)[..., None].expand(is_learned.shape)[is_learned]
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels[:, 1:] != -100).sum().clamp_min(1)
+    elif isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(nats.device)
+    return (nats * weights).sum() / num_items_in_batch
+
+
+__all__ = [
+    "MIN_MASK_PROBABILITY",
+    "BlockNoise",
+    "CorruptedBlocks",
+    "TwoStreamSpan",
+    "corrupt_blocks",
+    "find_block_starts",
+    "make_noise",
+    "masked_loss",
+]
