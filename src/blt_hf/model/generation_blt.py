@@ -6,9 +6,13 @@ from transformers.generation import CompileConfig, ContinuousBatchingConfig, Gen
 from .cache_blt import BltCache
 from .decoding_blt import RaggedText
 from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
+from .unmasking_blt import UNMASKING_RULES, BlockDrafts, Unmasking, decode_blocks
 
 
-_OWN_FIELDS = ("self_speculation_window", "self_speculation_schedule")
+_OWN_FIELDS = (
+    "self_speculation_window", "self_speculation_schedule", "diffusion_block_size", "unmasking", "confidence_threshold",
+    "entropy_budget", "verify",
+)  # fmt: skip
 _SCHEDULES = ("constant", "heuristic")
 _SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -22,6 +26,16 @@ class BltGenerationMixin(GenerationMixin):
         self_speculation_window (default None): bytes that the local models draft before the whole model verifies
             them. The text is that of normal decoding; sampling keeps its distribution.
         self_speculation_schedule (default `"constant"`): `"heuristic"` adapts the window of each row to what it accepts.
+
+    And five for a model that was trained with `config.diffusion_block_size` (`unmasking_blt.py` says what happens):
+
+        diffusion_block_size (default None): bytes of a block, the first of which is chosen by the whole model and the
+            others by the decoder. At least 2; what the model was trained with is the most that it does well.
+        unmasking (default `"confidence"`): which bytes of a block are kept each time it was read; or `"entropy"`.
+        confidence_threshold (default 0.6): probability from which a byte is kept. Above 1: one byte at a time.
+        entropy_budget (default 0.9): nats that the bytes kept at a time may have in sum.
+        verify (default False): read each block once and let the whole model verify it: greedy text is that of normal
+            decoding, and sampling keeps its distribution. Without it the text depends on block size and thresholds.
 
     `cache_implementation="static"` compiles the decoding step with `torch.compile`, on any device, as `compile_config`
     says; `disable_compile=True` leaves it as it is. The first bytes then take as long as compiling does.
@@ -38,26 +52,64 @@ class BltGenerationMixin(GenerationMixin):
             raise ValueError(f"`self_speculation_window` must be None or at least 1 byte; got {window!r}.")
         if schedule not in _SCHEDULES:
             raise ValueError(f"`self_speculation_schedule` must be one of {_SCHEDULES}; got {schedule!r}.")
+        self._check_blocks(generation_config)
         return generation_config, model_kwargs
+
+    def _check_blocks(self, generation_config) -> None:
+        size = getattr(generation_config, "diffusion_block_size", None)
+        if size is None:
+            return
+        trained = getattr(self.config, "diffusion_block_size", None)
+        window = getattr(self.config, "local_attention_window_len", None)
+        rule = getattr(generation_config, "unmasking", UNMASKING_RULES[0])
+        if trained is None:
+            raise ValueError(
+                f"`diffusion_block_size={size!r}` needs a model that was trained with blocks (`diffusion_block_size` in "
+                "its configuration); this one has no mask embedding."
+            )
+        if not isinstance(size, int) or size < 2 or (window is not None and size > window):
+            raise ValueError(
+                "`diffusion_block_size` must be None or at least 2 bytes, and at most the local attention window; got "
+                f"{size!r} and a window of {window}."
+            )
+        if rule not in UNMASKING_RULES:
+            raise ValueError(f"`unmasking` must be one of {UNMASKING_RULES}; got {rule!r}.")
+        for name in ("confidence_threshold", "entropy_budget"):
+            value = getattr(generation_config, name, 0.0)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"`{name}` must be a number; got {value!r}.")
+        if getattr(generation_config, "self_speculation_window", None) is not None:
+            raise ValueError(
+                "`self_speculation_window` and `diffusion_block_size` are two ways to draft; set one of them, got "
+                f"{generation_config.self_speculation_window} and {size}."
+            )
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-        if getattr(generation_config, "self_speculation_window", None) is None:
-            return
-        if generation_mode not in ("greedy_search", "sample"):
-            raise ValueError(
-                "`self_speculation_window` drafts for greedy decoding and sampling; got generation mode "
-                f"'{getattr(generation_mode, 'value', generation_mode)}'. Leave out one of the two."
-            )
-        if not hasattr(self, "draft_logits"):
-            raise ValueError(f"`self_speculation_window` needs a BltForCausalLM; got {type(self).__name__}.")
-        if generation_config.use_cache is False:
-            raise ValueError("`self_speculation_window` needs `use_cache=True`; got False.")
+        for field in ("self_speculation_window", "diffusion_block_size"):
+            if getattr(generation_config, field, None) is None:
+                continue
+            if generation_mode not in ("greedy_search", "sample"):
+                raise ValueError(
+                    f"`{field}` drafts for greedy decoding and sampling; got generation mode "
+                    f"'{getattr(generation_mode, 'value', generation_mode)}'. Leave out one of the two."
+                )
+            if not hasattr(self, "draft_logits"):
+                raise ValueError(f"`{field}` needs a BltForCausalLM; got {type(self).__name__}.")
+            if generation_config.use_cache is False:
+                raise ValueError(f"`{field}` needs `use_cache=True`; got False.")
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         streamer = kwargs.get("streamer")
-        model_kwargs = {name: value for name, value in kwargs.items() if name not in ("streamer", "synced_gpus")}
+        model_kwargs = {
+            name: value for name, value in kwargs.items() if name not in ("streamer", "synced_gpus", "tokenizer")
+        }
         if kwargs.get("synced_gpus") or not self._decodes_itself(generation_config, model_kwargs):
+            if getattr(generation_config, "diffusion_block_size", None) is not None:
+                raise ValueError(
+                    "`diffusion_block_size` decodes plain byte ids, without hidden states, attentions or other inputs, "
+                    "and not under `synced_gpus`; leave out one of the two."
+                )
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         text = RaggedText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
@@ -65,6 +117,7 @@ class BltGenerationMixin(GenerationMixin):
         logits = outputs.logits[:, -1:].float()
         del outputs  # may be large
         source = self._draft_source(generation_config, len(text.lengths), cache)
+        unmasking = None if source is not None else self._unmasking(generation_config)
         do_sample = generation_config.do_sample
         with torch.no_grad():
             while True:
@@ -77,11 +130,13 @@ class BltGenerationMixin(GenerationMixin):
                     has_stopped = torch.tensor([stop is not None for stop in text.stops], device=ids.device)
                     ids = ids.masked_fill(has_stopped[:, None], text.pad_token_id)
                 text.append(ids, [1] * ids.shape[0], logits, scores)
-                if text.is_done or source is not None:
+                if text.is_done or source is not None or unmasking is not None:
                     break
                 logits = self._next_logits(ids, cache)
             if source is not None:
                 decode_drafted(self, source, text, cache, do_sample)
+            elif unmasking is not None:
+                decode_blocks(self, text, cache, generation_config.diffusion_block_size, unmasking, do_sample)
         return text.finish(cache)
 
     def _decodes_itself(self, generation_config, model_kwargs: dict) -> bool:
@@ -109,11 +164,29 @@ class BltGenerationMixin(GenerationMixin):
     def _draft_source(self, generation_config, num_rows: int, cache: BltCache) -> DraftSource | None:
         """Who drafts in this call of `generate`; None: nobody."""
         window = getattr(generation_config, "self_speculation_window", None)
+        size = getattr(generation_config, "diffusion_block_size", None)
+        if size is not None:
+            cache.reserve_slack(size + 1)
+            is_verified = getattr(generation_config, "verify", False)
+            return BlockDrafts(self, size, generation_config.do_sample) if is_verified else None
         if window is None:
             return None
         is_adaptive = getattr(generation_config, "self_speculation_schedule", "constant") == "heuristic"
         cache.reserve_slack(max(window, 32 if is_adaptive else 0) + 1)
         return SelfSpeculation(self, num_rows, window, is_adaptive, generation_config.do_sample)
+
+    @staticmethod
+    def _unmasking(generation_config) -> Unmasking | None:
+        """How blocks that nobody verifies are filled in; None: bytes are written one by one."""
+        if getattr(generation_config, "diffusion_block_size", None) is None:
+            return None
+        names = {
+            "rule": "unmasking",
+            "confidence_threshold": "confidence_threshold",
+            "entropy_budget": "entropy_budget",
+        }
+        given = {name: getattr(generation_config, field, None) for name, field in names.items()}
+        return Unmasking(**{name: value for name, value in given.items() if value is not None})
 
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")

@@ -163,6 +163,11 @@ def decode_drafted(model, source: DraftSource, text: RaggedText, cache: BltCache
         cache.crop_rows([count - new for count, new in zip(counts, added)])
         drafted = [count if active else 0 for count, active in zip(drafts.lengths, is_active)]
         source.update(drafted, [max(count - 1, 0) for count in counts])
+    finish_rows(model, text, cache)
+
+
+def finish_rows(model, text: RaggedText, cache: BltCache) -> None:
+    """Makes the cache one that has read all bytes but the last of each row of what `generate` returns."""
     # Rows that ended before others have one byte that the next turn would not read; others may have gone too far.
     cache.crop_rows([max(length - text.end, 0) for length in text.lengths])
     is_behind = [int(length < text.end) for length in text.lengths]
@@ -171,4 +176,4 @@ def decode_drafted(model, source: DraftSource, text: RaggedText, cache: BltCache
     cache.set_columns(text.end - 1)
 
 
-__all__ = ["DraftSource", "Drafts", "SelfSpeculation", "choose", "decode_drafted", "verify"]
+__all__ = ["DraftSource", "Drafts", "SelfSpeculation", "choose", "decode_drafted", "finish_rows", "verify"]

@@ -135,6 +135,18 @@ def _parts(model, cache: BltCache) -> StepParts:
     return model.compiled_steps[repr(settings)]
 
 
+def compiled_part(model, cache: BltCache, part: Callable) -> Callable:
+    """`part`, a function of tensors of fixed shape, compiled as the steps of `cache` are."""
+    config = cache.compile_config
+    if config is None or not _can_compile(model, cache):
+        return part
+    settings = config.to_dict()
+    key = f"{part.__name__} {settings!r}"
+    if key not in model.compiled_steps:
+        model.compiled_steps[key] = torch.compile(_copy(part), **settings)
+    return model.compiled_steps[key]
+
+
 def _can_compile(model, cache: BltCache) -> bool:
     parts = (model, model.patcher, model.local_encoder, model.global_transformer, model.local_decoder)
     return (
@@ -219,4 +231,11 @@ def take_draft(model, cache: BltCache, input_ids: Tensor, head: nn.Module | None
     return result
 
 
-__all__ = ["CompiledSteps", "run_small", "take_draft", "take_step"]
+def read_last_byte(model, cache: BltCache, input_ids: Tensor) -> Tensor:
+    """Encoder states `(B, 1, W)` of one more byte of each row, `(B, 1)`, that is not counted as read."""
+    cache.begin(*input_ids.shape, True, input_ids.device)
+    input_ids = input_ids.clone(memory_format=torch.contiguous_format)
+    return _parts(model, cache).read_drafts(model, cache, input_ids).hidden_states
+
+
+__all__ = ["CompiledSteps", "compiled_part", "read_last_byte", "run_small", "take_draft", "take_step"]

@@ -1,0 +1,254 @@
+"""Fast BLT, the decoding side (BLT-D and BLT-DV, arXiv 2605.08044): the decoder fills in masked bytes, several at once.
+
+A block is `[last byte | masks]`. The last byte of the text is the one that the whole model has chosen and not read yet.
+The encoder reads it alone; the decoder then reads it and the masks behind it, over the keys of the text before and the
+latents of the last complete patch. So each reading says two things: at the last byte what the next byte may be, as
+always, and at each later mask what that byte itself may be. What is *unmasked* is decided by confidence or by an entropy
+budget; then the block is read again with these bytes in it, until no mask is left. Nothing of this is kept: finished
+bytes are read by the whole model in one pass, as any text is.
+
+BLT-DV fills in all masks at once and lets the whole model verify them, as other drafts are (`speculation_blt.py`).
+
+Dimension letters: `B` rows, `K` bytes of a block (its last byte of the text included), `V` vocabulary, `W` width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention_blt import SlotSpan
+from .cache_blt import BltCache, BltCacheLayer
+from .chunk_blt import next_bytes
+from .decoding_blt import RaggedText
+from .layers_blt import PatchReads
+from .speculation_blt import Drafts, DraftSource, finish_rows
+from .step_blt import compiled_part, read_last_byte
+
+
+UNMASKING_RULES = ("confidence", "entropy")
+
+
+@dataclass
+class Unmasking:
+    """Which masked bytes of a block are kept after it was read.
+
+    Attributes:
+        rule: `"confidence"`: those whose probability is at least `confidence_threshold` (the paper's alpha, 0.5 to 0.7).
+            `"entropy"`: the surest ones, as long as their entropies sum to at most `entropy_budget` nats (its gamma,
+            0.8 to 1.0). With either at least the surest one; so with a confidence above 1 or a budget below 0, one.
+        confidence_threshold, entropy_budget: as above.
+    """
+
+    rule: str = "confidence"
+    confidence_threshold: float = 0.6
+    entropy_budget: float = 0.9
+
+    def choose(self, scores: Tensor, is_masked: Tensor) -> Tensor:
+        """Masked bytes to keep, bool `(B, n)`, from processed logits `(B, n, V)`."""
+        log_probs = scores.log_softmax(dim=-1)
+        if self.rule == "confidence":
+            doubt = -log_probs.amax(dim=-1).exp()
+        else:
+            doubt = -(log_probs.exp() * log_probs.clamp_min(torch.finfo(scores.dtype).min)).sum(dim=-1)
+        doubt = doubt.masked_fill(~is_masked, float("inf"))
+        surest = doubt.argmin(dim=1, keepdim=True)
+        if self.rule == "confidence":
+            is_kept = doubt <= -self.confidence_threshold
+        else:
+            order = doubt.sort(dim=1, stable=True)
+            within = order.values.cumsum(dim=1) <= self.entropy_budget
+            is_kept = torch.zeros_like(is_masked).scatter(1, order.indices, within)
+        return (is_kept | torch.zeros_like(is_masked).scatter(1, surest, True)) & is_masked
+
+
+class BlockSpan(SlotSpan):
+    """Keys of a block: the slots of the text before it, then its own.
+
+    Its first byte is one of the text and sees no mask; the others see the whole block.
+    """
+
+    def _build_mask(self, device: torch.device):
+        rows, size = self.query_positions.shape
+        keys, first = self.key_positions.to(device)[:, None], self.first.to(device)[..., None]
+        of_text = keys >= first  # slots hold nothing behind the text
+        index = torch.arange(size, device=device)
+        of_block = ((index[:, None] > 0) | (index == 0)).expand(rows, -1, -1)
+        visible = torch.cat([of_text, of_block], dim=-1)
+        if self.implementation != "flex_attention":
+            return visible[:, None]
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def is_visible(row, head, query, key):
+            return visible[row, query, key]
+
+        return create_block_mask(is_visible, rows, None, *visible.shape[1:], device=device)
+
+
+class _SlotsBefore:
+    """Keys and values of one layer in front of a block, which leaves nothing behind."""
+
+    def __init__(self, layer: BltCacheLayer):
+        self.layer = layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, access=None) -> tuple[Tensor, Tensor]:
+        return tuple(
+            torch.cat([kept.values.transpose(1, 2).to(new.dtype), new], dim=2)
+            for kept, new in ((self.layer._keys, key_states), (self.layer._values, value_states))
+        )
+
+
+@dataclass
+class _TextBefore:
+    """What the decoder asks of a cache."""
+
+    decoder: list[_SlotsBefore]
+    latents: list
+
+
+def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_masked: Tensor) -> Tensor:
+    """fp32 logits `(B, K - 1, V)` of the masks of a block behind the text of each row; the cache stays as it is.
+
+    Args:
+        model: a [`BltForCausalLM`] with a mask embedding.
+        cache: has read all bytes before the block.
+        last_state: `(B, 1, W)`, encoder state of its first byte, the last of the text.
+        ids: int64 `(B, K)`; anything where `is_masked`, bool `(B, K)`.
+    """
+    blt = model.model
+    chunk = next_bytes(ids, None, cache, **blt._document_rules)
+    embeds = torch.where(is_masked[..., None], model.mask_embedding.weight[0], blt.local_encoder.embed_tokens(ids))
+    states = torch.cat([last_state, embeds[:, 1:].to(last_state.dtype)], dim=1)
+    window = blt._cross_windows[1]
+    patches = chunk.previous["num_patches"][:, None, None] - 1 - torch.arange(window, device=ids.device)
+    patches = patches.expand(-1, ids.shape[1], -1)
+    reads = PatchReads(patches % cache.latent_slots.size, patches < 0 if window > 1 else None)
+    start = None if chunk.document_start is None else chunk.document_start[:, :1].expand_as(ids)
+    span = BlockSpan(
+        cache.local_slots.held(chunk.cached_bytes), chunk.row_positions, blt.config.local_attention_window_len, start,
+        blt.config._attn_implementation,
+    )  # fmt: skip
+    text = _TextBefore([_SlotsBefore(layer) for layer in cache.decoder], cache.latents)
+    states = blt.local_decoder(states, None, chunk, reads, span, text)
+    # The byte behind the last one of the text is told by that one: its next.
+    return model.lm_head(torch.cat([states[:, :1], states[:, 2:]], dim=1)).float()
+
+
+@dataclass
+class FilledBlock:
+    """A block without masks.
+
+    Attributes:
+        ids: int64 `(B, K - 1)`, the bytes behind the first.
+        logits, scores: fp32 `(B, K - 1, V)`, from which each was chosen, before and after the logits processors.
+        num_reads: how often the block was read.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    scores: Tensor
+    num_reads: int
+
+
+def fill_block(
+    model,
+    text: RaggedText,
+    cache: BltCache,
+    block_size: int,
+    needed: list[int],
+    choose: Callable[[Tensor, Tensor], Tensor] | None,
+    do_sample: bool,
+) -> FilledBlock:
+    """Fills in the bytes behind the last one of each row.
+
+    Logits processors see each byte behind those before it in the block, as they are at that time: where a byte is masked
+    still, its most probable value when the block was last read (at first, the padding).
+
+    Args:
+        text: the texts; the cache has read all but the last byte of each.
+        block_size: `K`.
+        needed: bytes of each row that must be filled in; the masks behind them may be left as they are.
+        choose: which masked bytes to keep, from scores and what is masked, as [`Unmasking.choose`]. None: all.
+    """
+    read, last, rows = compiled_part(model.model, cache, read_block), text.last_ids(), len(needed)
+    last_state = read_last_byte(model.model, cache, last)
+    ids = last.new_full((rows, block_size - 1), text.pad_token_id)
+    is_masked = torch.ones_like(ids, dtype=torch.bool)
+    is_needed = torch.arange(block_size - 1, device=ids.device) < torch.tensor(needed, device=ids.device)[:, None]
+    logits = scores = None
+    num_reads = 0
+    while num_reads == 0 or bool((is_masked & is_needed).any()):
+        block = torch.cat([last, ids], dim=1)
+        new_logits = read(model, cache, last_state, block, torch.nn.functional.pad(is_masked, (1, 0)))
+        if text.has_context:
+            text.put_drafts(ids)
+        new_scores = text.process(new_logits)
+        if do_sample:
+            drawn = torch.multinomial(new_scores.softmax(dim=-1).flatten(0, 1), num_samples=1).view_as(ids)
+        else:
+            drawn = new_scores.argmax(dim=-1)
+        ids = torch.where(is_masked, drawn, ids)
+        if logits is None:
+            logits, scores = new_logits, new_scores
+        else:
+            logits = torch.where(is_masked[..., None], new_logits, logits)
+            scores = torch.where(is_masked[..., None], new_scores, scores)
+        kept = is_masked if choose is None else choose(new_scores, is_masked)
+        is_masked = is_masked & ~kept
+        num_reads += 1
+    return FilledBlock(ids, logits, scores, num_reads)
+
+
+class BlockDrafts(DraftSource):
+    """BLT-DV: a block that is filled in at once, for the whole model to verify.
+
+    Args:
+        model: a [`BltForCausalLM`] with a mask embedding.
+        block_size: bytes of a block; one of them is the last of the text.
+        do_sample: draw the drafts, from what the logits processors make of them.
+    """
+
+    def __init__(self, model, block_size: int, do_sample: bool):
+        self.model, self.block_size, self.do_sample = model, block_size, do_sample
+
+    @torch.no_grad()
+    def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
+        needed = [min(limit, self.block_size - 1) for limit in limits]
+        block = fill_block(self.model, text, cache, self.block_size, needed, None, self.do_sample)
+        return Drafts(block.ids, needed, block.scores.softmax(dim=-1) if self.do_sample else None)
+
+
+@torch.no_grad()
+def decode_blocks(
+    model, text: RaggedText, cache: BltCache, block_size: int, unmasking: Unmasking, do_sample: bool
+) -> None:
+    """BLT-D: writes texts to their ends, block by block, verified by nobody.
+
+    Each turn fills in a block, reads it with the whole model, and takes the first byte of the next block from there. The
+    cache has read all bytes but the last one of each row, before and after.
+    """
+    while not text.is_done:
+        is_active = text.active
+        needed = [
+            min(text.max_length - length, block_size - 1) if active else 0
+            for length, active in zip(text.lengths, is_active)
+        ]
+        last = text.last_ids()
+        block = fill_block(model, text, cache, block_size, needed, unmasking.choose, do_sample)
+        added = text.append(block.ids, needed, block.logits, block.scores)
+        # A row that goes on is read to its last byte and gets another one; of one that has stopped, the last is not read.
+        goes_on = [active and still for active, still in zip(is_active, text.active)]
+        lengths = [n + on if active else 0 for n, on, active in zip(added, goes_on, is_active)]
+        logits = model.step_logits(torch.cat([last, block.ids], dim=1), cache, lengths)
+        if not any(goes_on):
+            continue
+        at = torch.tensor(lengths, device=logits.device).clamp_min(1)[:, None, None] - 1
+        logits = logits.gather(1, at.expand(-1, 1, logits.shape[-1]))
+        scores = text.process(logits)
+        ids = torch.multinomial(scores[:, 0].softmax(dim=-1), num_samples=1) if do_sample else scores.argmax(dim=-1)
+        text.append(ids, [int(on) for on in goes_on], logits, scores)
+    finish_rows(model, text, cache)
+
+
+__all__ = ["UNMASKING_RULES", "BlockDrafts", "FilledBlock", "Unmasking", "decode_blocks", "fill_block", "read_block"]
