@@ -277,11 +277,8 @@ def test_gradcheck_of_the_masked_loss(monkeypatch):
     model = double_precision(diffusion_model(patching_mode="static", patch_size=4), monkeypatch)
     ids = torch.tensor([encode(TEXT[:30])])
 
-    def loss(weight, projection):
-        replaced = {
-            "mask_embedding.weight": weight,
-            "model.local_decoder.layers.1.self_attn.k_proj.weight": projection,
-        }
+    def loss(weight, norm):
+        replaced = {"mask_embedding.weight": weight, "model.local_decoder.cross_attn_layers.1.q_norm.weight": norm}
         inputs = {"input_ids": ids, "labels": ids, "noise_generator": seeded()}
         return torch.func.functional_call(model, replaced, kwargs=inputs).masked_loss
 
