@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, next_bytes, number_patches
-from .layers_blt import StateTrace
+from .layers_blt import StateTrace, project
 
 
 _HELD = 16  # bytes of open patches are read in multiples of this, so that few shapes occur
@@ -90,7 +90,7 @@ def predict_bytes(
     reads = model._reads(chunk, read.numbers, cache)
     hidden_states = model.local_decoder(read.hidden_states, None, chunk, reads, read.span, cache, trace)
     cache.commit(chunk, None if is_draft else read.numbers)
-    return hidden_states if head is None else head(hidden_states).float()
+    return hidden_states if head is None else project(head, hidden_states).float()
 
 
 @dataclass
