@@ -87,11 +87,18 @@ def build_in_tree(model: BltForCausalLM):
 
 def build_llama(shape: str, device: str, dtype: str, max_length: int = 32768) -> LlamaForCausalLM:
     """A random Llama of the global transformer's shape, with a small vocabulary so that only the layers count."""
-    width, layers, heads, feed_forward = SHAPES[shape][3]
-    config = LlamaConfig(
-        **_stack(width, layers, heads, feed_forward), vocab_size=260, max_position_embeddings=max_length
-    )
+    return _llama(_stack(*SHAPES[shape][3]), device, dtype, max_length)
+
+
+def llama_of(config, device: str, dtype: str, max_length: int = 32768) -> LlamaForCausalLM:
+    """The same for the configuration of a global transformer."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return _llama({name: getattr(config, name) for name in names}, device, dtype, max_length)
+
+
+def _llama(stack: dict, device: str, dtype: str, max_length: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
+    config = LlamaConfig(**stack, vocab_size=260, max_position_embeddings=max_length)
     return LlamaForCausalLM(config).to(device=device, dtype=getattr(torch, dtype)).eval()
 
 

@@ -20,10 +20,13 @@ from common import (
     interleave,
     random_ids,
     report,
+    timed,
     weight_bytes_a_byte,
 )
 from transformers import CompileConfig
 from transformers.cache_utils import DynamicCache
+
+from blt_hf import BltCache
 
 
 def decode_bytes(model, prompt: torch.Tensor, num_bytes: int):
@@ -38,10 +41,12 @@ class Continuation:
 
     def __init__(self, model, prompt: torch.Tensor, num_bytes: int, make_cache=lambda: None, compile_config=None):
         self.model, self.prompt, self.num_bytes = model, prompt, num_bytes
-        with torch.no_grad():
-            self.cache = model(prompt[:, :-1], use_cache=True, past_key_values=make_cache()).past_key_values
+        cache = make_cache()
         if compile_config is not None:
-            self.cache.compile_steps(compile_config, prompt.shape[1] + num_bytes)
+            cache = BltCache(model.config)
+            cache.compile_steps(compile_config, prompt.shape[1] + num_bytes)
+        with torch.no_grad():
+            self.cache = model(prompt[:, :-1], use_cache=True, past_key_values=cache).past_key_values
 
     def __call__(self):
         return self.model.generate(
@@ -78,7 +83,13 @@ def main() -> None:
         difference = check_equal(model, in_tree)
     # CUDA graphs take over what is left of the overhead on a GPU.
     compile_config = CompileConfig(mode="reduce-overhead" if device.startswith("cuda") else None)
-    rows = []
+    rows, first_call = [], None
+    if arguments.compile:
+        # What the first call in this process waits for; empty torch's cache on disk to see what the first process does.
+        settings = {"max_new_tokens": 24, "do_sample": False, "cache_implementation": "static", "eos_token_id": None}
+        first_call = timed(
+            lambda: model.generate(random_ids(1, 64, device), compile_config=compile_config, **settings), device
+        )
     for context in arguments.contexts:
         prompt = random_ids(1, context, device, seed=2)
         tokens = max(round(context / BYTES_PER_TOKEN), 2)
@@ -110,17 +121,22 @@ def main() -> None:
                 {"context": context, "batch": 1, **result, "blt_hf is faster by": base / result["units_per_s"]}
             )
     for batch in arguments.batch_sizes:
-        prompt = random_ids(batch, 256, device, seed=3)
-        run = Contestant(
-            "blt_hf", Continuation(model, prompt, arguments.new_bytes), arguments.new_bytes * batch, arguments.repeats
-        )
-        rows.append({"context": 256, "batch": batch, **interleave([run], device)[0]})
+        prompt, count = random_ids(batch, 256, device, seed=3), arguments.new_bytes * batch
+        contestants = [
+            Contestant("blt_hf", Continuation(model, prompt, arguments.new_bytes), count, arguments.repeats)
+        ]
+        if arguments.compile:
+            run = Continuation(model, prompt, arguments.new_bytes, compile_config=compile_config)
+            contestants.append(Contestant("blt_hf, compiled", run, count, arguments.repeats))
+        for result in interleave(contestants, device):
+            rows.append({"context": 256, "batch": batch, **result})
     read, speed = weight_bytes_a_byte(model, arguments.patch_bytes), bandwidth(device)
     report(
         "decode: bytes a second",
         rows,
         arguments,
         logit_difference=difference,
+        s_of_the_first_compiled_call=first_call,
         mb_of_weights_a_byte=read / 1e6,
         memory_gb_per_s=speed / 1e9,
         ms_a_byte_to_read_weights=1000 * read / speed,

@@ -134,6 +134,18 @@ def test_memory_of_the_byte_part_does_not_grow(model, ids):
     assert max(sizes[400:]) <= max(sizes[150:300])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["entropy", "space", "all_layers", "full_windows"])
+def test_memory_of_a_row_is_known(rule):
+    model = model_for(rule)
+    cache = model(torch.tensor([encode("ab, cd é速2\nab cd" * 20)] * 3), use_cache=True).past_key_values
+    held = sum(tensor.values.nbytes for slots in cache._kinds() for tensor in slots.tensors)
+    memory = BltCache.memory(
+        model.config, cache.row_bytes[0], cache.row_patches[0], max_open_bytes=cache.max_open_bytes
+    )
+    assert held == 3 * memory
+
+
 class GlobalCalls:
     """What the global transformer's first layer is given: `(rows, patches)` a call."""
 

@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer, TextStreamer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 
 from blt_hf import BltConfig, BltForCausalLM
 from blt_hf.model.cache_blt import BltCache
@@ -210,6 +219,37 @@ def test_assisted_decoding_for_every_rule(ids):
         model = make_model(tiny_config(**rule), seed=2)
         draft = make_model(tiny_config(), seed=2)
         assert torch.equal(model.generate(ids, assistant_model=draft, **GREEDY), model.generate(ids, **GREEDY)), rule
+
+
+def token_model_and_tokenizer(text: str):
+    """A tiny Llama over tokens of some bytes each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).eval(), tokenizer
+
+
+@pytest.mark.parametrize("num_drafts", [4, 25])
+def test_a_blt_assists_a_token_model(assistant, tokenizer, num_drafts):
+    """Universal assisted decoding: drafts of bytes, read as tokens, of which many are refused and taken back."""
+    target, target_tokenizer = token_model_and_tokenizer("The quick brown fox jumps over the lazy dog. " * 3)
+    ids = target_tokenizer("The quick brown", return_tensors="pt").input_ids
+    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    assistant = copy.deepcopy(assistant)
+    assistant.generation_config.num_assistant_tokens = num_drafts
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    assisted = target.generate(
+        ids, assistant_model=assistant, tokenizer=target_tokenizer, assistant_tokenizer=tokenizer, **settings
+    )
+    assert torch.equal(assisted, target.generate(ids, **settings))
 
 
 # Stopping and streaming.

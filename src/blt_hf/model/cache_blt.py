@@ -413,6 +413,48 @@ class BltCache(Cache):
     def _counts_of(self, slots: Slots) -> Tensor | None:
         return self.num_patches if slots in (self.latent_slots, self.patch_slots) else self.num_bytes
 
+    @staticmethod
+    def memory(
+        config,
+        num_bytes: int,
+        num_patches: int,
+        dtype: torch.dtype = torch.float32,
+        slack: int = _SLACK,
+        max_open_bytes: int = 16,
+    ) -> int:
+        """Bytes of memory of a row, in a cache whose rows hold up to so many bytes of text and patches.
+
+        Args:
+            config: a [`BltConfig`].
+            dtype: of keys and values; those of the entropy model are fp32.
+            slack: as in [`BltCache`].
+            max_open_bytes: bytes of the longest patch, before the last of them.
+        """
+        cache = BltCache(config, slack)
+        cache.row_bytes, cache.row_patches = [num_bytes], [num_patches]
+        for slots in (cache.patcher_slots, cache.local_slots):
+            slots.reserve(num_bytes, slack, None)
+        cache.reserve_open(max_open_bytes, 0)
+        cache.reserve_patches(0)
+        fields, size = len(ByteLog.FIELDS), dtype.itemsize
+        of_log = cache.recent_slots.size * (8 * fields + 4)
+        encoder, decoder = config.encoder_config, config.decoder_config
+        of_states = len(cache.byte_states) * cache.recent_slots.size * encoder.hidden_size * size
+        head_size = decoder.hidden_size // decoder.cross_attention_heads[0]
+        of_patch = config.cross_attn_k * decoder.cross_attention_heads[1] * head_size
+        of_latents = 2 * len(cache.latents) * cache.latent_slots.size * of_patch * size
+        of_layers = sum(
+            2 * len(layers) * slots.size * part.num_key_value_heads * part.head_dim * item
+            for layers, slots, part, item in (
+                (cache.patcher, cache.patcher_slots, config.patcher_config, 4),
+                (cache.encoder, cache.local_slots, encoder, size),
+                (cache.decoder, cache.local_slots, decoder, size),
+                (cache.global_transformer, cache.patch_slots, config.global_config, size),
+            )
+            if layers
+        )
+        return of_log + of_states + of_latents + of_layers
+
     # What a forward asks for.
 
     @property
