@@ -495,6 +495,8 @@ class BltCache(Cache):
             max_length: bytes to make room for at once, so that no shape changes as the text grows.
         """
         self.compile_config = compile_config
+        self.compile_settings = compile_config.to_dict()
+        self.compile_key = repr(self.compile_settings)
         for slots in self._kinds():
             slots.is_static = True
             slots.least = (max_length or 0) if slots.keep is None else slots.keep + self.slack

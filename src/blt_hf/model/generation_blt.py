@@ -208,7 +208,9 @@ class BltGenerationMixin(GenerationMixin):
                     f"`cache_implementation` must be None, 'dynamic' or 'static'; got {implementation!r}, which cannot "
                     "hold bytes and patches."
                 )
-            cache = model_kwargs["past_key_values"] = BltCache(self.config)
+            # An assistant of a model with other tokens is taken back to wherever the two texts part.
+            slack = {"slack": max(max_cache_length, 256)} if generation_config.is_assistant else {}
+            cache = model_kwargs["past_key_values"] = BltCache(self.config, **slack)
             if implementation == "static" and not generation_config.disable_compile:
                 cache.compile_steps(generation_config.compile_config or CompileConfig(), max_cache_length)
             if generation_config.is_assistant:

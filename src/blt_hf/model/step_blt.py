@@ -126,28 +126,24 @@ _PLAIN = StepParts()
 
 
 def _parts(model, cache: BltCache) -> StepParts:
-    config = cache.compile_config
-    if config is None or not _can_compile(model, cache):
+    if cache.compile_config is None or not _can_compile(model):
         return _PLAIN
-    settings = config.to_dict()
-    if repr(settings) not in model.compiled_steps:
-        model.compiled_steps[repr(settings)] = StepParts.compiled(settings)
-    return model.compiled_steps[repr(settings)]
+    if cache.compile_key not in model.compiled_steps:
+        model.compiled_steps[cache.compile_key] = StepParts.compiled(cache.compile_settings)
+    return model.compiled_steps[cache.compile_key]
 
 
 def compiled_part(model, cache: BltCache, part: Callable) -> Callable:
     """`part`, a function of tensors of fixed shape, compiled as the steps of `cache` are."""
-    config = cache.compile_config
-    if config is None or not _can_compile(model, cache):
+    if cache.compile_config is None or not _can_compile(model):
         return part
-    settings = config.to_dict()
-    key = f"{part.__name__} {settings!r}"
+    key = f"{part.__name__} {cache.compile_key}"
     if key not in model.compiled_steps:
-        model.compiled_steps[key] = torch.compile(_copy(part), **settings)
+        model.compiled_steps[key] = torch.compile(_copy(part), **cache.compile_settings)
     return model.compiled_steps[key]
 
 
-def _can_compile(model, cache: BltCache) -> bool:
+def _can_compile(model) -> bool:
     parts = (model, model.patcher, model.local_encoder, model.global_transformer, model.local_decoder)
     return (
         model.config._attn_implementation in ("eager", "sdpa")
