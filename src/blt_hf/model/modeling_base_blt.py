@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 from .cache_blt import BltCache
 from .configuration_blt import BltConfig
@@ -71,6 +71,19 @@ class BltCausalLMOutput(ModelOutput):
     entropies: Tensor | None = None
     patch_lengths: Tensor | None = None
     masked_loss: Tensor | None = None
+
+
+class BltKwargs(TransformersKwargs, total=False):
+    """What every `forward` here takes besides the arguments that it names.
+
+    Attributes:
+        output_hidden_states: states of all layers, or those of the given indices; None: as the configuration says.
+        output_attentions: weights of self-attention, with `attn_implementation="eager"`.
+        output_patches: also `entropies` and `patch_lengths`.
+        num_items_in_batch: what a loss is divided by, instead of the labels of this batch.
+    """
+
+    output_patches: bool | None
 
 
 class BltPreTrainedModel(PreTrainedModel):
@@ -213,6 +226,7 @@ def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tenso
 
 __all__ = [
     "BltCausalLMOutput",
+    "BltKwargs",
     "BltModelOutput",
     "BltPreTrainedModel",
     "check_inputs",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
+from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple
 
 from .attention_blt import AttentionSpan
@@ -14,7 +15,14 @@ from .diffusion_blt import BlockNoise, TwoStreamSpan, corrupt_blocks, make_noise
 from .embedding_blt import BltHashEmbedding, ngram_hashes
 from .generation_blt import BltGenerationMixin
 from .layers_blt import BltSelfAttention, BltTransformerLayer, PatchReads, StateTrace
-from .modeling_base_blt import BltCausalLMOutput, BltModelOutput, BltPreTrainedModel, check_inputs, keep_positions
+from .modeling_base_blt import (
+    BltCausalLMOutput,
+    BltKwargs,
+    BltModelOutput,
+    BltPreTrainedModel,
+    check_inputs,
+    keep_positions,
+)
 from .patcher_blt import BltPatcher
 from .patching_blt import (
     BYTE_OFFSET,
@@ -505,12 +513,9 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         labels: Tensor | None = None,
         patch_lengths: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | list[int] | None = None,
-        output_attentions: bool | None = None,
-        output_patches: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         noise_generator: torch.Generator | None = None,
-        **kwargs,
+        **kwargs: Unpack[BltKwargs],
     ) -> BltCausalLMOutput:
         """Predicts the next byte; arguments as [`BltModel.forward`], and:
 
@@ -538,11 +543,9 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
             inputs_embeds=inputs_embeds,
             patch_lengths=patch_lengths,
             use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            output_patches=output_patches,
             noise=noise,
             return_dict=True,
+            **kwargs,
         )
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)).float()
         loss = of_blocks = None
@@ -598,9 +601,7 @@ class BltForSequenceClassification(_BltClassifier):
         labels: Tensor | None = None,
         patch_lengths: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | list[int] | None = None,
-        output_attentions: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[BltKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """
         Args:
@@ -611,7 +612,7 @@ class BltForSequenceClassification(_BltClassifier):
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, patch_lengths, use_cache,
-            output_hidden_states, output_attentions, return_dict=True,
+            return_dict=True, **kwargs,
         )  # fmt: skip
         states = outputs.last_hidden_state
         last = torch.full((states.shape[0],), states.shape[1] - 1, device=states.device)
@@ -647,14 +648,12 @@ class BltForTokenClassification(_BltClassifier):
         labels: Tensor | None = None,
         patch_lengths: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | list[int] | None = None,
-        output_attentions: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[BltKwargs],
     ) -> TokenClassifierOutput:
         """`logits` `(B, S, num_labels)`; `labels` int64 `(B, S)`, -100 is ignored; the rest as [`BltModel.forward`]."""
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, patch_lengths, use_cache,
-            output_hidden_states, output_attentions, return_dict=True,
+            return_dict=True, **kwargs,
         )  # fmt: skip
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
