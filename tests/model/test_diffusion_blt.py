@@ -457,6 +457,11 @@ def test_a_plain_blt_becomes_one_with_blocks_by_fine_tuning(tmp_path):
     for run in range(2):
         set_seed(run // 2)
         model = BltForCausalLM.from_pretrained(tmp_path / "plain", diffusion_block_size=SIZE)
+        # The model has blocks, and `generate` uses none until it is asked to.
+        assert getattr(model.generation_config, "diffusion_block_size", None) is None
+        assert torch.equal(
+            *(m.generate(ids[:, :40], max_new_tokens=12, do_sample=False) for m in (model.eval(), plain))
+        )
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(ids).logits, plain(ids).logits)
             before = model(ids, labels=ids, noise_generator=seeded()).masked_loss

@@ -135,6 +135,10 @@ class BltPreTrainedModel(PreTrainedModel):
         for module in model.modules():
             if hasattr(module, "freeze_patcher"):
                 module.freeze_patcher()
+        generation_config = getattr(model, "generation_config", None)
+        if "diffusion_block_size" in kwargs and hasattr(generation_config, "diffusion_block_size"):
+            # It was said of the configuration; transformers gives it to `generate` as well, which would then use blocks.
+            del generation_config.diffusion_block_size
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
