@@ -1,6 +1,7 @@
-"""`blt-hf calibrate`, `evaluate` and `flops`: what they print is what the functions behind them give."""
+"""The `blt-hf` command: what it prints is what the functions behind it give."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-from blt_hf import BltConfig, cli
+import blt_hf_cli.calibrate
+from blt_hf import BltConfig
 from blt_hf.evaluation import measure_bits_per_byte
 from blt_hf.evaluation.flops import flops_per_byte, preset_config
 from blt_hf.training.calibration import calibrate_threshold
+from blt_hf_cli import app
 from conftest import make_model, tiny_config
 
 
@@ -30,8 +33,8 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def run(*arguments, status: int = 0) -> str:
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+def run(*arguments, status: int = 0, stdin: str | bytes | None = None) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
     assert result.exit_code == status, result.output
     return result.stdout if status == 0 else result.stderr
 
@@ -88,9 +91,9 @@ def test_a_config_stays_whole_when_writing_fails(folder, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(cli.os, "replace", fail)
+    monkeypatch.setattr(blt_hf_cli.calibrate.os, "replace", fail)
     result = CliRunner().invoke(
-        cli.app, ["calibrate", str(tmp_path), str(folder / "text.txt"), "--write", "--quiet", "--patch-size", "3"]
+        app, ["calibrate", str(tmp_path), str(folder / "text.txt"), "--write", "--quiet", "--patch-size", "3"]
     )
     assert isinstance(result.exception, OSError)
     assert (tmp_path / "config.json").read_bytes() == before
@@ -183,6 +186,7 @@ def test_flops_of_folders(folder):
         (["calibrate", "{}/blt", "{}/text.txt", "--patch-size", "5000"], "cannot be reached"),
         (["calibrate", "{}/none", "{}/text.txt"], "cannot be loaded"),
         (["evaluate", "{}/blt", "{}/text.txt", "--stride", "0"], "`stride` must be at least 1"),
+        (["patches", "a", "--model", "{}/blt", "--width", "2"], "`width` must be at least 8"),
         (["flops"], "either CONFIG or --preset"),
         (["flops", "{}/blt", "--preset", "blt-1b"], "either CONFIG or --preset"),
         (["flops", "--preset", "blt-9b"], "no preset 'blt-9b'"),
@@ -191,13 +195,128 @@ def test_flops_of_folders(folder):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_errors_are_one_line(folder, arguments, message):
-    quiet = "--json" if arguments[0] == "flops" else "--quiet"
-    told = run(*(argument.format(folder) for argument in arguments), quiet, status=1)
+    quiet = {"flops": ["--json"], "patches": []}.get(arguments[0], ["--quiet"])
+    told = run(*(argument.format(folder) for argument in arguments), *quiet, status=1)
     assert message in told and "Traceback" not in told
 
 
-def test_command_imports_no_optional_package():
-    """`evaluate` and `datasets` belong to the extra `train`; the command works without them."""
-    program = "import sys; import blt_hf.cli; print('evaluate' in sys.modules, 'datasets' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+def in_a_shell(*arguments, timeout: float = 240, **environment) -> subprocess.CompletedProcess:
+    """`blt-hf` as its users start it: another process."""
+    return subprocess.run(
+        [sys.executable, "-m", "blt_hf_cli", *map(str, arguments)],
+        capture_output=True, timeout=timeout, env={**os.environ, "COLUMNS": "100", **environment},
+    )  # fmt: skip
+
+
+def test_help_and_completion_do_not_wait_for_torch():
+    program = (
+        "import sys; import blt_hf_cli; print([n for n in ('torch', 'transformers', 'blt_hf') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+    completing = {"_BLT_HF_COMPLETE": "complete_bash", "COMP_WORDS": "blt-hf ", "COMP_CWORD": "1"}
+    words = in_a_shell(timeout=60, **completing).stdout.decode().split()
+    assert {command.callback.__name__ for command in app.registered_commands} <= set(words)
+
+
+@pytest.mark.parametrize("command", [command.callback.__name__ for command in app.registered_commands])
+def test_help_has_examples(command):
+    told = run(command, "--help")
+    assert "Examples" in told and f"blt-hf {command}" in told
+
+
+def test_imports_bring_no_optional_package():
+    """`evaluate`, `datasets` and `matplotlib` belong to extras; the package and its command work without them."""
+    program = (
+        "import sys; import blt_hf.cli; names = ('evaluate', 'datasets', 'matplotlib', 'blt_hf.evaluation');"
+        "before = [n for n in names if n in sys.modules]; blt_hf.plot_patches; print(before, 'matplotlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=240)
+    assert done.stdout.split("\n")[0] == "[] False"
+
+
+def test_patches_are_those_of_the_model(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "blt")
+    texts = ["to be\x1b[31m or", "naïve"]
+    expected = model.get_patches(texts)
+    printed = run("patches", *texts, "--model", folder / "blt", "--entropies")
+    assert all(row.summary in printed for row in expected)
+    assert "\x1b" not in printed and "␛" in printed and "█" in printed
+    assert "<s>|" in printed  # no colours in a pipe, so patches are kept apart by signs
+    found = json.loads(run("patches", *texts, "-m", folder / "blt", "--json"))
+    assert found == [{**row.to_dict(), "model": str(folder / "blt")} for row in expected]
+    threshold = model.config.patching_threshold - 0.3
+    (found,) = json.loads(run("patches", "-m", folder / "blt", "--json", "--threshold", threshold, stdin=b"a\xff\n"))
+    assert found["boundaries"] == model.get_patches(b"a\xff\n").recut(threshold=threshold).boundaries
+
+
+def test_patches_writes_pictures(folder, tmp_path):
+    run("patches", "naïve 速い", "-m", folder / "entropy", "--svg", tmp_path / "p.svg", "--png", tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "p.svg").read_text()
+    assert {file.name for file in tmp_path.iterdir()} == {"p.svg", "p.png"}
+    assert "no folder" in run("patches", "a", "-m", folder / "blt", "--svg", tmp_path / "no" / "p.svg", status=1)
+    assert "nothing to draw" in run("patches", "", "-m", folder / "blt", "--svg", tmp_path / "q.svg", status=1)
+
+
+def test_patches_without_a_name_takes_the_bundled_model(tmp_path, monkeypatch, folder):
+    from blt_hf_cli import common
+
+    root = Path(__file__).parents[1]
+    assert common.model_or_default(None) == str(Path(common.__file__).parents[2] / "pretrained" / "blt-5m")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "a" / "b" / "c.py"))
+    assert "no model was named" in run("patches", "a", status=1)
+    monkeypatch.setenv("BLT_HF_MODEL", str(folder / "blt"))
+    assert "1 byte in 1 patch" in run("patches", "a")
+    monkeypatch.delenv("BLT_HF_MODEL")
+    monkeypatch.chdir(root)
+    assert common.model_or_default(None) == str(root / "pretrained" / "blt-5m")
+
+
+def test_colours_in_a_terminal(folder):
+    """On a pseudo-terminal, from another process, as a user sees it."""
+    import pty
+
+    primary, secondary = pty.openpty()
+    command = [sys.executable, "-m", "blt_hf_cli", "patches", "to be", "-m", str(folder / "blt")]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "80"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen(command, stdout=secondary, stdin=subprocess.DEVNULL, env=environment)
+    os.close(secondary)
+    shown = b""
+    try:
+        while True:
+            try:
+                piece = os.read(primary, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not piece:
+                break
+            shown += piece
+        assert process.wait(timeout=240) == 0
+    finally:
+        process.kill()
+        os.close(primary)
+    assert b"\x1b[38;2;28;36;48;48;2;207;227;247m" in shown.replace(b"\x1b[3;38", b"\x1b[38") and b"|" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{}/blt/none", "no such folder"),
+        ("{}", "no config.json. Folders below it that have one: blt, entropy"),
+        ("{}/bltt", "there are: blt, entropy"),
+        ("someone/some-blt", "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_a_wrong_model_is_told_what_to_do(folder, name, message):
+    told = run("patches", "a", "--model", name.format(folder), status=1)
+    assert message in told and told.count("\n") == 1
+
+
+def test_a_missing_extra_is_named(folder, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    told = run("patches", "a", "-m", folder / "blt", "--svg", "x.svg", status=1)
+    assert 'pip install "blt-hf[plot]"' in told

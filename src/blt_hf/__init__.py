@@ -1,5 +1,7 @@
 """Byte Latent Transformers on the Hugging Face stack. Importing this package makes the Auto classes know them."""
 
+from typing import TYPE_CHECKING
+
 from .integrations import register
 from .model.cache_blt import BltCache
 from .model.configuration_blt import (
@@ -16,7 +18,12 @@ from .model.modeling_blt import (
     BltModel,
     BltPatcher,
 )
+from .model.patches_blt import BltPatches
 from .model.tokenization_blt import BltTokenizer
+
+
+if TYPE_CHECKING:
+    from .evaluation.patches import plot_patches
 
 
 __all__ = [
@@ -31,7 +38,17 @@ __all__ = [
     "BltModel",
     "BltPatcher",
     "BltPatcherConfig",
+    "BltPatches",
     "BltTokenizer",
+    "plot_patches",
 ]
 
 register()
+
+
+def __getattr__(name: str):
+    if name == "plot_patches":  # measuring and drawing stay out of what every import pays for
+        from .evaluation.patches import plot_patches
+
+        return plot_patches
+    raise AttributeError(f"module 'blt_hf' has no attribute {name!r}")

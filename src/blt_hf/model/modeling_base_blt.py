@@ -12,6 +12,8 @@ from .cache_blt import BltCache
 from .configuration_blt import BltConfig
 from .diffusion_blt import CorruptedBlocks
 from .generation_blt import BltGenerationMixin
+from .patches_blt import BltPatches, BltPatchesList, get_patches
+from .patching_blt import PatchingRule
 from .peft_blt import add_default_targets
 
 
@@ -152,6 +154,40 @@ class BltPreTrainedModel(PreTrainedModel):
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.__class__ = current
+
+    def get_patches(
+        self,
+        inputs=None,
+        attention_mask: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        rule: PatchingRule | None = None,
+        batch_size: int = 8,
+    ) -> BltPatches | BltPatchesList:
+        """Patches, entropies and boundaries of texts, as data. Only the entropy model runs, if the rule needs it.
+
+        Args:
+            inputs: a text (str, or bytes of any kind; a BOS is put before it, and nothing in it is a special token),
+                ids (a list or a tensor), a batch of either, or what a tokenizer or `generate` returned.
+            attention_mask: of ids; 0 is padding. It may end where a prompt ended: what was generated after it is text,
+                up to the padding behind it. Without a mask, the config's `pad_token_id` (0 if it has none) at the ends
+                of a row is padding, as `generate` reads it.
+            input_ids: another name of `inputs`, for `get_patches(**tokenizer(texts, return_tensors="pt"))`.
+            rule: patches by another [`PatchingRule`] than the config's. A [`BltPatcher`] has none of its own: without
+                one it cuts at the threshold of the released models.
+            batch_size: rows at a time.
+        Returns:
+            [`BltPatches`] of one text or one row of ids, [`BltPatchesList`] of a batch.
+        Raises:
+            ValueError: neither texts nor ids, ids outside the vocabulary, or a rule that reads entropies without an
+                entropy model.
+
+        Example: `model.get_patches("to be or not").texts` may be `['<s>', 't', 'o ', 'be ', 'or ', 'not']`.
+        """
+        if (inputs is None) == (input_ids is None):
+            raise ValueError("`get_patches` needs either `inputs` or `input_ids`; got both or neither.")
+        inputs = input_ids if inputs is None else inputs
+        return get_patches(self, inputs, attention_mask, rule=rule, batch_size=batch_size)
 
     def _wants(self, name: str, value: bool | list[int] | None) -> bool | list[int]:
         """An `output_*` argument, or what the config says of it; hidden states may be chosen by index."""

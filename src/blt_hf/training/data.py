@@ -3,18 +3,14 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..model.chunk_blt import ByteChunk, make_chunk
-from ..model.patching_blt import BYTE_OFFSET, PatchingRule, find_patch_ends, patch_lengths_from_ends
-
-
-BOS_TOKEN_ID = 1
+from ..model.patches_blt import BOS_TOKEN_ID, PatchFinder, evaluating
+from ..model.patching_blt import BYTE_OFFSET, PatchingRule
 
 
 def read_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> list[bytes]:
@@ -91,99 +87,6 @@ def without_next_byte(patch_lengths: Tensor) -> Tensor:
     num_patches = (patch_lengths > 0).sum(dim=1, keepdim=True)
     last = (num_patches - 1).clamp_min(0)
     return patch_lengths.scatter_add(1, last, -(num_patches > 0).long())
-
-
-@contextmanager
-def evaluating(module: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode without gradients; the module's mode comes back afterwards."""
-    was_training = module is not None and module.training
-    if was_training:
-        module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        if was_training:
-            module.train()
-
-
-@dataclass
-class PatchFinder:
-    """How a model finds patches, without the rest of the model.
-
-    Attributes:
-        patcher: the entropy model; None: the rule needs none.
-        rule: where patches start.
-        newline_reset: the entropy model forgets what came before each newline.
-        mask_documents, eos_token_id: an `eos` ends a document for the entropy model.
-    """
-
-    patcher: nn.Module | None
-    rule: PatchingRule
-    newline_reset: bool = False
-    mask_documents: bool = False
-    eos_token_id: int | list[int] | None = None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "PatchFinder":
-        """That of a BLT (any class of this package, PEFT's wrappers too); a [`BltPatcher`] gets the plain entropy rule.
-
-        Raises:
-            ValueError: `model` is neither, or has lost its entropy model and needs one.
-        """
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        config = getattr(model, "config", None)
-        kind = getattr(config, "model_type", None)
-        if kind == "blt_patcher":
-            return cls(model, PatchingRule(), mask_documents=config.mask_documents, eos_token_id=config.eos_token_id)
-        if kind != "blt":
-            raise ValueError(f"`model` must be a BLT or a BltPatcher; got {type(model).__name__}.")
-        patcher = getattr(model, "model", model).patcher if config.uses_patcher else None
-        if config.uses_patcher and patcher is None:
-            raise ValueError(
-                "`model` was built with `patch_in_forward=False`; give it an entropy model: `set_patcher`."
-            )
-        return cls(
-            patcher,
-            PatchingRule.from_config(config),
-            config.patching_newline_reset,
-            config.mask_documents,
-            config.eos_token_id,
-        )
-
-    def entropies(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        """Nats of the byte after each byte, fp32 `(B, S)`, 0 at padding; arguments as in the model's forward."""
-        chunk = self._chunk(input_ids, attention_mask, position_ids)
-        return chunk.unpack(self._entropies(chunk))
-
-    def patches(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Patch lengths int64 `(B, P)` as the model computes them in its forward, and `entropies` (None without)."""
-        chunk = self._chunk(input_ids, attention_mask, position_ids)
-        entropies = self._entropies(chunk) if self.patcher is not None else None
-        zeros = torch.zeros_like(chunk.num_bytes)
-        ends = find_patch_ends(
-            self.rule, chunk.input_ids, entropies, chunk.text_positions, zeros, zeros.float(), zeros
-        )  # fmt: skip
-        lengths = patch_lengths_from_ends(ends, chunk.num_bytes)
-        return lengths, None if entropies is None else chunk.unpack(entropies)
-
-    def _chunk(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> ByteChunk:
-        return make_chunk(
-            input_ids, attention_mask, position_ids, None, tuple(input_ids.shape), input_ids.device,
-            mask_documents=self.mask_documents, newline_reset=self.newline_reset, eos_token_id=self.eos_token_id,
-        )  # fmt: skip
-
-    def _entropies(self, chunk: ByteChunk) -> Tensor:
-        # Tokens that were added to the model's vocabulary are a beginning of text to the entropy model.
-        size = self.patcher.config.vocab_size
-        known_ids = torch.where(chunk.input_ids < size, chunk.input_ids, BOS_TOKEN_ID)
-        with evaluating(self.patcher):
-            return self.patcher(known_ids, chunk=chunk)
 
 
 class PrecomputePatches:
@@ -314,4 +217,12 @@ class BltDataCollator:
 
 _COLLATED = ("input_ids", "attention_mask", "labels", "patch_lengths")
 
-__all__ = ["BltDataCollator", "PatchFinder", "PrecomputePatches", "byte_ids", "read_texts"]
+__all__ = [
+    "BOS_TOKEN_ID",
+    "BltDataCollator",
+    "PatchFinder",
+    "PrecomputePatches",
+    "byte_ids",
+    "evaluating",
+    "read_texts",
+]

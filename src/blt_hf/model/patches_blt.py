@@ -1,0 +1,431 @@
+"""Patches as data: which bytes a model takes together, and the entropies that say so."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .chunk_blt import ByteChunk, make_chunk
+from .display_blt import SPECIAL_NAMES, patches_html
+from .patching_blt import BYTE_OFFSET, PatchingRule, find_patch_ends, patch_lengths_from_ends
+
+
+BOS_TOKEN_ID = 1
+
+
+@contextmanager
+def evaluating(module: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode without gradients; the module's mode comes back afterwards."""
+    was_training = module is not None and module.training
+    if was_training:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if was_training:
+            module.train()
+
+
+@dataclass
+class PatchFinder:
+    """How a model finds patches, without the rest of the model.
+
+    Attributes:
+        patcher: the entropy model; None: the rule needs none.
+        rule: where patches start.
+        newline_reset: the entropy model forgets what came before each newline.
+        mask_documents, eos_token_id: an `eos` ends a document for the entropy model.
+    """
+
+    patcher: nn.Module | None
+    rule: PatchingRule
+    newline_reset: bool = False
+    mask_documents: bool = False
+    eos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "PatchFinder":
+        """That of a BLT (any class of this package, PEFT's wrappers too); a [`BltPatcher`] gets the plain entropy rule.
+
+        Raises:
+            ValueError: `model` is neither, or has lost its entropy model and needs one.
+        """
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        config = getattr(model, "config", None)
+        kind = getattr(config, "model_type", None)
+        if kind == "blt_patcher":
+            return cls(model, PatchingRule(), mask_documents=config.mask_documents, eos_token_id=config.eos_token_id)
+        if kind != "blt":
+            raise ValueError(f"`model` must be a BLT or a BltPatcher; got {type(model).__name__}.")
+        patcher = getattr(model, "model", model).patcher if config.uses_patcher else None
+        if config.uses_patcher and patcher is None:
+            raise ValueError(
+                "`model` was built with `patch_in_forward=False`; give it an entropy model: `set_patcher`."
+            )
+        return cls(
+            patcher,
+            PatchingRule.from_config(config),
+            config.patching_newline_reset,
+            config.mask_documents,
+            config.eos_token_id,
+        )
+
+    def entropies(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Nats of the byte after each byte, fp32 `(B, S)`, 0 at padding; arguments as in the model's forward."""
+        chunk = self._chunk(input_ids, attention_mask, position_ids)
+        return chunk.unpack(self._entropies(chunk))
+
+    def patches(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Patch lengths int64 `(B, P)` as the model computes them in its forward, and `entropies` (None without)."""
+        chunk = self._chunk(input_ids, attention_mask, position_ids)
+        entropies = self._entropies(chunk) if self.patcher is not None else None
+        zeros = torch.zeros_like(chunk.num_bytes)
+        ends = find_patch_ends(
+            self.rule, chunk.input_ids, entropies, chunk.text_positions, zeros, zeros.float(), zeros
+        )  # fmt: skip
+        lengths = patch_lengths_from_ends(ends, chunk.num_bytes)
+        return lengths, None if entropies is None else chunk.unpack(entropies)
+
+    def _chunk(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> ByteChunk:
+        return make_chunk(
+            input_ids, attention_mask, position_ids, None, tuple(input_ids.shape), input_ids.device,
+            mask_documents=self.mask_documents, newline_reset=self.newline_reset, eos_token_id=self.eos_token_id,
+        )  # fmt: skip
+
+    def _entropies(self, chunk: ByteChunk) -> Tensor:
+        # Tokens that were added to the model's vocabulary are a beginning of text to the entropy model.
+        size = self.patcher.config.vocab_size
+        known_ids = torch.where(chunk.input_ids < size, chunk.input_ids, BOS_TOKEN_ID)
+        with evaluating(self.patcher):
+            return self.patcher(known_ids, chunk=chunk)
+
+
+@dataclass(frozen=True)
+class BltPatch:
+    """One patch of a row.
+
+    Attributes:
+        start, stop: positions in the row.
+        input_ids: its ids.
+        entropy: nats before its first byte, which decided that it starts there; None: nothing was computed.
+    """
+
+    start: int
+    stop: int
+    input_ids: list[int]
+    entropy: float | None
+
+    @property
+    def bytes(self) -> bytes:
+        """Its bytes; special tokens have none."""
+        return bytes(i - BYTE_OFFSET for i in self.input_ids if BYTE_OFFSET <= i < BYTE_OFFSET + 256)
+
+    @property
+    def text(self) -> str:
+        """Its bytes as text. A byte of a character that lies in two patches is written as `\\xc3`."""
+        return _as_text(self.input_ids, "backslashreplace")
+
+
+@dataclass
+class BltPatches:
+    """The patches of one text. Made by [`~BltPreTrainedModel.get_patches`]; a notebook shows it as a picture.
+
+    It is a sequence of [`BltPatch`]: `len(patches)`, `patches[0].text`, `for patch in patches`.
+
+    Attributes:
+        input_ids: ids of the row, without padding.
+        patch_lengths: ids in each patch; they sum to `len(input_ids)`.
+        entropies: nats of the byte after each byte, as in the output of a forward; None: the rule reads none.
+        is_last_complete: the last patch has ended; the next byte, whatever it is, starts another.
+        rule: the [`PatchingRule`] that was applied.
+    """
+
+    input_ids: list[int]
+    patch_lengths: list[int]
+    entropies: list[float] | None
+    is_last_complete: bool
+    rule: PatchingRule
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Position at which each patch starts; the first is 0."""
+        starts, position = [], 0
+        for length in self.patch_lengths:
+            starts.append(position)
+            position += length
+        return starts
+
+    @property
+    def entropies_before(self) -> list[float | None]:
+        """Nats *before* each id, how hard it was to guess; None for the first, and without an entropy model."""
+        if self.entropies is None:
+            return [None] * len(self.input_ids)
+        return [None, *self.entropies[:-1]]
+
+    @property
+    def limits(self) -> list[float | None]:
+        """What the entropy before each id must exceed for a patch to start there; None where it does not count.
+
+        The threshold itself by the global rule; by the rules on rises, the entropy one byte earlier and the rise.
+        """
+        rule, before = self.rule, self.entropies_before
+        if self.entropies is None or rule.mode != "entropy":
+            return [None] * len(self.input_ids)
+        limits: list[float | None] = [None, None][: len(before)]
+        for position in range(2, len(before)):
+            earlier = before[position - 1]
+            if rule.monotonicity:
+                limits.append(earlier + rule.threshold)
+            elif rule.threshold_add is not None:
+                limits.append(max(rule.threshold, earlier + rule.threshold_add))
+            else:
+                limits.append(rule.threshold)
+        return limits
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each patch, see [`BltPatch.text`]."""
+        return [patch.text for patch in self]
+
+    @property
+    def text(self) -> str:
+        """The whole text; special tokens by their names, bytes that are no UTF-8 as `\\xff`."""
+        return _as_text(self.input_ids, "backslashreplace")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text; special tokens are none."""
+        return sum(map(_is_byte, self.input_ids))
+
+    @property
+    def num_patches(self) -> int:
+        """Patches that start at a byte: the one that holds the BOS is not counted."""
+        return sum(_is_byte(self.input_ids[start]) for start in self.boundaries)
+
+    @property
+    def bytes_per_patch(self) -> float:
+        """`num_bytes / num_patches`; 0 for a text without bytes."""
+        return self.num_bytes / self.num_patches if self.num_patches else 0.0
+
+    @property
+    def summary(self) -> str:
+        """One line for a reader."""
+        noun, patches = ("byte" if self.num_bytes == 1 else "bytes"), ("patch" if self.num_patches == 1 else "patches")
+        line = f"{self.num_bytes} {noun} in {self.num_patches} {patches}, {self.bytes_per_patch:.2f} bytes a patch"
+        rule = self.rule
+        if rule.mode != "entropy":
+            return f"{line}; rule {rule.mode}" + (f" of {rule.patch_size} bytes" if rule.mode == "static" else "")
+        if rule.monotonicity:
+            return f"{line}; a rise of {rule.threshold:.3f} nats starts a patch"
+        rise = "" if rule.threshold_add is None else f" and a rise of {rule.threshold_add:.3f}"
+        return f"{line}; threshold {rule.threshold:.3f} nats{rise}"
+
+    def __len__(self) -> int:
+        return len(self.patch_lengths)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = self.boundaries[index]
+        stop = start + self.patch_lengths[index]
+        return BltPatch(start, stop, self.input_ids[start:stop], self.entropies_before[start])
+
+    def __iter__(self) -> Iterator[BltPatch]:
+        before = self.entropies_before
+        for start, length in zip(self.boundaries, self.patch_lengths):
+            yield BltPatch(start, start + length, self.input_ids[start : start + length], before[start])
+
+    def recut(self, rule: PatchingRule | None = None, **changes) -> "BltPatches":
+        """The same text by another rule, without the model: `patches.recut(threshold=2.0)`.
+
+        Args:
+            rule: the other rule; None: this one's.
+            changes: fields of [`PatchingRule`] that differ from it.
+        Raises:
+            ValueError: a field that there is none of, or an entropy rule without entropies.
+        """
+        names = {field.name for field in dataclasses.fields(PatchingRule)}
+        if unknown := sorted(set(changes) - names):
+            raise ValueError(f"`recut` got {', '.join(map(repr, unknown))}; fields of a rule are {sorted(names)}.")
+        rule = dataclasses.replace(self.rule if rule is None else rule, **changes)
+        if rule.mode not in ("entropy", "space", "static", "byte"):
+            raise ValueError(f"`mode` must be 'entropy', 'space', 'static' or 'byte'; got {rule.mode!r}.")
+        if rule.mode == "entropy" and self.entropies is None:
+            raise ValueError("the rule 'entropy' needs entropies, and these patches were found without; see `rule`.")
+        ids = torch.tensor([self.input_ids])
+        entropies = None if self.entropies is None else torch.tensor([self.entropies], dtype=torch.float32)
+        positions = torch.arange(ids.shape[1])[None]
+        zeros = torch.zeros(1, dtype=torch.int64)
+        ends = find_patch_ends(rule, ids, entropies, positions, zeros, zeros.float(), zeros)
+        return _from_lengths(self.input_ids, patch_lengths_from_ends(ends)[0].tolist(), self.entropies, rule)
+
+    def to_dict(self) -> dict:
+        """All of it in JSON's types; bytes of a patch as hexadecimal digits."""
+        return {
+            "text": self.text,
+            "num_bytes": self.num_bytes,
+            "num_patches": self.num_patches,
+            "bytes_per_patch": self.bytes_per_patch,
+            "is_last_complete": self.is_last_complete,
+            "rule": dataclasses.asdict(self.rule),
+            "input_ids": list(self.input_ids),
+            "boundaries": self.boundaries,
+            "patch_lengths": list(self.patch_lengths),
+            "entropies": None if self.entropies is None else list(self.entropies),
+            "patches": [
+                {
+                    "start": patch.start,
+                    "stop": patch.stop,
+                    "text": patch.text,
+                    "bytes": patch.bytes.hex(),
+                    "entropy": patch.entropy,
+                }
+                for patch in self
+            ],
+        }
+
+    def __repr__(self) -> str:
+        return f"BltPatches({self.summary}: {' '.join(map(repr, self.texts))})"
+
+    def _repr_html_(self) -> str:
+        return patches_html(self)
+
+
+class BltPatchesList(list):
+    """The [`BltPatches`] of several texts, in their order; a notebook shows them below each other."""
+
+    @property
+    def bytes_per_patch(self) -> float:
+        """Over all texts; 0 without bytes."""
+        patches = sum(row.num_patches for row in self)
+        return sum(row.num_bytes for row in self) / patches if patches else 0.0
+
+    def to_dict(self) -> list[dict]:
+        return [row.to_dict() for row in self]
+
+    def _repr_html_(self) -> str:
+        return "".join(patches_html(row, with_style=index == 0) for index, row in enumerate(self))
+
+
+def get_patches(
+    model: nn.Module,
+    inputs=None,
+    attention_mask: Tensor | Sequence | None = None,
+    *,
+    rule: PatchingRule | None = None,
+    batch_size: int = 8,
+) -> BltPatches | BltPatchesList:
+    """See [`BltPreTrainedModel.get_patches`]."""
+    finder = PatchFinder.of(model)
+    if rule is not None:
+        finder = dataclasses.replace(finder, rule=rule)
+    if finder.rule.mode == "entropy" and finder.patcher is None:
+        raise ValueError(
+            "`rule` reads entropies, and this model has no entropy model: give it one with `set_patcher`."
+        )
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+    config = model.config
+    pad_token_id = getattr(config, "pad_token_id", None)
+    rows, is_single = _read_rows(inputs, attention_mask, 0 if pad_token_id is None else pad_token_id)
+    for row in rows:
+        if wrong := [i for i in row if not 0 <= i < config.vocab_size]:
+            raise ValueError(f"`inputs` holds the id {wrong[0]}; ids of 0 to {config.vocab_size - 1} are accepted.")
+    found = BltPatchesList()
+    for first in range(0, len(rows), batch_size):
+        found += _find(finder, rows[first : first + batch_size], model.device)
+    return found[0] if is_single else found
+
+
+def _find(finder: PatchFinder, rows: list[list[int]], device: torch.device) -> Iterator[BltPatches]:
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    lengths, entropies = finder.patches(ids, mask)
+    for index, row in enumerate(rows):
+        nats = None if entropies is None else entropies[index, : len(row)].tolist()
+        yield _from_lengths(row, [n for n in lengths[index].tolist() if n], nats, finder.rule)
+
+
+def _from_lengths(
+    input_ids: list[int], patch_lengths: list[int], entropies: list[float] | None, rule: PatchingRule
+) -> BltPatches:
+    """From lengths as the model gives them, which count the next byte."""
+    is_last_complete = patch_lengths[-1] == 1
+    lengths = patch_lengths[:-1] if is_last_complete else [*patch_lengths[:-1], patch_lengths[-1] - 1]
+    return BltPatches(list(input_ids), lengths, entropies, is_last_complete, rule)
+
+
+def _read_rows(inputs, attention_mask, pad_token_id: int) -> tuple[list[list[int]], bool]:
+    """Rows of ids without padding, and whether one text came instead of a batch."""
+    if isinstance(inputs, Mapping) and "input_ids" in inputs:
+        attention_mask = inputs.get("attention_mask") if attention_mask is None else attention_mask
+        inputs = inputs["input_ids"]
+    inputs = getattr(inputs, "sequences", inputs)  # what `generate` gives with `return_dict_in_generate`
+    if isinstance(inputs, (str, bytes, bytearray)):
+        inputs, is_single = [inputs], True
+    else:
+        inputs = inputs.tolist() if hasattr(inputs, "tolist") else inputs
+        if not isinstance(inputs, (list, tuple)):
+            raise ValueError(
+                "`inputs` must be a text (str or bytes), ids, a batch of either, or what a tokenizer or `generate` "
+                f"returns; got {type(inputs).__name__}."
+            )
+        is_single = len(inputs) > 0 and isinstance(inputs[0], int)
+        inputs = [inputs] if is_single else list(inputs)
+    masks = [None] * len(inputs)
+    if attention_mask is not None:
+        masks = attention_mask.tolist() if hasattr(attention_mask, "tolist") else list(attention_mask)
+        masks = [masks] if masks and isinstance(masks[0], int) else masks
+        if len(masks) != len(inputs):
+            raise ValueError(f"`attention_mask` has {len(masks)} rows and `inputs` {len(inputs)}; both need the same.")
+    return [_read_row(row, mask, pad_token_id) for row, mask in zip(inputs, masks)], is_single
+
+
+def _read_row(row, mask: list[int] | None, pad_token_id: int) -> list[int]:
+    if isinstance(row, (str, bytes, bytearray)):
+        if mask is not None:
+            raise ValueError("`attention_mask` is for ids; a text has no padding.")
+        data = row.encode("utf-8", "surrogatepass") if isinstance(row, str) else bytes(row)
+        return [BOS_TOKEN_ID, *(byte + BYTE_OFFSET for byte in data)]
+    ids = row.tolist() if hasattr(row, "tolist") else list(row)
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"`inputs` must hold texts or rows of ids; got a row with {ids[:3]!r}.")
+    known = 0 if mask is None else len(mask)
+    if known > len(ids):
+        raise ValueError(f"`attention_mask` has {known} columns, `inputs` {len(ids)}; at most as many are accepted.")
+    kept = [i for i, is_text in zip(ids, mask or ()) if is_text]
+    rest = ids[known:]
+    while rest and rest[-1] == pad_token_id:
+        rest.pop()
+    while mask is None and rest and rest[0] == pad_token_id:
+        rest.pop(0)
+    if not kept and not rest:
+        raise ValueError("`inputs` holds a row without ids; each row needs one or more.")
+    return kept + rest
+
+
+def _is_byte(token_id: int) -> bool:
+    return BYTE_OFFSET <= token_id < BYTE_OFFSET + 256
+
+
+def _as_text(input_ids: Sequence[int], errors: str) -> str:
+    data = bytearray()
+    for i in input_ids:
+        if _is_byte(i):
+            data.append(i - BYTE_OFFSET)
+        else:
+            data += (SPECIAL_NAMES[i] if i < BYTE_OFFSET else f"<{i}>").encode()
+    return data.decode("utf-8", errors)
+
+
+__all__ = ["BltPatch", "BltPatches", "BltPatchesList", "PatchFinder", "evaluating", "get_patches"]

@@ -1,0 +1,36 @@
+"""The `blt-hf` command, also `python -m blt_hf_cli`; one module for each of its commands.
+
+It is a package beside `blt_hf` because everything below `blt_hf` imports torch and transformers first, and neither
+`--help` nor completing a word at the TAB key is to wait for that: what a command needs is imported when it runs.
+"""
+
+import typer
+
+from . import calibrate, convert, evaluate, flops, patches
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _blt_hf() -> None:
+    """Byte Latent Transformers on the Hugging Face stack."""
+
+
+app.command()(patches.patches)
+app.command()(evaluate.evaluate)
+app.command()(calibrate.calibrate)
+app.command()(flops.flops)
+app.command()(convert.convert)
+
+
+def main() -> None:
+    app(prog_name="blt-hf")
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,156 @@
+"""What the commands share: options, messages in one line, loading a model by name."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+MODEL_VARIABLE = "BLT_HF_MODEL"
+_BUNDLED = Path("pretrained", "blt-5m")
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Texts = Annotated[list[str], typer.Argument(help="Files or folders. A .jsonl file holds a text in each line.")]
+TextColumn = Annotated[str, typer.Option(help="Field of a .jsonl line that is the text.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; the first GPU if there is one.")]
+Weights = Annotated[Dtype, typer.Option(help="Type of the weights; auto is what they are saved as.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", envvar=MODEL_VARIABLE, show_envvar=True,
+        help="Folder or Hub id; the model that comes with the project, in a clone of it, if not given.",
+    ),
+]  # fmt: skip
+
+
+@contextmanager
+def plain_messages() -> Iterator[None]:
+    """Tells user errors and warnings in one line each, on stderr; an error ends the command with status 1."""
+
+    def show(message, *args, **kwargs):
+        typer.secho(f"note: {message}", err=True, fg="yellow")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # restored by `catch_warnings`
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        except (ValueError, ImportError) as error:
+            typer.secho(f"error: {error}", err=True, fg="red")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.secho("\nstopped.", err=True)
+            raise typer.Exit(130) from None
+
+
+def need_extra(package: str, extra: str) -> None:
+    """Says which extra of this package brings `package`, if it is missing."""
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise ValueError(f'this needs {package}, which is not installed: pip install "blt-hf[{extra}]".')
+
+
+def model_or_default(name: str | None) -> str:
+    """`name`, or the folder of the model that comes with the project."""
+    if name is not None:
+        return name
+    for root in (Path.cwd(), Path(__file__).parents[2]):
+        if (root / _BUNDLED / "config.json").is_file():
+            return str(root / _BUNDLED)
+    raise ValueError(
+        f"no model was named, and there is no {_BUNDLED} here (a clone of the project has it). Give --model a folder or "
+        f"a name on the Hub, or set {MODEL_VARIABLE}."
+    )
+
+
+def load(load: Callable, name: str, *args, **kwargs):
+    """`load(name, ...)`; what transformers says of a name that it cannot load becomes a user error."""
+    import blt_hf  # noqa: F401 (registers the classes)
+
+    try:
+        return load(name, *args, **kwargs)
+    except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, ValueError) and "config.json" not in str(error):
+            raise
+        raise ValueError(_why_not(name, str(error).strip())) from error
+
+
+def _why_not(name: str, told: str) -> str:
+    """Why `name` cannot be loaded, in words that say what to do."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        inside = [found.parent.name for found in sorted(path.glob("*/config.json"))]
+        hint = f" Folders below it that have one: {', '.join(inside)}." if inside else ""
+        return f"{name} cannot be loaded: the folder has no config.json.{hint}"
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir()
+    if not path.exists() and looks_like_path:
+        near = [found.parent.name for found in sorted(path.parent.glob("*/config.json"))]
+        hint = f" In {path.parent} there are: {', '.join(near)}." if near else ""
+        return f"{name} cannot be loaded: no such folder, and no name on the Hub (user/name).{hint}"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not path.exists():
+        return f"{name} cannot be loaded: HF_HUB_OFFLINE is set, and it was not downloaded before."
+    return f"{name} cannot be loaded: {told}"
+
+
+def load_model(name: str, dtype: Dtype = Dtype.auto, device: str | None = None, quiet: bool = True):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    if quiet:
+        logging.disable_progress_bar()
+    model = load(AutoModelForCausalLM.from_pretrained, name, dtype=dtype.value).eval()
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def need_byte_model(model, name: str, kinds: tuple[str, ...] = ("blt",)) -> None:
+    kind = getattr(model.config, "model_type", None)
+    if kind not in kinds:
+        wanted = " or ".join({"blt": "a BLT", "blt_patcher": "an entropy model"}[kind] for kind in kinds)
+        raise ValueError(f"{name} is of type {kind!r}; {wanted} is needed.")
+
+
+def print_rows(rows: list[tuple[str, str]], title: str | None = None) -> None:
+    if title:
+        typer.echo(title)
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        typer.echo(f"  {label:<{width}}  {value}")
+
+
+def read_input(texts: list[str] | None) -> list[str | bytes]:
+    """Texts from the command line; `-` is what stands on stdin, as bytes, and so is no text at all."""
+    if not texts:
+        if sys.stdin.isatty():
+            raise ValueError("no text: give one as an argument, or pipe one in.")
+        texts = ["-"]
+    return [sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape") for text in texts]
+
+
+def write_whole(path: str, write: Callable[[Path], None]) -> None:
+    """`write(partial)` beside `path`, then moves it there, so that no reader finds half a file."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ValueError(f"{target} cannot be written: there is no folder {target.parent}.")
+    partial = target.with_name(f".{os.getpid()}-{target.name}")
+    try:
+        write(partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
