@@ -137,7 +137,7 @@ class BltPatch:
 
 @dataclass
 class BltPatches:
-    """The patches of one text. Made by [`~BltPreTrainedModel.get_patches`]; a notebook shows it as a picture.
+    """The patches of one text. Made by `model.get_patches`; a notebook shows it as a picture.
 
     It is a sequence of [`BltPatch`]: `len(patches)`, `patches[0].text`, `for patch in patches`.
 
@@ -324,7 +324,7 @@ def get_patches(
     rule: PatchingRule | None = None,
     batch_size: int = 8,
 ) -> BltPatches | BltPatchesList:
-    """See [`BltPreTrainedModel.get_patches`]."""
+    """See `BltPreTrainedModel.get_patches`."""
     finder = PatchFinder.of(model)
     if rule is not None:
         finder = dataclasses.replace(finder, rule=rule)
