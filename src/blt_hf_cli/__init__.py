@@ -6,7 +6,7 @@ It is a package beside `blt_hf` because everything below `blt_hf` imports torch 
 
 import typer
 
-from . import calibrate, convert, evaluate, flops, patches
+from . import calibrate, card, convert, evaluate, flops, generate, info, patches, train
 
 
 app = typer.Typer(
@@ -23,10 +23,14 @@ def _blt_hf() -> None:
 
 
 app.command()(patches.patches)
+app.command()(generate.generate)
+app.command()(info.info)
+app.add_typer(train.app, name="train")
 app.command()(evaluate.evaluate)
 app.command()(calibrate.calibrate)
 app.command()(flops.flops)
 app.command()(convert.convert)
+app.command()(card.card)
 
 
 def main() -> None:

@@ -9,7 +9,19 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Device, Dtype, Quiet, TextColumn, Texts, Weights, load_model, plain_messages, print_rows
+from .common import (
+    AsJson,
+    Device,
+    Dtype,
+    Quiet,
+    TextColumn,
+    Texts,
+    Weights,
+    load_model,
+    plain_messages,
+    print_histogram,
+    print_rows,
+)
 
 
 def calibrate(
@@ -72,21 +84,9 @@ def calibrate(
             ("measured on", f"{found.num_bytes:,} bytes in {found.num_patches:,} patches"),
         ]
         print_rows(rows)
-        _print_histogram(found.histogram)
+        print_histogram(found.histogram)
         if config_file is not None:
             typer.echo(f"Saved in {config_file}.")
-
-
-def _print_histogram(histogram: dict[int, int], num_rows: int = 16, width: int = 40) -> None:
-    """A bar for each length; the longest patches share the last one."""
-    counts = {n: count for n, count in histogram.items() if n < num_rows}
-    longer = sum(count for n, count in histogram.items() if n >= num_rows)
-    total, most = sum(histogram.values()), max(*counts.values(), longer, 1)
-    rows = [(f"{n} byte{'s' * (n > 1)}", count) for n, count in counts.items()]
-    if longer:
-        rows.append((f"{num_rows} to {max(histogram)}", longer))
-    bars = [(label, f"{count / total:6.1%}  {'█' * round(width * count / most)}") for label, count in rows]
-    print_rows(bars, "Patches by length:")
 
 
 def _writable_config(model: str) -> Path:

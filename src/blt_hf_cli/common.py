@@ -134,6 +134,18 @@ def print_rows(rows: list[tuple[str, str]], title: str | None = None) -> None:
         typer.echo(f"  {label:<{width}}  {value}")
 
 
+def print_histogram(histogram: dict[int, int], num_rows: int = 16, width: int = 40) -> None:
+    """Patches by length: a bar for each length; the longest patches share the last one."""
+    counts = {n: count for n, count in histogram.items() if n < num_rows}
+    longer = sum(count for n, count in histogram.items() if n >= num_rows)
+    total, most = sum(histogram.values()), max(*counts.values(), longer, 1)
+    rows = [(f"{n} byte{'s' * (n > 1)}", count) for n, count in counts.items()]
+    if longer:
+        rows.append((f"{num_rows} to {max(histogram)}", longer))
+    bars = [(label, f"{count / total:6.1%}  {'█' * round(width * count / most)}") for label, count in rows]
+    print_rows(bars, "Patches by length:")
+
+
 def read_input(texts: list[str] | None) -> list[str | bytes]:
     """Texts from the command line; `-` is what stands on stdin, as bytes, and so is no text at all."""
     if not texts:

@@ -1,0 +1,452 @@
+"""`blt-hf train entropy`, `blt-hf train blt` and `blt-hf train lora`: a thin front to `Trainer` of transformers."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    AsJson,
+    Dtype,
+    Quiet,
+    TextColumn,
+    load,
+    load_model,
+    need_byte_model,
+    need_extra,
+    plain_messages,
+    print_rows,
+)
+
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+SIZES = {  # encoder and decoder width, decoder layers, global width, global layers, rows of a hash table
+    "tiny": (32, 1, 64, 1, 500),
+    "small": (128, 3, 256, 6, 5_000),
+    "base": (384, 6, 768, 12, 50_000),
+    "1b": (1024, 9, 2048, 25, 500_002),
+}
+ENTROPY_SIZES = {"tiny": (32, 1), "small": (128, 4), "base": (384, 8), "1b": (768, 14)}  # width, layers
+DEFAULT_RATES = {"entropy": 4e-3, "blt": 2e-3, "lora": 2e-3}
+
+
+@app.callback()
+def _train() -> None:
+    """Train an entropy model, a BLT, or a LoRA adapter, with `Trainer` of transformers.
+
+    Options may stand in a YAML file, with their long names (`--config recipe.yaml`); those of the command line win.
+
+    Examples:
+
+    - `blt-hf train entropy texts/ -o entropy-model`
+    - `blt-hf train blt texts/ --patcher entropy-model -o my-blt`
+    - `blt-hf train lora chats.jsonl --model my-blt -o my-adapter`
+    """
+
+
+def _read_config(context: typer.Context, path: str | None) -> str | None:
+    """Makes what the YAML file says the defaults of all options."""
+    if path is None or context.resilient_parsing:
+        return path
+    import yaml
+
+    with plain_messages():
+        if not Path(path).is_file():
+            raise ValueError(f"--config: there is no file {path}.")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"--config: {path} holds a {type(values).__name__}; options with their values are needed."
+            )
+        values = {str(name).replace("-", "_"): value for name, value in values.items()}
+        named = {max(p.opts, key=len).lstrip("-").replace("-", "_"): p.name for p in context.command.params}
+        known = sorted(set(named) - {"config", "help"})
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"--config: {path} sets {', '.join(unknown)}; there are {', '.join(known)}.")
+        values = {named[name]: value for name, value in values.items()}
+        if isinstance(values.get("set"), dict):
+            values["set"] = [f"{name}={json.dumps(value)}" for name, value in values["set"].items()]
+        if isinstance(values.get("texts"), str):
+            values["texts"] = [values["texts"]]
+        context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+_Texts = Annotated[list[str], typer.Argument(help="Files or folders. A .jsonl file holds a text in each line.")]
+_Output = Annotated[str, typer.Option("--output", "-o", help="Folder that gets the model and its tokenizer.")]
+_Config = Annotated[
+    str | None, typer.Option("--config", "-c", is_eager=True, callback=_read_config, help="YAML file with options.")
+]
+_HeldOut = Annotated[
+    list[str] | None, typer.Option(help="File or folder to measure on; else some of TEXTS are kept back.")
+]
+_Steps = Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")]
+_Batch = Annotated[int, typer.Option(min=1, help="Rows a step and process.")]
+_Context = Annotated[int, typer.Option(min=16, help="Bytes of a row.")]
+_Rate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+_Seed = Annotated[int, typer.Option(help="Of the weights and of the order of rows.")]
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")]
+_Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE: any field of transformers' TrainingArguments; may be repeated."),
+]
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the three have in common."""
+
+    kind: str
+    output: str
+    steps: int
+    batch_size: int
+    context: int
+    learning_rate: float | None
+    seed: int
+    resume: bool
+    cpu: bool
+    set: list[str] | None
+    as_json: bool
+    quiet: bool
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    def arguments(self):
+        """`TrainingArguments`, with what --set says on top."""
+        from transformers import TrainingArguments
+
+        names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+        values = {
+            "output_dir": str(self.folder / "trainer"),
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.batch_size,
+            "learning_rate": self.learning_rate or DEFAULT_RATES[self.kind],
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": min(2000, self.steps // 10),
+            "weight_decay": 0.0 if self.kind == "lora" else 0.1,
+            "adam_beta2": 0.95,
+            "max_grad_norm": 1.0,
+            "logging_steps": max(self.steps // 20, 1),
+            "save_steps": max(self.steps // 4, 1),
+            "save_total_limit": 2,
+            "report_to": "none",
+            "seed": self.seed,
+            "use_cpu": self.cpu,
+            "dataloader_pin_memory": False,
+            "disable_tqdm": self.quiet or self.as_json,
+        }
+        for setting in self.set or ():
+            name, equals, value = setting.partition("=")
+            if not equals or name not in names:
+                why = "NAME=VALUE is needed" if not equals else f"TrainingArguments has no field {name!r}"
+                raise ValueError(f"--set {setting}: {why}.")
+            values[name] = _parsed(value)
+        try:
+            return TrainingArguments(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--set: TrainingArguments does not accept this: {error}") from error
+
+    def fit(self, model, rows: list[dict]) -> None:
+        """Runs `Trainer`, and saves nothing but its checkpoints."""
+        from transformers import Trainer
+        from transformers.trainer_callback import PrinterCallback
+
+        from blt_hf.training.data import BltDataCollator
+
+        trainer = Trainer(model, self.arguments(), train_dataset=rows, data_collator=BltDataCollator())
+        if self.as_json:
+            trainer.remove_callback(PrinterCallback)  # stdout is for the result
+        trainer.train(resume_from_checkpoint=self.resume or None)
+
+    def finish(self, model, held_out: list[bytes], told: dict) -> None:
+        """Measures, and prints what was made."""
+        from blt_hf.conversion.files import progress_bar
+        from blt_hf.evaluation import measure_bits_per_byte
+
+        with progress_bar(sum(map(len, held_out)), "Scoring", not self.quiet and not self.as_json) as advance:
+            measured = measure_bits_per_byte(model.eval(), held_out, max_length=self.context, on_progress=advance)
+        told = {"output": self.output, "steps": self.steps, "bits_per_byte": measured.bits_per_byte, **told}
+        if measured.bytes_per_patch is not None:
+            told["bytes_per_patch"] = measured.bytes_per_patch
+        if self.as_json:
+            typer.echo(json.dumps(told))
+            return
+        rows = [
+            (name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+            for name, value in told.items()
+        ]
+        print_rows(rows, f"Held out, {measured.num_bytes:,} bytes:")
+
+
+def _parsed(value: str):
+    import yaml
+
+    try:
+        found = yaml.safe_load(value)
+        return float(value) if isinstance(found, str) else found  # YAML reads 1e-3 as a string
+    except (yaml.YAMLError, ValueError):
+        return value
+
+
+def _read(texts: list[str], held_out: list[str] | None, column: str) -> tuple[list[bytes], list[bytes]]:
+    """Texts to learn and texts to measure on; of one text alone, its end is kept back."""
+    from blt_hf.training.data import read_texts
+
+    learned = read_texts(texts, column)
+    if held_out:
+        return learned, read_texts(held_out, column)
+    if len(learned) == 1:
+        (text,) = learned
+        cut = len(text) - max(len(text) // 20, 1)
+        return [text[:cut] or text], [text[cut:]]
+    kept = range(0, len(learned), max(min(20, len(learned)), 2))
+    return [text for i, text in enumerate(learned) if i not in kept], [learned[i] for i in kept]
+
+
+def _blocks(texts: list[bytes], context: int) -> list[dict]:
+    """Rows of `context` ids: texts one after the other with an EOS behind each, a BOS before each row."""
+    from blt_hf.training.data import byte_ids
+
+    ids = [i for text in texts for i in (*byte_ids(text), 2)]
+    return [{"input_ids": [1, *ids[start : start + context - 1]]} for start in range(0, len(ids), context - 1)]
+
+
+def _with_patches(model, rows: list[dict], run: _Run) -> list[dict]:
+    """Patches found once, before training, as the frozen entropy model finds them."""
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from blt_hf.training.data import PrecomputePatches
+
+    find = PrecomputePatches(model, device="cuda" if torch.cuda.is_available() and not run.cpu else None)
+    console = Console(stderr=True)
+    is_hidden = run.quiet or run.as_json or not console.is_terminal
+    rows = track(rows, "Patches", console=console, transient=True, disable=is_hidden)
+    return [{**row, **find(row)} for row in rows]
+
+
+def _check_size(size: str, sizes: dict) -> None:
+    if size not in sizes:
+        raise ValueError(f"--size must be one of {', '.join(sizes)}; got {size!r}.")
+
+
+@app.command()
+def entropy(
+    texts: _Texts,
+    output: _Output = "entropy-model",
+    config: _Config = None,
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(ENTROPY_SIZES)}.")] = "small",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Go on with this one instead.")] = None,
+    patch_size: Annotated[float, typer.Option(min=1, help="Mean bytes of a patch to calibrate for.")] = 4.5,
+    held_out: _HeldOut = None,
+    steps: _Steps = 500,
+    batch_size: _Batch = 16,
+    context: _Context = 512,
+    learning_rate: _Rate = None,
+    seed: _Seed = 0,
+    resume: _Resume = False,
+    cpu: _Cpu = False,
+    set: _Set = None,
+    text_column: TextColumn = "text",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the small byte model that says where patches start, and calibrate its threshold.
+
+    The folder also gets `calibration.json`, which `blt-hf train blt --patcher` reads.
+
+    Examples:
+
+    - `blt-hf train entropy texts/ -o entropy-model --steps 2000`
+    - `blt-hf train entropy texts.jsonl --size base --patch-size 6 --set gradient_accumulation_steps=4`
+    """
+    with plain_messages():
+        from transformers import set_seed
+
+        from blt_hf import BltPatcher, BltPatcherConfig, BltTokenizer
+        from blt_hf.training.calibration import calibrate_threshold
+
+        run = _Run(
+            "entropy", output, steps, batch_size, context, learning_rate, seed, resume, cpu, set, as_json, quiet
+        )
+        _check_size(size, ENTROPY_SIZES)
+        learned, kept = _read(texts, held_out, text_column)
+        run.arguments()  # what it does not accept is told before the work
+        set_seed(seed)
+        if model is not None:
+            patcher = load_model(model, Dtype.float32, "cpu")
+            need_byte_model(patcher, model, ("blt_patcher",))
+        else:
+            width, layers = ENTROPY_SIZES[size]
+            patcher = BltPatcher(
+                BltPatcherConfig(
+                    hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(width // 64, 2),
+                    intermediate_size=-(-8 * width // 3 // 32) * 32, sliding_window=min(512, context),
+                )
+            )  # fmt: skip
+        run.fit(patcher, _blocks(learned, context))
+        found = calibrate_threshold(patcher.eval(), kept, patch_size)
+        patcher.save_pretrained(run.folder)
+        BltTokenizer().save_pretrained(run.folder)
+        (run.folder / "calibration.json").write_text(json.dumps(found.settings, indent=2) + "\n")
+        told = {"threshold": found.threshold, "bytes_per_patch": found.mean_patch_size}
+        run.finish(patcher, kept, told)
+
+
+@app.command()
+def blt(
+    texts: _Texts,
+    output: _Output = "my-blt",
+    config: _Config = None,
+    patcher: Annotated[
+        str | None, typer.Option("--patcher", "-p", help="Entropy model; without one, patches follow the spaces.")
+    ] = None,
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "small",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Go on with this BLT instead.")] = None,
+    held_out: _HeldOut = None,
+    steps: _Steps = 1000,
+    batch_size: _Batch = 8,
+    context: _Context = 1024,
+    learning_rate: _Rate = None,
+    seed: _Seed = 0,
+    resume: _Resume = False,
+    cpu: _Cpu = False,
+    set: _Set = None,
+    text_column: TextColumn = "text",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a BLT, from nothing or further. Its patches are found once, before the first step.
+
+    Examples:
+
+    - `blt-hf train blt texts/ --patcher entropy-model -o my-blt`
+    - `blt-hf train blt more-texts/ --model my-blt --learning-rate 5e-4 --resume`
+    - `blt-hf train blt --config recipe.yaml --steps 20000`
+    """
+    with plain_messages():
+        from transformers import set_seed
+
+        from blt_hf import BltTokenizer
+
+        run = _Run("blt", output, steps, batch_size, context, learning_rate, seed, resume, cpu, set, as_json, quiet)
+        _check_size(size, SIZES)
+        if model is not None and patcher is not None:
+            raise ValueError("--model has an entropy model of its own; leave out --patcher.")
+        learned, kept = _read(texts, held_out, text_column)
+        run.arguments()
+        set_seed(seed)
+        if model is not None:
+            trained = load_model(model, Dtype.float32, "cpu")
+            need_byte_model(trained, model)
+        else:
+            trained = _new_blt(size, patcher)
+        rows = _with_patches(trained, _blocks(learned, context), run)
+        run.fit(trained, rows)
+        trained.save_pretrained(run.folder)
+        BltTokenizer().save_pretrained(run.folder)
+        run.finish(trained, kept, {})
+
+
+def _new_blt(size: str, patcher_name: str | None):
+    from blt_hf import BltConfig, BltForCausalLM
+
+    width, decoder_layers, global_width, global_layers, hash_rows = SIZES[size]
+    rule: dict = {"patching_mode": "space"}
+    patcher = None
+    if patcher_name is not None:
+        patcher = load_model(patcher_name, Dtype.float32, "cpu")
+        need_byte_model(patcher, patcher_name, ("blt_patcher",))
+        calibration = Path(patcher_name, "calibration.json")
+        rule = json.loads(calibration.read_text()) if calibration.is_file() else {"patching_mode": "entropy"}
+    heads, feed_forward = max(width // 64, 2), 11 * width // 4
+    local = {
+        "hidden_size": width, "num_attention_heads": heads, "intermediate_size": feed_forward,
+        "hidden_size_global": global_width,
+    }  # fmt: skip
+    config = BltConfig(
+        **rule,
+        patch_in_forward=patcher is not None,
+        encoder_hash_byte_group_vocab=hash_rows,
+        patcher_config=None if patcher is None else patcher.config.to_dict(),
+        encoder_config=local,
+        decoder_config={**local, "num_hidden_layers": decoder_layers},
+        global_config={
+            "hidden_size": global_width,
+            "num_attention_heads": max(global_width // 128, 2),
+            "num_hidden_layers": global_layers,
+            "intermediate_size": 11 * global_width // 4,
+        },
+    )
+    model = BltForCausalLM(config)
+    if patcher is not None:
+        model.set_patcher(patcher)
+    return model
+
+
+@app.command()
+def lora(
+    texts: _Texts,
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the BLT to adapt.")],
+    output: _Output = "my-adapter",
+    config: _Config = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapter's matrices.")] = 16,
+    alpha: Annotated[int | None, typer.Option(help="Scale of the adapter; twice the rank, if not given.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Save a whole model with the adapter merged into it, not the adapter.")
+    ] = False,
+    held_out: _HeldOut = None,
+    steps: _Steps = 200,
+    batch_size: _Batch = 8,
+    context: _Context = 1024,
+    learning_rate: _Rate = None,
+    seed: _Seed = 0,
+    resume: _Resume = False,
+    cpu: _Cpu = False,
+    set: _Set = None,
+    text_column: TextColumn = "text",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a BLT with LoRA on every linear layer (needs peft: `pip install "blt-hf[train]"`).
+
+    Examples:
+
+    - `blt-hf train lora src/ --model pretrained/blt-5m -o code-adapter`
+    - `blt-hf train lora chats.jsonl -m my-blt --rank 32 --merge -o my-blt-chat`
+    """
+    with plain_messages():
+        need_extra("peft", "train")
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoTokenizer, set_seed
+
+        run = _Run("lora", output, steps, batch_size, context, learning_rate, seed, resume, cpu, set, as_json, quiet)
+        learned, kept = _read(texts, held_out, text_column)
+        run.arguments()
+        set_seed(seed)
+        base = load_model(model, device="cpu")
+        need_byte_model(base, model)
+        rows = _with_patches(base, _blocks(learned, context), run)
+        lora_config = LoraConfig(
+            task_type="CAUSAL_LM", r=rank, lora_alpha=alpha or 2 * rank, target_modules="all-linear"
+        )
+        adapted = get_peft_model(base, lora_config)
+        run.fit(adapted, rows)
+        trained = adapted.merge_and_unload() if merge else adapted
+        trained.save_pretrained(run.folder)
+        load(AutoTokenizer.from_pretrained, model).save_pretrained(run.folder)
+        if not merge:
+            trained = adapted.merge_and_unload()
+        run.finish(trained, kept, {})
