@@ -243,6 +243,25 @@ def test_errors_are_one_line(folder, arguments, message):
     assert message in told and "Traceback" not in told
 
 
+def test_card_is_written_with_what_was_measured(folder, tmp_path):
+    from huggingface_hub import ModelCard
+
+    text = folder / "texts" / "if.txt"
+    arguments = ("--license", "apache-2.0", "--language", "en", "--repo-id", "me/my-blt", "--evaluate", text)
+    told = json.loads(run("card", folder / "blt", "-o", tmp_path, *arguments, "--json"))
+    assert told["file"] == str(tmp_path / "README.md")
+    model = AutoModelForCausalLM.from_pretrained(folder / "blt")
+    expected = measure_bits_per_byte(model, [text.read_bytes()]).bits_per_byte
+    assert told["bits_per_byte"][str(text)] == pytest.approx(expected, rel=1e-4)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "text-generation"
+    (result,) = [result for result in card.data.eval_results if result.metric_type == "bits_per_byte"]
+    assert result.metric_value == pytest.approx(expected, abs=1e-3)
+    assert "Wrote" in run("card", folder / "blt", "-o", tmp_path, "--language", "de")
+    assert ModelCard.load(tmp_path / "README.md").data.license == "apache-2.0"  # what was there is kept
+    assert "`license`" in run("card", folder / "blt", "-o", tmp_path, "--license", "my own", status=1)
+
+
 def test_held_out_text_is_not_learned(tmp_path):
     from blt_hf_cli.train import _blocks, _read
 
