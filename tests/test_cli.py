@@ -216,12 +216,15 @@ def test_help_and_completion_do_not_wait_for_torch():
     assert done.stdout.strip() == "[]"
     completing = {"_BLT_HF_COMPLETE": "complete_bash", "COMP_WORDS": "blt-hf ", "COMP_CWORD": "1"}
     words = in_a_shell(timeout=60, **completing).stdout.decode().split()
-    assert {command.callback.__name__ for command in app.registered_commands} <= set(words)
+    assert {*COMMANDS, "train"} <= set(words)
 
 
-@pytest.mark.parametrize("command", [command.callback.__name__ for command in app.registered_commands])
+COMMANDS = [command.callback.__name__ for command in app.registered_commands]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "train", "train entropy", "train blt", "train lora"])
 def test_help_has_examples(command):
-    told = run(command, "--help")
+    told = run(*command.split(), "--help")
     assert "Examples" in told and f"blt-hf {command}" in told
 
 

@@ -103,6 +103,7 @@ def test_shown_commands_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.M)) <= targets
     commands = {command.callback.__name__ for command in app.registered_commands}
+    commands |= {group.name for group in app.registered_groups}
     assert set(re.findall(r"(?:`|^\$ )blt-hf ([\w-]+)", text, re.M)) <= commands
 
 
