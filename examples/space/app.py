@@ -76,11 +76,10 @@ def show_patches(name: str, text: str, threshold: float) -> str:
 
 def compare(name: str, text: str, low: float, high: float) -> tuple[str, str, str]:
     first, second = cut(name, text, low), cut(name, text, high)
-    shared = len(set(first.boundaries) & set(second.boundaries))
-    runs = [max(len(patches), 1) for patches in (first, second)]
+    shared = len(set(first.boundaries[1:]) & set(second.boundaries[1:]))
     told = (
-        f"The global transformer runs **{runs[0]}** times for the first and **{runs[1]}** times for the second "
-        f"({runs[1] / runs[0]:.2f} times as often); {shared} boundaries are the same."
+        f"**{first.num_patches}** patches for the first threshold, **{second.num_patches}** for the second; {shared} of "
+        f"them start at the same byte. The global transformer runs once for each."
     )
     return patches_html(first), patches_html(second), told
 
@@ -313,7 +312,7 @@ def make_page(name: str) -> gr.Blocks:
                     min_width=220,
                 )
             with gr.Accordion("More", open=False):
-                temperature = gr.Slider(0, 1.5, 0, step=0.05, label="Temperature (0: the likeliest byte)")
+                temperature = gr.Slider(0, 1.5, 0.6, step=0.05, label="Temperature (0: the likeliest byte)")
                 seed = gr.Number(0, label="Seed", precision=0)
                 show_refused = gr.Checkbox(True, label="Show refused drafts")
             gr.Examples(PROMPTS, prompt, label="Examples")
