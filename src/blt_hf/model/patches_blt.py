@@ -106,7 +106,7 @@ class PatchFinder:
         size = self.patcher.config.vocab_size
         known_ids = torch.where(chunk.input_ids < size, chunk.input_ids, BOS_TOKEN_ID)
         with evaluating(self.patcher):
-            return self.patcher(known_ids, chunk=chunk)
+            return self.patcher.entropies(known_ids, chunk, None)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,11 @@ def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Ten
 
 
 def decode_drafted(model, source: DraftSource, text: RaggedText, cache: BltCache, do_sample: bool) -> None:
-    """Writes texts to their ends. The cache has read all bytes but the last one of each row, before and after."""
+    """Writes texts to their ends. The cache has read all bytes but the last one of each row, before and after.
+
+    A streamer that has a method `put_drafts` is told, after the bytes of each verification, what was verified: the drafts
+    `(B, k)`, how many of them counted in each row, and how many were accepted.
+    """
     while not text.is_done:
         limits = [
             max(text.max_length - length - 1, 0) if active else 0 for length, active in zip(text.lengths, text.active)
@@ -162,7 +166,10 @@ def decode_drafted(model, source: DraftSource, text: RaggedText, cache: BltCache
         added = text.append(ids, counts, logits, scores)
         cache.crop_rows([count - new for count, new in zip(counts, added)])
         drafted = [count if active else 0 for count, active in zip(drafts.lengths, is_active)]
-        source.update(drafted, [max(count - 1, 0) for count in counts])
+        accepted = [max(count - 1, 0) for count in counts]
+        source.update(drafted, accepted)
+        if hasattr(text.streamer, "put_drafts"):
+            text.streamer.put_drafts(drafts.ids.cpu(), drafted, accepted)
     finish_rows(model, text, cache)
 
 
