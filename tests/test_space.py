@@ -93,6 +93,11 @@ def test_a_trace_tells_who_wrote_each_byte(app):
     assert trace.ids == [101, 102, 103, 104, 105, 106, 107]
     assert trace.is_draft == [False, True, True, False, True, True, False]
     assert trace.refused == {3: [90]} and (trace.drafted, trace.accepted) == (5, 4)
+    cut = app.Trace(queue.Queue())
+    for ids in ([[1, 100]], [101], [2]):  # the first of three accepted drafts ended the text
+        cut.put(torch.tensor(ids))
+    cut.put_drafts(torch.tensor([[2, 103, 104]]), [3], [3])
+    assert cut.is_draft == [False, True] and cut.accepted == 1 and cut.refused == {}
     model = make_model(tiny_config(patching_mode="byte", patch_in_forward=False))
     shown = app.trace_html(model, trace)
     assert re.findall(r'class="c (\w)"><span class="l(?: small)?">(.*?)<', shown) == [
@@ -215,9 +220,9 @@ def test_in_a_browser(address, browser, folder, width, height):
     assert counted[0] > counted[1] and f"{counted[0]}" in page.inner_text("#difference") and fits()
 
     page.get_by_role("tab", name="Generate").click()
-    page.locator("#prompt textarea").fill("The import statement ")
+    page.locator("#prompt textarea").fill("A function call always ")
     page.click("#write")
-    page.wait_for_function("document.querySelector('#counts')?.textContent.startsWith('150 bytes')")
+    page.wait_for_function("document.querySelector('#counts')?.textContent.trim().startsWith('150 bytes')")
     told = page.inner_text("#counts")
     drafted, accepted, own = map(int, re.search(r"drafted (\d+), accepted (\d+) .* whole model: (\d+)", told).groups())
     assert drafted >= accepted > 0 and accepted + own == 150
@@ -238,6 +243,6 @@ def test_in_a_browser(address, browser, folder, width, height):
     page.locator("#model button").first.click()
     page.locator("#name textarea, #name input").first.fill(folder)
     page.click("#load")
-    page.wait_for_function("document.querySelector('#about').textContent.startsWith('blt: ')")
+    page.wait_for_function("document.querySelector('#about').textContent.trim().startsWith('blt: ')")
     assert not errors and [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
     page.close()

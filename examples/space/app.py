@@ -33,7 +33,7 @@ EXAMPLES = [
     "for name in sorted(os.listdir(path)):\n    print(name)",
     "Größere Änderungen: Это пример текста, 日本語の文 🙂",
 ]
-PROMPTS = ["The import statement ", "dog (noun): ", "def main("]
+PROMPTS = ["A function call always ", "dog (noun): ", "Das Paket "]
 MAX_BYTES = 2000  # of a text; longer ones are cut
 REFRESH = 0.12  # seconds between two pictures of a text that is being written
 
@@ -91,7 +91,7 @@ class Trace:
         prompt_ids, ids: what was given, and what was written.
         is_draft: for each written id, whether the local models drafted it (and the whole model agreed).
         refused: by index in `ids`: drafts that the whole model did not agree to, and wrote that id instead.
-        passes: passes of the whole model after the prompt.
+        drafted: how many bytes were drafted.
     """
 
     def __init__(self, news: queue.Queue):
@@ -100,7 +100,7 @@ class Trace:
         self.ids: list[int] = []
         self.is_draft: list[bool] = []
         self.refused: dict[int, list[int]] = {}
-        self.drafted = self.accepted = self.passes = 0
+        self.drafted = self.explained = 0
 
     def put(self, value) -> None:
         ids = value.reshape(-1).tolist()
@@ -112,15 +112,19 @@ class Trace:
         self.news.put("bytes")
 
     def put_drafts(self, ids, drafted: list[int], accepted: list[int]) -> None:
-        """Comes after the bytes of a pass were put: accepted drafts, and one byte of the whole model."""
+        """Comes after the bytes of a pass were put: accepted drafts, then one byte of the whole model."""
         proposed, taken = ids[0, : drafted[0]].tolist(), accepted[0]
-        start = len(self.ids) - taken - 1
-        for index in range(max(start, 0), len(self.ids) - 1):
-            self.is_draft[index] = True
-        if proposed[taken:]:
-            self.refused[len(self.ids) - 1] = proposed[taken:]
+        start = max(self.explained, 1)  # the first byte follows from the prompt, without drafts
+        stop = min(start + taken, len(self.ids))  # an end of text may come before all of them
+        self.is_draft[start:stop] = [True] * (stop - start)
+        if proposed[taken:] and stop < len(self.ids):
+            self.refused[stop] = proposed[taken:]
         self.drafted += len(proposed)
-        self.accepted += taken
+        self.explained = len(self.ids)
+
+    @property
+    def accepted(self) -> int:
+        return sum(self.is_draft)
 
     def end(self) -> None:
         return
@@ -312,8 +316,8 @@ def make_page(name: str) -> gr.Blocks:
                     min_width=220,
                 )
             with gr.Accordion("More", open=False):
-                temperature = gr.Slider(0, 1.5, 0.6, step=0.05, label="Temperature (0: the likeliest byte)")
-                seed = gr.Number(0, label="Seed", precision=0)
+                temperature = gr.Slider(0, 1.5, 0.5, step=0.05, label="Temperature (0: the likeliest byte)")
+                seed = gr.Number(1, label="Seed", precision=0)
                 show_refused = gr.Checkbox(True, label="Show refused drafts")
             gr.Examples(PROMPTS, prompt, label="Examples")
 
