@@ -25,8 +25,9 @@ PROMISED = [
     "BltPatches",
     "BltTokenizer",
     "plot_patches",
+    "register_patching_rule",
 ]
-NOT_LOADED = ("BltCache", "BltPatches", "plot_patches")
+NOT_LOADED = ("BltCache", "BltPatches", "plot_patches", "register_patching_rule")
 
 
 def test_promised_names():

@@ -19,6 +19,7 @@ from .model.modeling_blt import (
     BltPatcher,
 )
 from .model.patches_blt import BltPatches
+from .model.patching_blt import register_patching_rule
 from .model.tokenization_blt import BltTokenizer
 
 
@@ -41,6 +42,7 @@ __all__ = [
     "BltPatches",
     "BltTokenizer",
     "plot_patches",
+    "register_patching_rule",
 ]
 
 register()

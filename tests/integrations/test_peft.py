@@ -45,6 +45,9 @@ METHODS = {
     "RandLora": {"r": 4},
     "FourierFT": {"n_frequency": 10},
     "TrainableTokens": {"token_indices": [101, 105]},
+    "Glora": {},
+    # One basis for all weights of a name, which must be of one shape.
+    "Frod": {"target_modules": r".*global_transformer\.layers\..*\.(q|v)_proj", "progressbar": False},
 }
 PROMPT_METHODS = {
     "PromptTuning": {"num_virtual_tokens": 3},

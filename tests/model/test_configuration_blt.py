@@ -24,7 +24,14 @@ from conftest import tiny_config
 # Fields that the in-tree class of the newest transformers does not have.
 CROSS_ATTENTION_FIELDS = {"num_cross_attention_heads", "num_cross_key_value_heads", "cross_attn_window"}
 EXTRA_FIELDS = {
-    BltConfig: {"monotonicity", "patching_threshold_add", "patching_newline_reset", "mask_documents"},
+    BltConfig: {
+        "monotonicity",
+        "patching_threshold_add",
+        "patching_newline_reset",
+        "mask_documents",
+        "diffusion_block_size",
+        "diffusion_loss_weight",
+    },
     BltPatcherConfig: {"use_cache", "mask_documents", "pad_token_id", "bos_token_id", "eos_token_id"},
     BltLocalEncoderConfig: {*CROSS_ATTENTION_FIELDS, "patch_pooling"},
     BltLocalDecoderConfig: CROSS_ATTENTION_FIELDS,
@@ -298,8 +305,8 @@ WRONG = {
     "no encoder layer": (BltLocalEncoderConfig, {"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
     "vocabularies": (
         BltConfig,
-        {"encoder_config": {"vocab_size": 100}},
-        ["`vocab_size`", "260", "100", "`encoder_config"],
+        {"encoder_config": {"vocab_size": 300}},
+        ["`vocab_size`", "260", "300", "`encoder_config"],
     ),
 }
 

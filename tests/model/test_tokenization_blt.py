@@ -533,11 +533,23 @@ def test_chat_template(tokenizer):
 
     tokenizer.add_eos_token = True  # for training on plain texts; a prompt must not notice
     assert tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"][-1] == ord(" ") + 4
-    for extra in ({"tools": [{"name": "f"}]}, {"documents": [{"text": "x"}]}):
-        with pytest.raises(Exception, match="no place for"):
-            tokenizer.apply_chat_template(chat, **extra)
-    with pytest.raises(Exception, match="no place for"):
-        tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "", "tool_calls": [{"a": 1}]}])
+
+
+def test_chat_template_has_a_place_for_tools(tokenizer):
+    """Servers hand on whatever a client sends; an error of the template would be an error of the server."""
+    chat = [{"role": "user", "content": "How warm is it?"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "warmth", "arguments": {}}}]}
+    full = [*chat, call, {"role": "tool", "content": "21 °C"}]
+    text = tokenizer.apply_chat_template(
+        full, tools=[{"name": "warmth"}], documents=[{"text": "é"}], add_generation_prompt=True, tokenize=False
+    )
+    assert text == (
+        '<s>tools: [{"name": "warmth"}]\n\ndocuments: [{"text": "é"}]\n\nuser: How warm is it?\n\n'
+        'assistant: tool calls: [{"function": {"name": "warmth", "arguments": {}}}]</s>\n\ntool: 21 °C\n\nassistant: '
+    )
+    marked = tokenizer.apply_chat_template(full, return_assistant_tokens_mask=True)
+    answer = masked_text(tokenizer, marked["input_ids"], marked["assistant_masks"])
+    assert answer.startswith("tool calls: [{") and answer.endswith("}]</s>")
 
 
 def masked_text(tokenizer, ids, mask) -> str:

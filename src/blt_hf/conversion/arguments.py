@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from huggingface_hub.errors import StrictDataclassError
 
 from ..model.configuration_blt import BltConfig
+from ..model.patching_blt import PATCHING_MODES
 
 
 # ---- Meta's arguments. Every key is mapped to a config field, checked against what is supported, or ignored. ----
@@ -127,14 +128,18 @@ _PATCHER_DEFAULTS = {
     "patch_size": 4.5, "patching_batch_size": 1, "monotonicity": False, "patching_device": "cuda", "device": "cuda",
     "entropy_model_checkpoint_dir": None, "realtime_patching": False, "log_time": False,
 }  # fmt: skip
-_PATCHER_CHECKED = {"patching_mode": (("entropy", "space", "static", "byte"), "")}
+_PATCHER_CHECKED = {"patching_mode": (PATCHING_MODES, "")}
 _PATCHER_IGNORED = (
     "patching_device device entropy_model_checkpoint_dir realtime_patching log_time data_loader_patching entropy_model"
 )
 
 
 def _fill(given: dict, where: str, defaults: dict, checked: dict, ignored: str) -> dict:
-    """`given` over `defaults`, every value checked; raises ValueError that names the key and what is supported."""
+    """`defaults`, with the values in `given` in their place, all of them checked.
+
+    Raises:
+        ValueError: names the key, its value and what is supported.
+    """
     for key in given.keys() - defaults.keys() - set(ignored.split()):
         if given[key] not in (None, False):
             raise ValueError(f"`{where}.{key}` = {given[key]!r} is not known here; supported: null or false.")
@@ -301,6 +306,7 @@ def config_from_meta_args(
 
 @contextmanager
 def wrong_types_are_value_errors() -> Iterator[None]:
+    """Turns the error of a field of the wrong type, which is none of Python's, into a ValueError."""
     try:
         yield
     except StrictDataclassError as error:
@@ -361,6 +367,10 @@ def meta_args_from_config(config: BltConfig, entropy_fixed: bool = True) -> tupl
     Raises:
         ValueError: names the field that Meta's format cannot express.
     """
+    if config.patching_mode not in PATCHING_MODES:
+        raise ValueError(
+            f"`patching_mode` {config.patching_mode!r} is a rule of your own; Meta's format knows {PATCHING_MODES}."
+        )
     encoder, decoder, global_ = config.encoder_config, config.decoder_config, config.global_config
     multiple_of, multiplier = _ffn_args(
         {part.hidden_size: part.intermediate_size for part in (global_, encoder, decoder)},
@@ -441,7 +451,7 @@ def meta_args_from_config(config: BltConfig, entropy_fixed: bool = True) -> tupl
     return args, patcher_args, entropy_args
 
 
-# The fields that decide numbers, at the top and in the parts.
+# The fields that decide what a model computes, at the top and in the components.
 _ESSENCE = """
     patch_in_forward patching_mode patching_threshold patching_threshold_add monotonicity max_patch_length
     patching_newline_reset local_attention_window_len cross_attn_k encoder_hash_byte_group_size
@@ -455,7 +465,7 @@ _PART_ESSENCE = """
 
 
 def _essence(config: BltConfig) -> dict:
-    """What decides numbers, as `field -> value`."""
+    """The fields that decide what a model computes, and their values."""
     essence = {name: getattr(config, name) for name in _ESSENCE.split()}
     if config.patching_mode == "static":
         essence["patch_size"] = config.patch_size
@@ -618,6 +628,7 @@ def tensor_specs(config: BltConfig) -> list[_Spec]:
 
 
 def check_tokenizer(train_args: dict | None) -> None:
+    """Raises a ValueError if a checkpoint was trained with another tokenizer than that of bytes."""
     tokenizer = ((train_args or {}).get("data") or {}).get("tokenizer_args") or {}
     given = {
         "name": tokenizer.get("name", "blt"),

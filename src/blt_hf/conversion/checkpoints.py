@@ -72,7 +72,7 @@ class _Source:
 
 
 def _locate(source: str | os.PathLike, revision: str | None) -> Path:
-    """A folder as it is, a Hub id downloaded."""
+    """The folder that `source` names, or into which a Hub id is downloaded."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder

@@ -107,6 +107,11 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_tensors(stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], where: str) -> None:
+    """Raises a ValueError unless `stored` holds the tensors in `expected` (`name -> shape`) and no others.
+
+    `where` says in the message whose tensors these are.
+    """
+
     def listed(names):
         return ", ".join(f"`{name}`" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
@@ -171,6 +176,10 @@ def write_safetensors(path: Path, outputs: list[OutputTensor], advance) -> None:
 
 
 def write_shards(folder: Path, outputs: list[OutputTensor], max_shard_bytes: int, advance) -> None:
+    """Writes safetensors files of at most `max_shard_bytes`, and their index if there are several.
+
+    A larger tensor gets a file of its own. `advance(num_bytes)` is called as bytes are written.
+    """
     shards, size = [[]], 0
     for output in outputs:
         if shards[-1] and size + output.num_bytes > max_shard_bytes:
@@ -192,10 +201,12 @@ def write_shards(folder: Path, outputs: list[OutputTensor], max_shard_bytes: int
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Writes indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict:
+    """The JSON object in a file; a ValueError where there is none."""
     if not path.is_file():
         raise ValueError(f"{path} is missing.")
     try:
@@ -209,7 +220,14 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def whole_or_nothing(out: Path, overwrite: bool, sources: list[Path]) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` at the end, or disappears if anything fails."""
+    """Yields a new folder that becomes `out` at the end, or disappears if anything fails.
+
+    Args:
+        overwrite: `out` may exist and hold files; it is then replaced.
+        sources: folders that are read meanwhile; `out` must not contain them.
+    Raises:
+        ValueError: `out` cannot be made so.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file; give a folder.")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -234,6 +252,7 @@ def whole_or_nothing(out: Path, overwrite: bool, sources: list[Path]) -> Iterato
 
 
 def check_space(folder: Path, total: int) -> None:
+    """Raises a ValueError if less than `total` bytes are free where `folder` lies."""
     free = shutil.disk_usage(folder).free
     if free < total:
         raise ValueError(f"{folder.parent} has {free / 1e9:.1f} GB free; {total / 1e9:.1f} GB are needed.")
@@ -241,7 +260,7 @@ def check_space(folder: Path, total: int) -> None:
 
 @contextmanager
 def progress_bar(total: int, label: str, show: bool):
-    """Yields `advance(num_bytes)`."""
+    """Shows progress over `total` bytes; yields the function `advance(num_bytes)` that moves it on."""
     if not show:
         yield lambda num_bytes: None
         return

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..training.data import BOS_TOKEN_ID, byte_ids, evaluating, pad_rows
+from ..training.data import BOS_TOKEN_ID, byte_ids, check_texts, evaluating, pad_rows
 
 
 DEFAULT_MAX_LENGTH = 4096
@@ -17,13 +17,13 @@ DEFAULT_MAX_LENGTH = 4096
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model needs for some texts.
+    """How well a model predicts some texts.
 
     Attributes:
-        bits_per_byte: cross-entropies of all bytes (or tokens) of the texts, in bits, by their UTF-8 bytes.
-        nats: the same sum in nats.
+        bits_per_byte: summed cross-entropy of all bytes (or tokens) in bits, divided by the number of UTF-8 bytes.
+        nats: the summed cross-entropy in nats.
         num_texts, num_bytes, num_tokens: what was measured, each byte once. A byte model has a token for each byte.
-        bytes_per_patch: bytes by patches that start at one of them; None: the model has no patches.
+        bytes_per_patch: the bytes, divided by the patches that start at one of them; None: the model has no patches.
         seconds: time in the model. Windows that overlap make it longer.
     """
 
@@ -80,8 +80,10 @@ def measure_bits_per_byte(
     Returns:
         [`Measurement`].
     Raises:
-        ValueError: no text, a text that is not UTF-8 for a token model, or windows that do not fit together.
+        ValueError: no text, one str for all texts, a text that is not UTF-8 for a token model, or windows that do not
+            fit together.
     """
+    check_texts(texts)
     is_byte_model = getattr(model.config, "model_type", None) in ("blt", "blt_patcher")
     if not is_byte_model and tokenizer is None:
         raise ValueError(f"{type(model).__name__} reads tokens; pass its `tokenizer`.")
@@ -102,7 +104,8 @@ def measure_bits_per_byte(
     def flush() -> None:
         nonlocal nats, seconds, num_patches, num_tokens
         started = time.perf_counter()
-        batch_nats, batch_patches = _score(model, pending, has_patches)  # `.item()` inside waits for the device
+        # `.item()` inside waits for the device, so the clock measures the work and not its launch.
+        batch_nats, batch_patches = _score(model, pending, has_patches)
         seconds += time.perf_counter() - started
         nats += batch_nats
         num_patches += batch_patches
@@ -187,6 +190,7 @@ def _score(model: nn.Module, windows: list[_Window], has_patches: bool) -> tuple
     ids = pad_rows([window.ids for window in windows], 0).to(device)
     mask = pad_rows([[1] * len(window.ids) for window in windows], 0).to(device)
     columns = torch.arange(width, device=device)
+    # The start token and the context were scored before, or are not text.
     first = torch.tensor([1 + window.context for window in windows], device=device)
     is_scored = (columns >= first[:, None]) & (mask != 0)
     options = {"output_patches": True} if has_patches else {}

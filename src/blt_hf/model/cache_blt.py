@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .checks_blt import cache_facts
+from .patching_blt import PATCHING_MODES, PatchingRule
+
 
 _BLOCK = 32  # numbers of slots are multiples of this, so that few shapes occur
 _COLUMNS = 64  # the same for patches, of which a step reads no more than there are
@@ -316,9 +319,10 @@ class ByteLog:
             entropies = integers.new_zeros(integers.shape[:2], dtype=torch.float32) if entropies is None else entropies
             self.entropies.write(entropies[..., None], access)
 
-    def last_entropy(self, counts: Tensor) -> Tensor:
-        """Entropy `(B,)` after the last byte of rows of `counts` bytes `(B,)`."""
-        return self.entropies.read(self.slots.find(counts[:, None] - 1))[:, 0, 0]
+    def last_entropies(self, counts: Tensor, length: int) -> Tensor:
+        """Entropies `(B, length)` after the last bytes of rows of `counts` bytes `(B,)`."""
+        entries = counts[:, None] + torch.arange(-length, 0, device=counts.device)
+        return self.entropies.read(self.slots.find(entries))[..., 0]
 
     def last(self, counts: Tensor, length: int) -> Tensor:
         """The last `length` entries of rows of `counts` bytes `(B,)`, `(B, length, F)`."""
@@ -362,7 +366,14 @@ class BltCache(Cache):
         patcher_window = None if patcher is None else patcher.sliding_window
         self.encoder_window = 1 if encoder is None else encoder.cross_attn_window or 1
         self.decoder_window = 1 if decoder is None else decoder.cross_attn_window or 1
-        self.num_hash_bytes = 0 if encoder is None else max(config.encoder_hash_byte_group_size) - 1
+        self.num_hash_bytes, self.num_rule_entropies = 0, 1
+        if encoder is not None:
+            # The log also serves the patching rule, and one of a user's may look further back than the hashes.
+            rule = PatchingRule(config.patching_mode)
+            self.num_hash_bytes = max(*config.encoder_hash_byte_group_size, rule.window) - 1
+            if rule.mode not in PATCHING_MODES and rule.uses_entropies:
+                self.num_rule_entropies = max(rule.window - 1, 1)
+        self.config, self.made_for = config, cache_facts(config)
         self._first_slack = slack
         self.compile_config = None  # see `compile_steps`
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)

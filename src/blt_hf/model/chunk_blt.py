@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention_blt import AttentionSpan, SlotSpan
 from .cache_blt import BltCache, ByteLog, SlotAccess, Slots, log_field, round_up_columns
+from .checks_blt import check_attention_mask, check_position_ids, find_text_starts
 from .patching_blt import NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
 
 
@@ -43,7 +44,8 @@ class ByteChunk:
         document_start, context_start: int64 `(B, S)`, row index of the first byte that each byte may see, in the
             encoder and decoder, and in the entropy model. None: all bytes before it.
         previous: last log entry of each row, field by field (zeros in an empty cache).
-        history: int64 `(B, H)`, ids before the chunk, as many as the hashes may ask.
+        history: int64 `(B, H)`, ids before the chunk, as many as the hashes and the patching rule may ask.
+        past_entropies: fp32 `(B, H)`, nats after the last bytes before the chunk, as many as the patching rule may ask.
         cached_bytes: int64 `(B,)`, bytes of each row before the chunk; None: there are none.
         is_partial: some columns at the end of rows hold no byte, though there is no `layout`.
     """
@@ -57,7 +59,7 @@ class ByteChunk:
     row_positions: Tensor
     text_positions: Tensor
     previous: dict[str, Tensor]
-    previous_entropy: Tensor
+    past_entropies: Tensor
     history: Tensor | None
     cached_bytes: Tensor | None
     is_partial: bool = False
@@ -95,6 +97,11 @@ class ByteChunk:
         chunk = self.layout.unpack(weights[..., past:].permute(0, 3, 2, 1))
         weights = torch.cat([weights[..., :past], chunk.permute(0, 3, 2, 1)], dim=-1)
         return self.layout.unpack(weights.permute(0, 2, 1, 3)).permute(0, 2, 1, 3)
+
+    @property
+    def previous_entropy(self) -> Tensor:
+        """fp32 `(B,)`, nats after the last byte before the chunk."""
+        return self.past_entropies[:, -1]
 
     def access(self, slots: Slots, num_past: int) -> SlotAccess:
         """Where the bytes of this chunk go in slots of bytes; a large chunk also reads `num_past` bytes before it."""
@@ -149,31 +156,6 @@ class ByteChunk:
         return (start + offset).clamp_min(0)
 
 
-def _check_mask(attention_mask: Tensor, rows: int, columns: int, past: int) -> Tensor:
-    """The columns of `attention_mask` that belong to the chunk."""
-    if not isinstance(attention_mask, Tensor):
-        raise ValueError(f"`attention_mask` must be a tensor; got {type(attention_mask).__name__}.")
-    accepted = {columns, past + columns}
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] not in accepted:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; a two-dimensional mask with {rows} rows and "
-            f"{' or '.join(str(n) for n in sorted(accepted))} columns is accepted (1 for text, 0 for padding)."
-        )
-    return attention_mask[:, -columns:]
-
-
-def _find_text_starts(position_ids: Tensor, num_bytes: Tensor, cached_bytes: Tensor | None) -> Tensor | None:
-    """Where `position_ids` begin another text inside a row; None if they do so nowhere."""
-    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1  # transformers' own rule for packed rows
-    if cached_bytes is None:
-        begins = torch.zeros_like(breaks[:, :1]) if breaks.shape[1] else breaks.new_zeros(breaks.shape[0], 1)
-    else:
-        begins = (position_ids[:, :1] == 0) & (cached_bytes[:, None] > 0)
-    starts = torch.cat([begins, breaks], dim=1)
-    starts = starts & (torch.arange(starts.shape[1], device=starts.device) < num_bytes[:, None])
-    return starts if bool(starts.any()) else None
-
-
 def make_chunk(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
@@ -201,8 +183,6 @@ def make_chunk(
         ValueError: a shape does not fit.
     """
     rows, columns = shape
-    if columns == 0:
-        raise ValueError("`input_ids` has no columns; a forward needs at least one byte a row (a BOS for empty text).")
     is_empty = cache is None or cache.is_empty
     if not is_empty and len(cache.row_bytes) != rows:
         raise ValueError(
@@ -227,7 +207,7 @@ def make_chunk(
         row_positions=index.expand(rows, -1) if past.num_bytes is None else past.num_bytes[:, None] + index,
         text_positions=index + past.state["position"][:, None] + 1,
         previous=past.state,
-        previous_entropy=past.entropy,
+        past_entropies=past.entropies,
         history=past.ids,
         cached_bytes=past.num_bytes,
     )
@@ -264,7 +244,7 @@ def next_bytes(
         row_positions=past.num_bytes[:, None] + index,
         text_positions=index + past.state["position"][:, None] + 1,
         previous=past.state,
-        previous_entropy=past.entropy,
+        past_entropies=past.entropies,
         history=past.ids,
         cached_bytes=past.num_bytes,
         is_partial=lengths is not None,
@@ -281,11 +261,13 @@ def _find_text(
     rows, columns = shape
     if attention_mask is None:
         return None, [columns] * rows, columns
-    attention_mask = _check_mask(attention_mask, rows, columns, past_columns)
+    attention_mask = check_attention_mask(attention_mask, rows, columns, past_columns)
     is_text = attention_mask != 0
     text_at_end = is_text.flip(1).long().cumprod(dim=1).sum(dim=1)
     # One transfer for what the host must know.
     row_bytes, at_end = torch.stack([is_text.sum(dim=1), text_at_end]).tolist()
+    if past_columns == 0 and not any(row_bytes):
+        raise ValueError("`attention_mask` leaves no text in any row; it must be 1 (text) somewhere.")
     layout = RowLayout.from_mask(attention_mask) if min(row_bytes) < columns else None
     return layout, row_bytes, min(at_end)
 
@@ -294,19 +276,22 @@ def _find_text(
 class _Past:
     """What the new bytes of a row follow: bytes before them (None: none), and the last entry of the log.
 
-    `ids` are those before the chunk, as many as the hashes may ask.
+    `ids` are those before the chunk, as many as the hashes and the patching rule may ask; `entropies` as many as the
+    rule may ask.
     """
 
     num_bytes: Tensor | None
     state: dict[str, Tensor]
-    entropy: Tensor
+    entropies: Tensor
     ids: Tensor | None
 
     @classmethod
     def of(cls, cache: BltCache | None, rows: int, device: torch.device) -> "_Past":
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)
         if cache is None or cache.is_empty:
-            return cls(None, {**dict.fromkeys(ByteLog.FIELDS, zeros), "position": zeros - 1}, zeros.float(), None)
+            return cls(
+                None, {**dict.fromkeys(ByteLog.FIELDS, zeros), "position": zeros - 1}, zeros.float()[:, None], None
+            )
         counts = cache.num_bytes
         entries = cache.log.last(counts, max(cache.num_hash_bytes, 1))
         # A row without text so far has no state.
@@ -317,7 +302,7 @@ class _Past:
             # A copy, because the counter itself goes on.
             counts.clone(),
             state,
-            cache.log.last_entropy(counts),
+            cache.log.last_entropies(counts, cache.num_rule_entropies),
             log_field(entries, "input_id") if cache.num_hash_bytes else None,
         )
 
@@ -327,15 +312,11 @@ def _find_texts(chunk: ByteChunk, position_ids: Tensor | None) -> None:
     if position_ids is None:
         return
     rows, columns = chunk.row_positions.shape
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != columns:
-        raise ValueError(
-            f"`position_ids` has shape {tuple(position_ids.shape)}; accepted is ({rows} or 1, {columns}): one "
-            "position for each column of this call."
-        )
+    position_ids = check_position_ids(position_ids, rows, columns)
     if columns == 1 and chunk.cached_bytes is None:
         return
-    position_ids = chunk.pack(position_ids.expand(rows, -1))
-    chunk.text_starts = _find_text_starts(position_ids, chunk.num_bytes, chunk.cached_bytes)
+    position_ids = chunk.pack(position_ids)
+    chunk.text_starts = find_text_starts(position_ids, chunk.num_bytes, chunk.cached_bytes)
     if chunk.text_starts is not None:
         index = torch.arange(columns, device=position_ids.device)
         base = torch.where(chunk.text_starts, index, -1 - chunk.previous["position"][:, None])

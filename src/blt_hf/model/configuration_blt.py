@@ -1,12 +1,21 @@
 """Configuration of the Byte Latent Transformer: model types, fields and defaults of transformers' in-tree classes."""
 
+import difflib
+import math
+
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
 
 from .names_blt import add_architectures, architecture_name
+from .patching_blt import PATCHING_MODES, PatchingRule, find_rule
 
 
-PATCHING_MODES = ("entropy", "space", "static", "byte")
+logger = logging.get_logger(__name__)
+
 PATCH_POOLING_MODES = ("max", "mean", "min")
 
 # Keys of real files that carry no information for us. `norm_eps` is not here: it is renamed to `rms_norm_eps`.
@@ -45,9 +54,65 @@ _CROSS_TP_PLAN = {
 }
 
 
+# Keys of components in files that older releases of transformers wrote, or that the release in use reads by itself.
+_COMPONENT_KEYS = frozenset(
+    (
+        *_LEGACY_KEYS, "norm_eps", "rope_theta", "rope_scaling", "partial_rotary_factor", "encoder_cross_output_size",
+        "model_type", "auto_map", "use_cache", "torch_dtype", "name_or_path", "num_labels", "attn_implementation",
+        "experts_implementation", "output_attentions", "per_layer_config", "quantization_config", "torchscript",
+        "use_bfloat16", "tf_legacy_loss", "pruned_heads", "is_decoder", "cross_attention_hidden_size",
+        "add_cross_attention", "tie_encoder_decoder", "tie_word_embeddings", "finetuning_task", "task_specific_params",
+        "tokenizer_class", "prefix", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id",
+        "decoder_start_token_id",
+    )
+)  # fmt: skip
+_MIN_VOCABULARY = 260  # 4 special ids and 256 bytes
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
+    return [name for name in config_class.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
+
+
+def _warn_of_unknown_fields(config: PreTrainedConfig, given: dict) -> None:
+    """Tells of the names in `given`, what a constructor got beside the fields of `config`, that nothing reads.
+
+    A component has no names of its users; a [`BltConfig`] may, so there only likely mistakes are told.
+    """
+    known, name_of_class = _own_fields(type(config)), type(config).__name__
+    components = config.sub_configs
+    generation = GenerationConfig._get_default_generation_params()
+    for name in given:
+        if name.startswith("_") or name in _COMPONENT_KEYS or name in generation:
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if components else 0.6)
+        owners = [f"`{part}`" for part, part_class in components.items() if name in _own_fields(part_class)]
+        if close:
+            hint = f"did you mean `{close[0]}`?"
+        elif owners:
+            hint = f"it belongs into {', '.join(owners)}."
+        elif components:
+            continue
+        else:
+            hint = f"its fields are {', '.join(known)}."
+        logger.warning_once(f"`{name_of_class}` has no field `{name}`, so it is not used; {hint}")
+
+
+def _check_vocabulary(name: str, size: int) -> None:
+    _check(
+        size >= _MIN_VOCABULARY,
+        f"`{name}.vocab_size` must be at least {_MIN_VOCABULARY} (4 special ids and 256 bytes); got {size}.",
+    )
+
+
+def _check_rope(name: str, rope_parameters: dict | None) -> None:
+    kind = (rope_parameters or {}).get("rope_type", "default")
+    accepted = ("default", *ROPE_INIT_FUNCTIONS)
+    _check(kind in accepted, f"`{name}.rope_parameters['rope_type']` must be one of {sorted(accepted)}; got {kind!r}.")
 
 
 class _SavedConfig(PreTrainedConfig):
@@ -99,7 +164,19 @@ class _BltComponentConfig(_SavedConfig):
         )
         if hasattr(self, "cross_attn_k"):
             self._validate_cross_attention(name)
+        if hasattr(self, "vocab_size"):
+            _check_vocabulary(name, self.vocab_size)
+        _check(
+            self.dropout is None or 0 <= self.dropout < 1,
+            f"`{name}.dropout` must be a probability, from 0 to less than 1; got {self.dropout}.",
+        )
+        _check(
+            self.hidden_act in ACT2FN,
+            f"`{name}.hidden_act` must be one of {sorted(ACT2FN)}; got {self.hidden_act!r}.",
+        )
+        _warn_of_unknown_fields(self, kwargs)
         super().__post_init__(**kwargs)
+        _check_rope(name, self.rope_parameters)
 
     def _validate_cross_attention(self, name: str) -> None:
         heads, kv_heads = self.cross_attention_heads
@@ -271,7 +348,8 @@ class BltConfig(_SavedConfig):
     Fields, defaults and file format are those of transformers' in-tree `BltConfig`. The fields that it does not have
     default to what it does:
 
-        patching_mode (default `"entropy"`): `"entropy"`, `"space"`, `"static"` (every `patch_size` bytes) or `"byte"`.
+        patching_mode (default `"entropy"`): `"entropy"`, `"space"`, `"static"` (every `patch_size` bytes), `"byte"`, or
+            the name of a rule that was given to [`register_patching_rule`].
         monotonicity (default False): a patch starts where the entropy rises by more than `patching_threshold`.
         patching_threshold_add (default None): nats; a patch starts where the entropy is above `patching_threshold` and
             rises by more than this.
@@ -335,6 +413,7 @@ class BltConfig(_SavedConfig):
     diffusion_loss_weight: float | int = 1.0
 
     def __post_init__(self, **kwargs):
+        _check_vocabulary("BltConfig", self.vocab_size)
         for key in _LEGACY_KEYS:
             kwargs.pop(key, None)
         kwargs.pop("norm_eps", None)  # each component has its own `rms_norm_eps`
@@ -363,7 +442,9 @@ class BltConfig(_SavedConfig):
             pooled_size if pooled_size != self.global_config.hidden_size else None
         )
         self.patcher_config.mask_documents = self.mask_documents
+        _warn_of_unknown_fields(self, kwargs)
         super().__post_init__(**kwargs)
+        _check_rope("BltConfig", self.rope_parameters)
         self._validate_components()
         self.validate_patching()
         self._validate_diffusion()
@@ -428,10 +509,14 @@ class BltConfig(_SavedConfig):
         Raises:
             ValueError: names the field, its value and what is accepted.
         """
-        _check(
-            self.patching_mode in PATCHING_MODES,
-            f"`patching_mode` must be one of {PATCHING_MODES}; got {self.patching_mode!r}.",
-        )
+        if self.patching_mode not in PATCHING_MODES:
+            find_rule(self.patching_mode)
+        for name in ("patching_threshold", "patching_threshold_add"):
+            value = getattr(self, name)
+            _check(
+                value is None or not math.isnan(value),
+                f"`{name}` must be a number of nats; got {value}, with which no comparison is ever true.",
+            )
         if self.patching_mode == "entropy":
             _check(
                 self.patching_threshold is not None,
@@ -443,16 +528,10 @@ class BltConfig(_SavedConfig):
                 f"monotonicity=True and patching_threshold_add={self.patching_threshold_add}.",
             )
         else:
-            for name, off in (
-                ("monotonicity", False),
-                ("patching_threshold_add", None),
-                ("patching_newline_reset", False),
-            ):
-                _check(
-                    getattr(self, name) == off,
-                    f"`{name}` belongs to `patching_mode='entropy'`; got {name}={getattr(self, name)} with "
-                    f"patching_mode={self.patching_mode!r}.",
-                )
+            self._check_is_off("monotonicity", False)
+            self._check_is_off("patching_threshold_add", None)
+        if not self.uses_patcher:
+            self._check_is_off("patching_newline_reset", False)
         if self.patching_mode == "static":
             _check(
                 self.patch_size is not None and self.patch_size >= 1 and int(self.patch_size) == self.patch_size,
@@ -461,6 +540,13 @@ class BltConfig(_SavedConfig):
         _check(
             self.max_patch_length is None or self.max_patch_length >= 1,
             f"`max_patch_length` must be None or at least 1 byte; got {self.max_patch_length}.",
+        )
+
+    def _check_is_off(self, name: str, off: bool | None) -> None:
+        _check(
+            getattr(self, name) == off,
+            f"`{name}` belongs to `patching_mode='entropy'`; got {name}={getattr(self, name)} with "
+            f"patching_mode={self.patching_mode!r}.",
         )
 
     def __setattr__(self, name, value):
@@ -473,8 +559,8 @@ class BltConfig(_SavedConfig):
 
     @property
     def uses_patcher(self) -> bool:
-        """Whether patch starts come from the entropy model."""
-        return self.patching_mode == "entropy"
+        """Whether the patching rule reads entropies, which the entropy model computes."""
+        return PatchingRule(self.patching_mode).uses_entropies
 
     @property
     def hidden_size(self) -> int:

@@ -20,7 +20,8 @@ HASH_PRIMES = (
 )
 
 
-_hash_weights: dict[tuple, Tensor] = {}  # a plain one, because torch.compile looks through it
+# Results of `hash_weights`. A plain dictionary, because torch.compile traces through it and not through functools.cache.
+_hash_weights: dict[tuple, Tensor] = {}
 
 
 def hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.device) -> Tensor:
@@ -35,6 +36,7 @@ def hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.devic
         for size in sizes:
             powers = [(pow(prime, power, 2**64) + 2**63) % 2**64 - 2**63 for power in range(size)]
             columns.append([0] * (longest - size) + powers)
+    # A tensor that is made in inference mode could not be used in training later.
     with torch.inference_mode(False):
         _hash_weights[key] = torch.tensor(columns, device=device).T.contiguous()
     return _hash_weights[key]
@@ -72,14 +74,15 @@ def ngram_hashes(
     windows = past.unfold(1, longest, 1) * (text_positions[..., None] >= age)  # (B, S, L)
     hashes = (windows[..., None] * hash_weights(tuple(sizes), num_functions, device)).sum(dim=-2)
     offsets = torch.arange(hashes.shape[-1], device=device) * num_rows
+    # The products wrap around like the reference's; the remainder of a negative number is positive in torch.
     return hashes % num_rows + offsets
 
 
 class BltHashEmbedding(nn.Embedding):
-    """All hash tables in one weight `(functions * sizes * rows, D)`; looks a bag of rows up at once and sums it."""
+    """All hash tables in one weight `(functions * sizes * rows, D)`. One look-up sums a row of each table."""
 
     def forward(self, hashes: Tensor) -> Tensor:
-        """Sum of the rows `hashes` `(B, S, G)` -> `(B, S, D)`."""
+        """Sums the rows of the weight that `hashes` `(B, S, G)` name, to `(B, S, D)`."""
         weight = self.weight
         if hasattr(weight, "to_local"):  # under tensor parallelism: every rank sums its columns of the tables
             weight, hashes = weight.to_local(), hashes.to_local()

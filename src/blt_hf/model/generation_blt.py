@@ -4,6 +4,7 @@ import torch
 from transformers.generation import CompileConfig, ContinuousBatchingConfig, GenerationMixin
 
 from .cache_blt import BltCache
+from .checks_blt import check_tensor
 from .decoding_blt import RaggedText
 from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
 from .unmasking_blt import UNMASKING_RULES, BlockDrafts, Unmasking, decode_blocks
@@ -40,6 +41,11 @@ class BltGenerationMixin(GenerationMixin):
     `cache_implementation="static"` compiles the decoding step with `torch.compile`, on any device, as `compile_config`
     says; `disable_compile=True` leaves it as it is. The first bytes then take as long as compiling does.
     """
+
+    def _prepare_model_inputs(self, inputs=None, *args, **kwargs):
+        if inputs is not None:
+            check_tensor("input_ids", inputs, "int64 (rows, bytes)")
+        return super()._prepare_model_inputs(inputs, *args, **kwargs)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         own = {name: kwargs.pop(name) for name in _OWN_FIELDS if name in kwargs}

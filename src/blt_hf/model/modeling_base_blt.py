@@ -9,6 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 from .cache_blt import BltCache
+from .checks_blt import check_cache
 from .configuration_blt import BltConfig
 from .diffusion_blt import CorruptedBlocks
 from .generation_blt import BltGenerationMixin
@@ -202,11 +203,15 @@ class BltPreTrainedModel(PreTrainedModel):
             return False
         return value
 
+    def _checkpoints(self) -> bool:
+        """Whether gradient checkpointing is on; transformers renamed its own property for that between two releases."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
     def _start_cache(self, cache, use_cache: bool | None, config) -> BltCache | None:
         """The cache to write to: the caller's, a new one, or None."""
         if use_cache is None:
             use_cache = cache is not None or (config.use_cache and not self.training)
-        if use_cache and self.training and self.is_gradient_checkpointing:
+        if use_cache and self.training and self._checkpoints():
             logger.warning_once(
                 "`use_cache=True` is incompatible with gradient checkpointing; setting `use_cache=False`."
             )
@@ -218,6 +223,9 @@ class BltPreTrainedModel(PreTrainedModel):
         if cache is None:
             return BltCache(config)
         if isinstance(cache, BltCache):
+            if cache.config is not config:
+                check_cache(cache.made_for, config)
+                cache.config = config  # so that the next call need not compare
             return cache
         if hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0:
             return BltCache(config)  # a placeholder that some callers make without asking the model
@@ -229,24 +237,6 @@ class BltPreTrainedModel(PreTrainedModel):
 def embed_inputs(module: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """`inputs_embeds`, or the embeddings of `input_ids`."""
     return module(input_ids) if inputs_embeds is None else inputs_embeds
-
-
-def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[tuple[int, int], torch.device]:
-    """Shape `(B, S)` and device of the input.
-
-    Raises:
-        ValueError: none or both were given, or `input_ids` is not two-dimensional.
-    """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(
-            "exactly one of `input_ids` and `inputs_embeds` is needed; got "
-            f"{'neither' if input_ids is None else 'both'}."
-        )
-    if input_ids is not None:
-        if input_ids.dim() != 2:
-            raise ValueError(f"`input_ids` must be two-dimensional (rows, bytes); got shape {tuple(input_ids.shape)}.")
-        return tuple(input_ids.shape), input_ids.device
-    return tuple(inputs_embeds.shape[:2]), inputs_embeds.device
 
 
 def keeps_all(logits_to_keep: int | Tensor) -> bool:
@@ -269,7 +259,6 @@ __all__ = [
     "BltKwargs",
     "BltModelOutput",
     "BltPreTrainedModel",
-    "check_inputs",
     "embed_inputs",
     "keep_positions",
 ]

@@ -9,6 +9,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess
+from .checks_blt import check_inputs, check_labels, check_row_labels
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, make_chunk, number_patches
 from .configuration_blt import BltConfig
 from .diffusion_blt import BlockNoise, TwoStreamSpan, corrupt_blocks, make_noise, masked_loss
@@ -20,7 +21,6 @@ from .modeling_base_blt import (
     BltKwargs,
     BltModelOutput,
     BltPreTrainedModel,
-    check_inputs,
     keep_positions,
 )
 from .patcher_blt import BltPatcher
@@ -149,8 +149,9 @@ class BltModel(BltPreTrainedModel):
         Raises:
             ValueError: an argument that cannot be honoured.
         """
-        shape, device = check_inputs(input_ids, inputs_embeds)
         config = self.config
+        width = config.encoder_config.hidden_size
+        shape, device = check_inputs(input_ids, inputs_embeds, config.vocab_size, width)
         cache = self._start_cache(past_key_values, use_cache, config)
         self._check_history(cache, inputs_embeds)
         wants_states = self._wants("output_hidden_states", output_hidden_states)
@@ -208,8 +209,6 @@ class BltModel(BltPreTrainedModel):
             cache.begin(len(chunk.row_bytes), chunk.num_columns, False, chunk.num_bytes.device)
         byte_states, span, numbers, entropies = self._read_bytes(chunk, cache, embeds, given_ends, byte_trace)
         counts = PatchCounts.of(numbers)
-        if counts.max_new == 0 and (cache is None or cache.is_empty):
-            raise ValueError("`attention_mask` leaves no text in any row.")
         latents = None
         if counts.max_new:
             if cache is not None:
@@ -328,7 +327,7 @@ class BltModel(BltPreTrainedModel):
         """Refuses to continue from bytes that only their embeddings told of, if something here reads ids."""
         if cache is None or not cache.hides_ids or inputs_embeds is not None:
             return
-        if self.config.encoder_hash_byte_group_nb_functions or self.config.patching_mode in ("entropy", "space"):
+        if self.config.encoder_hash_byte_group_nb_functions or self.config.patching_mode not in ("static", "byte"):
             raise ValueError(
                 "`past_key_values` holds bytes that were passed as `inputs_embeds`, and the hashes and the patching rule "
                 "of later bytes read ids: pass `input_ids` from the start, or `inputs_embeds` and no cache."
@@ -364,7 +363,8 @@ class BltModel(BltPreTrainedModel):
             if chunk.input_ids is None:
                 if given_ends is None:
                     raise ValueError(
-                        "`inputs_embeds` hide the bytes that `patching_mode='entropy'` reads; pass `patch_lengths`."
+                        f"`inputs_embeds` hide the bytes that `patching_mode={config.patching_mode!r}` reads; pass "
+                        "`patch_lengths`."
                     )
             else:
                 with torch.no_grad():
@@ -373,21 +373,24 @@ class BltModel(BltPreTrainedModel):
             return entropies, given_ends
         if config.uses_patcher and entropies is None:
             raise ValueError(
-                "`patching_mode='entropy'` needs an entropy model, and this model was built with "
+                f"`patching_mode={config.patching_mode!r}` needs an entropy model, and this model was built with "
                 "`patch_in_forward=False`: pass `patch_lengths`, or give it one with `set_patcher`."
             )
-        if config.patching_mode == "space" and chunk.input_ids is None:
+        rule = PatchingRule.from_config(config)
+        if rule.uses_ids and chunk.input_ids is None:
             raise ValueError(
-                "`inputs_embeds` hide the bytes that `patching_mode='space'` reads; pass `patch_lengths`."
+                f"`inputs_embeds` hide the bytes that `patching_mode={rule.mode!r}` reads; pass `patch_lengths`."
             )
         ends = find_patch_ends(
-            PatchingRule.from_config(config),
+            rule,
             chunk.input_ids,
             entropies,
             chunk.text_positions,
             chunk.previous["input_id"],
             chunk.previous_entropy,
             chunk.previous["open_bytes"],
+            chunk.history,
+            chunk.past_entropies,
         )
         return entropies, ends
 
@@ -550,6 +553,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)).float()
         loss = of_blocks = None
         if labels is not None:
+            check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         if noise is not None:
             of_blocks = masked_loss(outputs.blocks, self.lm_head, labels, kwargs.get("num_items_in_batch"))
@@ -622,6 +626,7 @@ class BltForSequenceClassification(_BltClassifier):
         logits = self.score(self.dropout(states[torch.arange(states.shape[0], device=states.device), last]))
         loss = None
         if labels is not None:
+            check_row_labels(labels, logits, self.config.problem_type)
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss,
@@ -656,7 +661,10 @@ class BltForTokenClassification(_BltClassifier):
             return_dict=True, **kwargs,
         )  # fmt: skip
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits)
+            loss = self.loss_function(logits, labels, self.config)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

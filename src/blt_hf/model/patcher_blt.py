@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
 from .cache_blt import BltCache
+from .checks_blt import check_inputs, check_labels
 from .chunk_blt import ByteChunk, make_chunk, number_patches
 from .configuration_blt import BltPatcherConfig
 from .generation_blt import BltGenerationMixin
@@ -20,7 +21,6 @@ from .layers_blt import (
 from .modeling_base_blt import (
     BltCausalLMOutput,
     BltPreTrainedModel,
-    check_inputs,
     embed_inputs,
     keep_positions,
     keeps_all,
@@ -117,7 +117,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         Returns:
             [`BltCausalLMOutput`].
         """
-        shape, device = check_inputs(input_ids, inputs_embeds)
+        shape, device = check_inputs(input_ids, inputs_embeds, self.config.vocab_size, self.config.hidden_size)
         cache = self._start_cache(past_key_values, use_cache, self.config)
         trace = StateTrace(
             self._wants("output_hidden_states", output_hidden_states),
@@ -148,6 +148,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             entropies = entropy_from_logits(logits if keeps_all(logits_to_keep) else self.lm_head(hidden_states))
         loss = None
         if labels is not None:
+            check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         return BltCausalLMOutput(
             loss=loss,

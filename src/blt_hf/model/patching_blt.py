@@ -1,17 +1,22 @@
-"""From entropies or bytes to patches: pure tensor functions, the same for a whole text and for one byte at a time.
+"""Patching: from entropies or bytes to patches, in tensor functions without state.
 
-A patching rule is told by its *ends*: byte `i` ends its patch iff position `i + 1` starts one, which every rule here
-knows as soon as byte `i` is there. Positions 0 and 1 of a text always start a patch, so byte 0 always ends one.
+The functions mark the last byte of each patch, its end: byte `i` is an end if position `i + 1` starts a patch. Every
+rule here knows that as soon as byte `i` is there, so a text gives the same patches whole and byte by byte. Positions 0
+and 1 of a text always start a patch, so byte 0 is always an end. A patch whose end has not come yet is *open*.
 
 Dimension letters: `B` rows, `S` bytes, `P` patches.
 """
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 
+PATCHING_MODES = ("entropy", "space", "static", "byte")
 BYTE_OFFSET = 4
 """Byte `b` has id `b + BYTE_OFFSET`; smaller ids are special."""
 NEWLINE_ID = ord("\n") + BYTE_OFFSET
@@ -22,8 +27,9 @@ class PatchingRule:
     """Where patches start.
 
     Attributes:
-        mode: `"entropy"`, `"space"`, `"static"` or `"byte"`.
-        threshold: nats (entropy mode).
+        mode: `"entropy"`, `"space"`, `"static"`, `"byte"`, or the name of a rule of your own; see
+            [`register_patching_rule`].
+        threshold: nats (entropy mode; your own rule may read it, too).
         threshold_add: nats; the entropy must also rise by more than this (entropy mode).
         monotonicity: the entropy must rise by more than `threshold` (entropy mode).
         patch_size: bytes (static mode).
@@ -49,6 +55,202 @@ class PatchingRule:
             max_patch_length=config.max_patch_length,
         )
 
+    @property
+    def uses_entropies(self) -> bool:
+        """Whether the rule reads entropies, so that an entropy model must run."""
+        return self.mode == "entropy" or (self.mode not in PATCHING_MODES and find_rule(self.mode).uses_entropies)
+
+    @property
+    def uses_ids(self) -> bool:
+        """Whether the rule reads ids, so that `inputs_embeds` are not enough."""
+        return self.mode == "space" or self.mode not in PATCHING_MODES
+
+    @property
+    def window(self) -> int:
+        """Bytes that the rule reads to decide about one byte, that byte included."""
+        return 2 if self.mode in PATCHING_MODES else find_rule(self.mode).window
+
+
+RuleFunction = Callable[[Tensor, Tensor | None, Tensor, PatchingRule], Tensor]
+
+
+@dataclass(frozen=True)
+class RegisteredRule:
+    """A rule that was given by [`register_patching_rule`], whose arguments these are."""
+
+    name: str
+    function: RuleFunction
+    window: int
+    uses_entropies: bool
+
+    def find_ends(
+        self,
+        rule: PatchingRule,
+        input_ids: Tensor,
+        entropies: Tensor | None,
+        positions: Tensor,
+        past_ids: Tensor | None,
+        past_entropies: Tensor | None,
+    ) -> Tensor:
+        """Calls the function on the bytes `(B, S)` and on those before them `(B, H)`; bool `(B, S)`."""
+        ids = _windows(input_ids, past_ids, positions, self.window)
+        if self.uses_entropies:
+            entropies = _windows(entropies.float(), past_entropies, positions, self.window)
+        ends = self.function(ids, entropies if self.uses_entropies else None, positions, rule)
+        if not isinstance(ends, Tensor) or ends.dtype != torch.bool or ends.shape != positions.shape:
+            got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, Tensor) else type(ends).__name__
+            raise ValueError(
+                f"patching rule {self.name!r} must return a tensor of torch.bool {tuple(positions.shape)}, one answer "
+                f"for each byte; got {got}."
+            )
+        return ends | (positions == 0)
+
+
+def _windows(values: Tensor, past: Tensor | None, positions: Tensor, window: int) -> Tensor:
+    """The last `window` values at each byte, `(B, S, window)`; 0 before the text that the byte belongs to.
+
+    Args:
+        values: `(B, S)`. past: `(B, H)`, those before them, the newest last; None: there are none.
+        positions: int64 `(B, S)`, index of each byte in its text.
+    """
+    if past is not None:
+        values = torch.cat([past[:, max(past.shape[1] - window + 1, 0) :].to(values.dtype), values], dim=1)
+    missing = positions.shape[1] + window - 1 - values.shape[1]
+    values = torch.nn.functional.pad(values, (missing, 0)).unfold(1, window, 1)
+    age = torch.arange(window - 1, -1, -1, device=values.device)
+    # A row may hold several texts, and what lies before one is not its own.
+    return values * (positions[..., None] >= age)
+
+
+def _rules_of_process() -> dict[str, RegisteredRule]:
+    """The registered rules by name.
+
+    A process may hold this module more than once: the installed package, and copies that came with checkpoints, which
+    transformers puts into one folder for each class. A rule counts in all of them.
+    """
+    shared = sys.modules.setdefault("blt_patching_rules", ModuleType("blt_patching_rules"))
+    return shared.__dict__.setdefault("rules", {})
+
+
+_rules = _rules_of_process()
+
+
+def register_patching_rule(
+    name: str, function: RuleFunction | None = None, *, window: int = 1, uses_entropies: bool = True
+) -> RuleFunction:
+    """Adds a patching rule, which a configuration then names: `BltConfig(patching_mode=name)`.
+
+    The rule is a function of the last bytes. It is called with
+
+    - `ids`: int64 `(B, S, window)`; `ids[..., -1]` is each byte, `ids[..., -2]` the one before it, and so on (byte `b`
+      has id `b + 4`; 0 before the text);
+    - `entropies`: fp32 `(B, S, window)`, nats of the byte *after* each of these (0 before the text); None without
+      `uses_entropies`;
+    - `positions`: int64 `(B, S)`, index of each byte in its text;
+    - `rule`: the [`PatchingRule`] of the configuration, with its `threshold` and `patch_size`;
+
+    and returns bool `(B, S)`: the byte is the last of its patch. The first byte of a text always is, and
+    `max_patch_length` splits longer patches, whatever the function says.
+
+    Args:
+        name: what configurations call the rule. It is saved in `config.json`, the function is not: whoever loads the
+            model registers it first.
+        function: the rule; None: this is a decorator of it.
+        window: bytes that the rule reads to decide about one byte, that byte included.
+        uses_entropies: whether it reads entropies; without, the model needs no entropy model.
+    Returns:
+        `function`.
+    Raises:
+        ValueError: the name is taken, or the rule cannot be used for generation: on sample texts its answers depend on
+            bytes that come later, on bytes before its window, or on other rows.
+
+    Example:
+
+        @register_patching_rule("lines", uses_entropies=False)
+        def lines(ids, entropies, positions, rule):
+            return ids[..., -1] == ord("\\n") + 4
+    """
+    if function is None:
+        return lambda function: register_patching_rule(name, function, window=window, uses_entropies=uses_entropies)
+    if not isinstance(name, str) or not name or name in PATCHING_MODES:
+        raise ValueError(f"`name` must be a text other than {PATCHING_MODES}; got {name!r}.")
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"`window` must be at least 1 byte; got {window!r}.")
+    if not callable(function):
+        raise ValueError(f"`function` must be callable; got {type(function).__name__}.")
+    known = _rules.get(name)
+    # The same function again is a cell of a notebook that was run twice, or a module that was reloaded.
+    if known is not None and _origin(known.function) != _origin(function):
+        raise ValueError(f"`name` {name!r} belongs to {'.'.join(_origin(known.function))} already; choose another.")
+    rule = RegisteredRule(name, function, window, uses_entropies)
+    _check_causality(rule)
+    _rules[name] = rule
+    return function
+
+
+def _origin(function: RuleFunction) -> tuple[str, str]:
+    return getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function))
+
+
+def find_rule(name: str) -> RegisteredRule:
+    """The rule that was registered under `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rule = _rules.get(name)
+    if rule is None:
+        raise ValueError(
+            f"`patching_mode` must be one of {PATCHING_MODES}, or a rule that `register_patching_rule` was given before; "
+            f"got {name!r}. Run the code that registers {name!r} first, or choose another rule."
+        )
+    return rule
+
+
+def _check_causality(rule: RegisteredRule) -> None:
+    """Asks for the same answers for a text as a whole, for its beginnings, byte by byte, and alone in a batch."""
+    samples = (
+        b"To be, or not to be: that is\n\nthe question. 3.14159 + (x_1)",
+        "naïve café — 速い狐; x = 1\r\n\tреки".encode(),
+        b"aaaaaaaaaabbbbbbbbbb          \n\n\n\n....,,,,0000000000  " + bytes(range(10)),
+        bytes((i * i * 31 + 7) % 256 for i in range(50)),
+    )
+    length = min(map(len, samples))
+    ids = torch.tensor([[1, *(byte + BYTE_OFFSET for byte in text[: length - 1])] for text in samples])
+    noise = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
+    entropies = noise * noise * 5.5  # up to that of a byte that may be anything
+    positions = torch.arange(length).expand(ids.shape)
+    as_configured = PatchingRule(mode=rule.name)
+
+    def ends(rows=slice(None), first: int = 0, last: int = length) -> Tensor:
+        part, past = (rows, slice(first, last)), (rows, slice(0, first))
+        return rule.find_ends(
+            as_configured, ids[part], entropies[part], positions[part], ids[past], entropies[past]
+        )  # fmt: skip
+
+    whole = ends()
+    checks = (
+        ("gives two answers for the same text", lambda: ends()),
+        (
+            "looks ahead: whether a byte ends its patch must follow from that byte and those before it",
+            lambda: torch.cat([ends(last=stop)[:, -1:] for stop in range(1, length + 1)], dim=1),
+        ),
+        (
+            f"remembers more than its `window` of {rule.window} bytes, or reads how many bytes come at once, so "
+            "generation byte by byte would give other patches",
+            lambda: torch.cat([ends(first=i, last=i + 1) for i in range(length)], dim=1),
+        ),
+        ("reads other rows of the batch", lambda: torch.cat([ends(rows=slice(i, i + 1)) for i in range(len(ids))])),
+    )
+    for problem, again in checks:
+        wrong = (again() != whole).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise ValueError(
+                f"patching rule {rule.name!r} {problem}. It says so of byte {column} of "
+                f"{bytes(samples[row][: column + 2])!r} (byte 0 is a BOS)."
+            )
+
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy of the next byte in nats, fp32 `(...)`, from logits `(..., vocabulary)` of any floating dtype."""
@@ -62,7 +264,7 @@ def shift_right(values: Tensor, first: Tensor) -> Tensor:
 
 
 def entropy_patch_ends(rule: PatchingRule, entropies: Tensor, previous_entropies: Tensor, positions: Tensor) -> Tensor:
-    """Ends by the entropy rules.
+    """Where patches end by the entropy rules.
 
     Args:
         entropies: `(B, S)` nats, of the byte after each byte.
@@ -84,9 +286,10 @@ def entropy_patch_ends(rule: PatchingRule, entropies: Tensor, previous_entropies
 
 
 def space_patch_ends(input_ids: Tensor, previous_ids: Tensor, positions: Tensor) -> Tensor:
-    """Ends after space-like bytes that follow one that is not, and after every special id; bool `(B, S)`.
+    """Where patches end by the space rule, bool `(B, S)`.
 
-    Space-like is every byte but `0-9`, `A-Z`, `a-z` and UTF-8 continuation bytes (0x80-0xBF).
+    A patch ends after a space-like byte that follows one that is not, and after every special id. Space-like is every
+    byte but `0-9`, `A-Z`, `a-z` and UTF-8 continuation bytes (0x80-0xBF).
 
     Args:
         input_ids, previous_ids: int64 `(B, S)`, ids and the ids before them (ignored at the first byte of a text).
@@ -108,7 +311,7 @@ def space_patch_ends(input_ids: Tensor, previous_ids: Tensor, positions: Tensor)
 
 
 def split_long_patches(ends: Tensor, text_starts: Tensor, open_bytes: Tensor, max_patch_length: int) -> Tensor:
-    """Adds an end wherever a patch has reached `max_patch_length` bytes.
+    """`ends`, and an end wherever a patch has reached `max_patch_length` bytes.
 
     Args:
         ends: bool `(B, S)`.
@@ -125,7 +328,12 @@ def split_long_patches(ends: Tensor, text_starts: Tensor, open_bytes: Tensor, ma
 
 
 def open_patch_bytes(ends: Tensor, open_bytes: Tensor) -> Tensor:
-    """Bytes in the open patch after each byte, int64 `(B, S)`; 0 where the byte ends its patch. Arguments as above."""
+    """Bytes in the open patch after each byte, int64 `(B, S)`; 0 where the byte ends its patch.
+
+    Args:
+        ends: bool `(B, S)`.
+        open_bytes: int64 `(B,)`, bytes of the patch that was still open before these.
+    """
     index = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
     last_end = torch.where(ends, index, -1 - open_bytes[:, None])
     return index - last_end.cummax(dim=1).values
@@ -195,17 +403,21 @@ def find_patch_ends(
     previous_ids: Tensor,
     previous_entropy: Tensor,
     open_bytes: Tensor,
+    past_ids: Tensor | None = None,
+    past_entropies: Tensor | None = None,
 ) -> Tensor:
     """Applies `rule` to the next bytes of each row, given what is known of the bytes before.
 
     Args:
         rule: the patching rule.
-        input_ids: int64 `(B, S)`; needed in space mode.
-        entropies: `(B, S)` nats; needed in entropy mode.
+        input_ids: int64 `(B, S)`; needed if the rule reads ids.
+        entropies: `(B, S)` nats; needed if it reads entropies.
         positions: int64 `(B, S)`, index of each byte in its text; 0 begins a text.
         previous_ids: int64 `(B,)`, id before the first byte; any value at the start of a text.
         previous_entropy: fp32 `(B,)`, entropy there; likewise.
         open_bytes: int64 `(B,)`, bytes of the open patch; 0 at the start of a text.
+        past_ids, past_entropies: `(B, H)`, what came before, the newest last; a registered rule reads as many as its
+            window says. None: nothing came before.
     Returns:
         bool `(B, S)`: byte `i` is the last of its patch.
     """
@@ -215,8 +427,11 @@ def find_patch_ends(
         ends = space_patch_ends(input_ids, shift_right(input_ids, previous_ids), positions)
     elif rule.mode == "static":
         ends = positions % rule.patch_size == 0
-    else:
+    elif rule.mode == "byte":
         ends = torch.ones_like(positions, dtype=torch.bool)
+    else:
+        registered = find_rule(rule.mode)
+        ends = registered.find_ends(rule, input_ids, entropies, positions, past_ids, past_entropies)
     if rule.max_patch_length is not None:
         ends = split_long_patches(ends, positions == 0, open_bytes, rule.max_patch_length)
     return ends
@@ -232,17 +447,20 @@ def compute_patch_lengths(
 
     Args:
         rule: the patching rule.
-        input_ids: int64 `(B, S)`; needed in space mode.
-        entropies: `(B, S)` nats; needed in entropy mode.
+        input_ids: int64 `(B, S)`; needed if the rule reads ids.
+        entropies: `(B, S)` nats; needed if it reads entropies.
         attention_mask: `(B, S)`, 0 where there is no text; any padding side. None: no padding.
     Returns:
         int64 `(B, P)` as [`patch_lengths_from_ends`] describes it.
     Raises:
         ValueError: the tensor that the rule reads is missing.
     """
-    needed = {"space": ("input_ids", input_ids), "entropy": ("entropies", entropies)}.get(rule.mode)
-    if needed is not None and needed[1] is None:
-        raise ValueError(f"patching mode {rule.mode!r} needs `{needed[0]}`; got None.")
+    for name, given, is_read in (
+        ("input_ids", input_ids, rule.uses_ids),
+        ("entropies", entropies, rule.uses_entropies),
+    ):
+        if is_read and given is None:
+            raise ValueError(f"patching mode {rule.mode!r} needs `{name}`; got None.")
     if input_ids is None and entropies is None:
         raise ValueError(f"patching mode {rule.mode!r} needs `input_ids` (or `entropies`) for the shape; got neither.")
     shape_of = input_ids if input_ids is not None else entropies
@@ -298,12 +516,16 @@ class RowLayout:
 
 __all__ = [
     "BYTE_OFFSET",
+    "PATCHING_MODES",
     "PatchingRule",
+    "RegisteredRule",
     "RowLayout",
     "compute_patch_lengths",
     "entropy_from_logits",
     "find_patch_ends",
+    "find_rule",
     "patch_ends_from_lengths",
     "patch_ids_from_lengths",
     "patch_lengths_from_ends",
+    "register_patching_rule",
 ]

@@ -41,16 +41,15 @@ SPECIAL_NAMES = ("<boe>", "<s>", "</s>", "<bpe>")  # ids 0 to 3
 # in `generation`, the answer and its EOS, is what `return_assistant_tokens_mask` marks.
 DEFAULT_CHAT_TEMPLATE = """\
 {{- bos_token -}}
-{%- if tools or documents -%}
-    {{- raise_exception("BltTokenizer's default chat template has no place for tools or documents") -}}
-{%- endif -%}
+{%- if tools -%}{{- 'tools: ' + tools | tojson + '\\n\\n' -}}{%- endif -%}
+{%- if documents -%}{{- 'documents: ' + documents | tojson + '\\n\\n' -}}{%- endif -%}
 {%- for message in messages -%}
     {%- set content = message['content'] or '' -%}
-    {%- if message['tool_calls'] -%}
-        {{- raise_exception("BltTokenizer's default chat template has no place for tool calls") -}}
-    {%- endif -%}
     {%- if content is not string -%}
         {%- set content = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}
+    {%- endif -%}
+    {%- if message['tool_calls'] -%}
+        {%- set content = content + 'tool calls: ' + message['tool_calls'] | tojson -%}
     {%- endif -%}
     {%- if not loop.first -%}{{- '\\n\\n' -}}{%- endif -%}
     {{- message['role'] + ': ' -}}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..model.configuration_blt import BltConfig
 from ..model.modeling_blt import BltForCausalLM, BltPatcher
+from ..model.patching_blt import PatchingRule
 
 
 GLOBAL_LEARNING_RATE_SCALE = 0.1
@@ -80,6 +81,7 @@ def byteify(
         model.set_patcher(copy.deepcopy(patcher))  # in its own dtype, so that its patches stay
     with torch.no_grad():
         model.model.global_transformer.layers.load_state_dict(weights)
+        # Each column of the projection reads one channel of the state, so scaling columns is scaling channels.
         model.model.local_decoder.patch_embedding_projection.weight.mul_(base.norm.weight)
     return model
 
@@ -117,7 +119,7 @@ def byteify_config(token_config, patcher: BltPatcher | None = None, **overrides)
     }
     if patcher is not None:
         fields["patcher_config"] = copy.deepcopy(patcher.config)
-    elif overrides.get("patching_mode", "entropy") != "entropy":
+    elif not PatchingRule(overrides.get("patching_mode", "entropy")).uses_entropies:
         fields["patch_in_forward"] = False
     for name, value in overrides.items():
         fields[name] = {**fields.get(name, {}), **value} if isinstance(value, dict) else value

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.patching_blt import BYTE_OFFSET, PatchingRule, compute_patch_lengths
-from .data import BOS_TOKEN_ID, PatchFinder, byte_ids, pad_rows, without_next_byte
+from .data import BOS_TOKEN_ID, PatchFinder, byte_ids, check_texts, pad_rows, without_next_byte
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,14 @@ def calibrate_threshold(
     Returns:
         [`Calibration`].
     Raises:
-        ValueError: no text, no entropy model, or no threshold that comes to the wanted size.
+        ValueError: no text, one str for all texts, no entropy model, or no threshold that comes to the wanted size.
     """
+    check_texts(texts)
     finder = PatchFinder.of(patcher)
-    if finder.patcher is None:
-        raise ValueError(f"patching mode {finder.rule.mode!r} has no threshold; pass the BltPatcher to calibrate.")
+    if finder.rule.mode != "entropy":
+        raise ValueError(
+            f"patching mode {finder.rule.mode!r} has no threshold to search for; pass the BltPatcher to calibrate."
+        )
     if target_patch_size < 1:
         raise ValueError(f"`target_patch_size` must be at least 1 byte; got {target_patch_size}.")
     if max_length < 2 or batch_size < 1:
@@ -122,7 +125,7 @@ def calibrate_threshold(
     rows = [row for text in texts for row in _rows(text, tokenizer, max_length)]
     if not any(len(row) > 1 for row in rows):
         raise ValueError("`texts` hold no byte to calibrate on.")
-    rows.sort(key=len)
+    rows.sort(key=len)  # rows of similar lengths have little padding
     batches = []
     for first in range(0, len(rows), batch_size):
         batches.append(_entropies(finder, rows[first : first + batch_size]))
@@ -132,7 +135,7 @@ def calibrate_threshold(
 
 
 def _rows(text: str | bytes | Sequence[int], tokenizer, max_length: int) -> Iterator[list[int]]:
-    """The ids of a text in rows of at most `max_length`, each with the text's first id in front if that is special."""
+    """The ids of a text in rows of at most `max_length`. If its first id is special, each row begins with it."""
     if not isinstance(text, (str, bytes)):
         ids = list(text)
     elif tokenizer is not None:
@@ -156,7 +159,7 @@ def _entropies(finder: PatchFinder, rows: list[list[int]]) -> tuple[Tensor, Tens
 def _search(
     rule: PatchingRule, newline_reset: bool, batches: list[tuple[Tensor, Tensor]], target: float
 ) -> Calibration:
-    """Bisection over all thresholds that make a difference: the mean never falls as the threshold rises."""
+    """Searches all thresholds that make a difference by bisection: the mean never falls as the threshold rises."""
     scores = []
     for entropies, mask in batches:
         if rule.monotonicity:
@@ -174,7 +177,7 @@ def _search(
         else:
             below, above = scores[index - 1], scores[index]
             threshold = (below + above) / 2
-            threshold = threshold if threshold < above else below  # neighbours in fp32
+            threshold = threshold if threshold < above else below  # no number of fp32 lies between the two
         return dataclasses.replace(rule, threshold=float(threshold))
 
     def count(at: PatchingRule) -> Tensor:
@@ -182,7 +185,7 @@ def _search(
         counts = torch.zeros(1, dtype=torch.int64)
         for entropies, mask in batches:
             lengths = compute_patch_lengths(at, entropies=entropies, attention_mask=mask)
-            lengths = without_next_byte(lengths)[:, 1:]
+            lengths = without_next_byte(lengths)[:, 1:]  # the first patch is the BOS
             new = torch.bincount(lengths.flatten(), minlength=len(counts))
             new[: len(counts)] += counts
             counts = new

@@ -25,6 +25,8 @@ def read_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> list
     Raises:
         ValueError: nothing is there, or a line has no such text.
     """
+    if isinstance(paths, (str, os.PathLike)):
+        raise ValueError(f"`paths` must be a list of files and folders; got one {type(paths).__name__}: {paths}.")
     texts = []
     for path in _find_files(paths):
         content = path.read_bytes()
@@ -56,6 +58,16 @@ def _find_files(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
             raise ValueError(f"{path} is neither a file nor a folder.")
 
 
+def check_texts(texts: Iterable) -> None:
+    """Refuses one text where several are wanted: its characters would be taken for texts.
+
+    Raises:
+        ValueError: `texts` is a str or bytes.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise ValueError(f"`texts` must be a list of texts (or another iterable); got one {type(texts).__name__}.")
+
+
 def byte_ids(text: str | bytes) -> list[int]:
     """Ids of the bytes of a text, nothing added, and no special token found in it. `"hé" -> [108, 199, 173]`."""
     data = text.encode("utf-8") if isinstance(text, str) else text
@@ -65,7 +77,10 @@ def byte_ids(text: str | bytes) -> list[int]:
 def pad_rows(
     rows: Sequence[Sequence], value: float, side: str = "right", multiple: int | None = None, dtype=torch.int64
 ) -> Tensor:
-    """Rows of different lengths as a tensor `(B, longest row)`, `value` on `side`; at least one column."""
+    """Rows of different lengths as a tensor `(B, longest row)`, padded with `value` on `side`.
+
+    The width is at least 1 and, if given, a multiple of `multiple`.
+    """
     width = max([1, *map(len, rows)])
     if multiple:
         width = -(-width // multiple) * multiple
@@ -77,7 +92,7 @@ def pad_rows(
 
 
 def without_next_byte(patch_lengths: Tensor) -> Tensor:
-    """Patch lengths over the bytes that are there: the next, not yet known byte taken off the last patch.
+    """Patch lengths without the next, not yet known byte, which the model counts to the last patch.
 
     Args:
         patch_lengths: int64 `(B, P)`, rows that sum to their bytes plus 1, as the model gives them.
@@ -120,13 +135,13 @@ class PrecomputePatches:
             self.finder.rule = rule
         elif getattr(model.config, "model_type", None) == "blt_patcher":
             raise ValueError("a BltPatcher has no rule of its own; pass `rule=PatchingRule(threshold=...)` with it.")
-        if self.finder.patcher is None and (add_entropies or self.finder.rule.mode == "entropy"):
+        if self.finder.patcher is None and (add_entropies or self.finder.rule.uses_entropies):
             raise ValueError("this model has no entropy model, so it gives no entropies.")
         self.add_entropies = add_entropies
         self.device = device
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        """Takes and gives columns: a batch of `map(batched=True)`, or one row."""
+        """The new columns of a batch of `map(batched=True)`, or of one row."""
         is_row = isinstance(batch["input_ids"][0], int)
         names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in batch]
         columns = {name: [batch[name]] if is_row else batch[name] for name in names}
@@ -151,7 +166,7 @@ class PrecomputePatches:
 
 @dataclass
 class BltDataCollator:
-    """Batches of rows of ids: `input_ids`, `attention_mask`, `labels`, and `patch_lengths` if the rows have them.
+    """Makes a batch of rows of ids: `input_ids`, `attention_mask`, `labels`, and `patch_lengths` if the rows have them.
 
     Attributes:
         padding_free: join the texts to one row whose `position_ids` restart at each, instead of padding them.

@@ -10,17 +10,17 @@ from ..model.embedding_blt import BltHashEmbedding
 
 
 class BltAdamW(torch.optim.AdamW):
-    """AdamW; for parameter groups with `row_wise=True` Adagrad with one number of state a row, on sparse gradients.
+    """AdamW, with row-wise Adagrad for parameter groups that have `row_wise=True`.
 
-    The released 1B has 3.07 of its 4.53 billion weights in hash tables. A step touches at most `bytes x tables` of
-    their 3 million rows, so neither a dense gradient nor AdamW's two numbers a weight make sense there: row-wise
-    Adagrad (as recommendation models train their tables) keeps 4 bytes a row, and a step costs what the rows cost that
-    it touches.
+    Row-wise Adagrad keeps one number of state for each row and works on sparse gradients; recommendation models train
+    their tables with it. The released 1B has 3.07 of its 4.53 billion weights in hash tables, 3 million rows of which a
+    step touches at most `bytes x tables`. A dense gradient would be as large as the tables, and AdamW's state twice
+    that. Here the state is 4 bytes a row, and a step costs what the rows cost that it touches.
 
-    Gradients of such groups are taken away as the backward pass makes them and kept here until `step`: what clips or
-    measures gradients in between, as `Trainer` does, has no code for sparse ones. They are not clipped, which Adagrad,
-    that divides by their size, does not need. Rows get no weight decay; `eps` is theirs too. See
-    [`split_parameters`] for the groups.
+    Gradients of such groups are taken away as the backward pass makes them, and kept until `step`: what clips or
+    measures gradients in between, as `Trainer` does, has no code for sparse ones. So they are not clipped; Adagrad
+    divides by their size and does not need it. Rows get no weight decay. `eps` holds for all groups.
+    [`split_parameters`] makes the groups.
 
     Raises:
         ValueError: a row-wise parameter is not two-dimensional, or got a dense gradient.
@@ -39,7 +39,7 @@ class BltAdamW(torch.optim.AdamW):
                 self._take_gradients_of(parameter)
 
     def _take_gradients_of(self, parameter: Tensor) -> None:
-        optimizer = weakref.ref(self)
+        optimizer = weakref.ref(self)  # the hook lives as long as the parameter and must not keep an old optimizer
 
         def take(parameter: Tensor) -> None:
             owner = optimizer()
@@ -71,6 +71,7 @@ class BltAdamW(torch.optim.AdamW):
                 gradients = self._row_gradients.pop(parameter, None)
                 if gradients:
                     self._step_rows(parameter, sum(gradients[1:], gradients[0]), group["lr"], group["eps"])
+        # AdamW's own step would give the tables dense state.
         try:
             self.param_groups = [group for group in groups if not group.get("row_wise")]
             super().step()
@@ -79,7 +80,7 @@ class BltAdamW(torch.optim.AdamW):
         return loss
 
     def _step_rows(self, parameter: Tensor, gradient: Tensor, lr: float, eps: float) -> None:
-        grad = gradient.coalesce()
+        grad = gradient.coalesce()  # a row that several bytes hashed to gets the sum, once
         rows, values = grad.indices()[0], grad.values().float()
         state = self.state[parameter]
         if not state:

@@ -1,0 +1,237 @@
+"""What a forward accepts: each check raises a `ValueError` that names the argument, what came and what is accepted.
+
+Types, shapes and dtypes are always checked. Values are looked at only where that costs nothing: on a CPU, outside of
+`torch.compile`, `torch.export` and tracing. On a GPU it would stop the program until the device is done.
+"""
+
+import torch
+from torch import Tensor
+
+
+_ID_DTYPES = (torch.int64, torch.int32)
+IGNORED_LABEL = -100
+
+
+def has_free_values(tensor: Tensor) -> bool:
+    """Whether reading a value of `tensor` neither waits for a device nor breaks a graph."""
+    # Subclasses are fake tensors (tracing) or hold their values elsewhere (tensor parallelism).
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def check_tensor(name: str, value, accepted: str) -> None:
+    """Raises unless `value` is a tensor; `accepted` says which one is wanted."""
+    if not isinstance(value, Tensor):
+        hint = "; a tokenizer with `return_tensors='pt'` makes one of texts" if name == "input_ids" else ""
+        raise ValueError(f"`{name}` must be a tensor, {accepted}; got {type(value).__name__}{hint}.")
+
+
+def check_inputs(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int, hidden_size: int
+) -> tuple[tuple[int, int], torch.device]:
+    """Checks the bytes of a forward.
+
+    Args:
+        input_ids: int64 or int32 `(B, S)`, ids in `[0, vocab_size)`.
+        inputs_embeds: floats `(B, S, hidden_size)`, in their place.
+    Returns:
+        the shape `(B, S)` and the device of the input.
+    Raises:
+        ValueError: none or both were given; or type, shape, dtype or (on a CPU) an id is not as above.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(
+            "exactly one of `input_ids` and `inputs_embeds` is needed; got "
+            f"{'neither' if input_ids is None else 'both'}."
+        )
+    if input_ids is not None:
+        name, given, num_dims = "input_ids", input_ids, 2
+        check_tensor(name, given, "int64 (rows, bytes)")
+        if given.dtype not in _ID_DTYPES:
+            raise ValueError(f"`input_ids` must hold int64 or int32; got {given.dtype}.")
+    else:
+        name, given, num_dims = "inputs_embeds", inputs_embeds, 3
+        check_tensor(name, given, f"floats (rows, bytes, {hidden_size})")
+        if not given.is_floating_point():
+            raise ValueError(f"`inputs_embeds` must hold floats; got {given.dtype}.")
+    shape = tuple(given.shape)
+    if len(shape) != num_dims:
+        dims = "two-dimensional (rows, bytes)" if num_dims == 2 else f"of shape (rows, bytes, {hidden_size})"
+        raise ValueError(f"`{name}` must be {dims}; got shape {shape}.")
+    if shape[0] == 0:
+        raise ValueError(f"`{name}` has no rows; at least one is needed, got shape {shape}.")
+    if shape[1] == 0:
+        raise ValueError(f"`{name}` has no columns; at least one byte a row is needed (a BOS for empty text).")
+    if num_dims == 3 and shape[2] != hidden_size:
+        raise ValueError(f"`inputs_embeds` must be {hidden_size} wide; got shape {shape}.")
+    if num_dims == 2:
+        _check_range("input_ids", given, vocab_size, "the vocabulary has")
+    return shape[:2], given.device
+
+
+def _check_range(name: str, ids: Tensor, size: int, owner: str, ignored: int | None = None) -> None:
+    if not has_free_values(ids) or ids.numel() == 0:
+        return
+    if ignored is not None:
+        ids = ids.masked_fill(ids == ignored, 0)
+    smallest, largest = (int(value) for value in torch.aminmax(ids))
+    if smallest < 0 or largest >= size:
+        wrong = smallest if smallest < 0 else largest
+        also = "" if ignored is None else f" (and {ignored}, which is not counted)"
+        raise ValueError(f"`{name}` holds {wrong}; {owner} ids from 0 to {size - 1}{also}.")
+
+
+def check_attention_mask(attention_mask: Tensor, rows: int, columns: int, past: int) -> Tensor:
+    """The columns of `attention_mask` that belong to the new bytes, `(B, S)`.
+
+    Args:
+        attention_mask: `(rows, columns)` or `(rows, past + columns)`.
+        past: columns in the cache.
+    """
+    check_tensor("attention_mask", attention_mask, "1 for text and 0 for padding")
+    accepted = {columns, past + columns}
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] not in accepted:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; a two-dimensional mask with {rows} rows and "
+            f"{' or '.join(str(n) for n in sorted(accepted))} columns is accepted (1 for text, 0 for padding)."
+        )
+    return attention_mask[:, -columns:]
+
+
+def check_position_ids(position_ids: Tensor, rows: int, columns: int) -> Tensor:
+    """`position_ids` for all rows, `(B, S)`; their values are the business of [`find_text_starts`]."""
+    check_tensor("position_ids", position_ids, f"int64 ({rows} or 1, {columns})")
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != columns:
+        raise ValueError(
+            f"`position_ids` has shape {tuple(position_ids.shape)}; accepted is ({rows} or 1, {columns}): one "
+            "position for each column of this call."
+        )
+    if position_ids.dtype not in _ID_DTYPES:
+        raise ValueError(f"`position_ids` must hold int64 or int32; got {position_ids.dtype}.")
+    return position_ids.expand(rows, -1)
+
+
+def find_text_starts(position_ids: Tensor, num_bytes: Tensor, cached_bytes: Tensor | None) -> Tensor | None:
+    """Where `position_ids` begin another text inside a row, bool `(B, S)`; None if they do so nowhere.
+
+    Args:
+        position_ids: `(B, S)`, the padding of each row at its end.
+        num_bytes: int64 `(B,)`, bytes of each row.
+        cached_bytes: int64 `(B,)`, bytes of each row in the cache; None: no cache.
+    Raises:
+        ValueError: positions neither rise by 1 nor begin anew at 0. (In the first column any position may stand.)
+    """
+    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1  # transformers' own rule for packed rows
+    begins = torch.zeros_like(position_ids[:, :1], dtype=torch.bool)
+    if cached_bytes is not None:
+        begins = (position_ids[:, :1] == 0) & (cached_bytes[:, None] > 0)
+    starts = torch.cat([begins, breaks], dim=1)
+    starts = starts & (torch.arange(starts.shape[1], device=starts.device) < num_bytes[:, None])
+    wrong = starts & (position_ids != 0)
+    # Both facts in one transfer.
+    has_starts, has_wrong = torch.stack([starts.any(), wrong.any()]).tolist()
+    if has_wrong:
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row} of `position_ids` goes from {int(position_ids[row, column - 1])} to "
+            f"{int(position_ids[row, column])} (padding not counted); accepted are positions that rise by 1 from byte "
+            "to byte, and begin anew at 0 where another text begins."
+        )
+    return starts if has_starts else None
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Checks a class for each position.
+
+    Args:
+        labels: int64 `(B, S)`, in `[0, C)` or -100.
+        logits: `(B, S, C)`.
+    """
+    shape, num_classes = tuple(logits.shape[:-1]), logits.shape[-1]
+    check_tensor("labels", labels, f"int64 {shape}")
+    if tuple(labels.shape) != shape:
+        raise ValueError(
+            f"`labels` has shape {tuple(labels.shape)}; one label for each position that gets logits is accepted: {shape}."
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"`labels` must hold int64; got {labels.dtype}.")
+    _check_range("labels", labels, num_classes, "accepted are", IGNORED_LABEL)
+
+
+def check_row_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -> None:
+    """Checks the labels of a sequence classifier.
+
+    Args:
+        labels: int64 `(B,)` (classes), or floats `(B,)` or `(B, C)` (regression, several labels).
+        logits: `(B, C)`.
+        problem_type: of the configuration; None: as transformers guesses it.
+    """
+    rows, num_classes = logits.shape
+    check_tensor("labels", labels, "one row of labels for each row of the input")
+    if problem_type is None:
+        by_dtype = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        problem_type = "regression" if num_classes == 1 else by_dtype
+    is_classes = problem_type == "single_label_classification"
+    accepted = {(rows,), (rows, 1)} if is_classes or num_classes == 1 else {(rows, num_classes)}
+    dtype_fits = labels.dtype == torch.int64 if is_classes else labels.is_floating_point()
+    if tuple(labels.shape) not in accepted or not dtype_fits:
+        raise ValueError(
+            f"`labels` has shape {tuple(labels.shape)} and dtype {labels.dtype}; for `problem_type={problem_type!r}` "
+            f"with {num_classes} labels, {'int64' if is_classes else 'floats'} of shape "
+            f"{' or '.join(map(str, sorted(accepted)))} are accepted."
+        )
+    if is_classes:
+        _check_range("labels", labels, num_classes, "accepted are", IGNORED_LABEL)
+
+
+def cache_facts(config) -> dict[str, object]:
+    """What a model's cache must fit: shapes of its keys and values, windows, and whether an entropy model runs."""
+    if config.model_type == "blt_patcher":
+        return {"model type": "blt_patcher", "`patcher_config`": _stack_facts(config, config.sliding_window)}
+    has_patcher = config.uses_patcher and config.patch_in_forward
+    window, patcher = config.local_attention_window_len, config.patcher_config
+    return {
+        "model type": "blt",
+        "`patcher_config`": _stack_facts(patcher, patcher.sliding_window) if has_patcher else None,
+        "`encoder_config`": _stack_facts(config.encoder_config, window),
+        "`decoder_config`": _stack_facts(config.decoder_config, window),
+        "`global_config`": _stack_facts(config.global_config, None),
+        "`encoder_hash_byte_group_size`": max(config.encoder_hash_byte_group_size),
+    }
+
+
+def _stack_facts(config, window: int | None) -> tuple:
+    facts = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim, window)
+    if not hasattr(config, "cross_attn_k"):
+        return facts
+    cross = (config.cross_attn_k, config.cross_attn_all_layers, config.cross_attn_window)
+    return (*facts, config.hidden_size, *config.cross_attention_heads, *cross)
+
+
+def check_cache(made_for: dict[str, object], config) -> None:
+    """Checks that a cache made for one configuration (its `cache_facts`) serves a model with another."""
+    facts = cache_facts(config)
+    if facts != made_for:
+        wrong = [name for name in facts | made_for if facts.get(name) != made_for.get(name)]
+        raise ValueError(
+            f"`past_key_values` was made by another model: {', '.join(wrong)} differ. Pass the cache that this model "
+            "returned, or None."
+        )
+
+
+__all__ = [
+    "cache_facts",
+    "check_attention_mask",
+    "check_cache",
+    "check_inputs",
+    "check_labels",
+    "check_position_ids",
+    "check_row_labels",
+    "check_tensor",
+    "find_text_starts",
+    "has_free_values",
+]
