@@ -382,7 +382,8 @@ def names_read_in_source() -> set[str]:
     """Attributes read in the modules that make up the model, and names given to `getattr`."""
     names = set()
     for path in (pathlib.Path(blt_hf.__file__).parent / "model").glob("*_blt.py"):
-        if path.name == "tokenization_blt.py":  # its `pad_token_id` is its own
+        # Special ids there are the tokenizer's and the generation configuration's.
+        if path.name in ("tokenization_blt.py", "decoding_blt.py", "continuous_blt.py"):
             continue
         tree = ast.parse(path.read_text())
         if path.name == "configuration_blt.py":  # there, reading a field to check it does not count
