@@ -13,6 +13,7 @@ from transformers.models.blt.configuration_blt import BltConfig as InTreeConfig
 import blt_hf
 
 
+pytestmark = pytest.mark.timeout(900)  # a new process that imports everything, for machines that are busy
 FILES = pathlib.Path(__file__).with_name("files")
 BUNDLED = pathlib.Path(__file__).parents[2] / "pretrained" / "blt-5m"
 TEXT = "The import statement "

@@ -12,6 +12,7 @@ from blt_hf import BltTokenizer
 from conftest import make_model
 
 
+pytestmark = pytest.mark.timeout(900)  # a new process that imports everything, for machines that are busy
 FACTS = """
 import transformers
 first = transformers
