@@ -314,7 +314,7 @@ class BltPatcherConfig(_BltComponentConfig):
     """
 
     model_type = "blt_patcher"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 260
     hidden_size: int = 768
@@ -370,7 +370,7 @@ class BltConfig(_SavedConfig):
     """
 
     model_type = "blt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     default_theta = 500000.0
     # transformers 5.17 reads `sub_configs`, 5.23 `sub_configs_defaults`.
     sub_configs = {

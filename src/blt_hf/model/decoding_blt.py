@@ -16,6 +16,8 @@ from transformers.generation import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .cache_name_blt import CACHE_NAME
+
 
 # These look at one distribution alone, so that those of several bytes may go through them at once.
 _WITHOUT_CONTEXT = {
@@ -205,9 +207,7 @@ class RaggedText:
             "scores": None if self.scores is None else tuple(self.scores[:new]),
             "logits": None if self.logits is None else tuple(self.logits[:new]),
         }
-        # The name of the cache's field differs between releases.
-        name = "past_key_values" if "past_key_values" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "cache"
-        return GenerateDecoderOnlyOutput(sequences=sequences, **fields, **{name: cache})
+        return GenerateDecoderOnlyOutput(sequences=sequences, **fields, **{CACHE_NAME: cache})
 
 
 __all__ = ["RaggedText"]

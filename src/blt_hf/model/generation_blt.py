@@ -4,6 +4,7 @@ import torch
 from transformers.generation import CompileConfig, ContinuousBatchingConfig, GenerationMixin
 
 from .cache_blt import BltCache
+from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_tensor
 from .decoding_blt import RaggedText
 from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
@@ -119,7 +120,7 @@ class BltGenerationMixin(GenerationMixin):
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         text = RaggedText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
-        cache = model_kwargs["past_key_values"]
+        cache = model_kwargs[CACHE_NAME]
         logits = outputs.logits[:, -1:].float()
         del outputs  # may be large
         source = self._draft_source(generation_config, len(text.lengths), cache)
@@ -147,12 +148,12 @@ class BltGenerationMixin(GenerationMixin):
 
     def _decodes_itself(self, generation_config, model_kwargs: dict) -> bool:
         """Whether a loop that looks at nothing but logits gives what transformers' loop gives."""
-        config, cache = generation_config, model_kwargs.get("past_key_values")
+        config, cache = generation_config, model_kwargs.get(CACHE_NAME)
         wants_states = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
         has_own_inputs = "prepare_inputs_for_generation" in vars(self) or (
             type(self).prepare_inputs_for_generation is not BltGenerationMixin.prepare_inputs_for_generation
         )
-        plain = {"attention_mask", "past_key_values", "use_cache", "position_ids", "logits_to_keep"}
+        plain = {"attention_mask", CACHE_NAME, "use_cache", "position_ids", "logits_to_keep"}
         return (
             isinstance(cache, BltCache)
             and bool(model_kwargs.get("use_cache"))
@@ -195,7 +196,7 @@ class BltGenerationMixin(GenerationMixin):
         return Unmasking(**{name: value for name, value in given.items() if value is not None})
 
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, attention_mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
         if isinstance(cache, BltCache) and not cache.is_empty:
             known = (
                 getattr(generation_config, "_mask_length", -1) if attention_mask is None else attention_mask.shape[1]
@@ -207,7 +208,7 @@ class BltGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
             implementation = generation_config.cache_implementation
             if implementation not in (None, "dynamic", "static"):
                 raise ValueError(
@@ -216,7 +217,7 @@ class BltGenerationMixin(GenerationMixin):
                 )
             # An assistant of a model with other tokens is taken back to wherever the two texts part.
             slack = {"slack": max(max_cache_length, 256)} if generation_config.is_assistant else {}
-            cache = model_kwargs["past_key_values"] = BltCache(self.config, **slack)
+            cache = model_kwargs[CACHE_NAME] = BltCache(self.config, **slack)
             if implementation == "static" and not generation_config.disable_compile:
                 cache.compile_steps(generation_config.compile_config or CompileConfig(), max_cache_length)
             if generation_config.is_assistant:
@@ -226,6 +227,7 @@ class BltGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids,
@@ -246,7 +248,7 @@ class BltGenerationMixin(GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
             attention_mask=attention_mask,
             position_ids=position_ids,
             is_first_iteration=is_first_iteration,

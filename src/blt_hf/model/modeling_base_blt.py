@@ -9,6 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 from .cache_blt import BltCache
+from .cache_name_blt import CACHE_NAME, CACHE_NAMES
 from .checks_blt import check_cache
 from .configuration_blt import BltConfig
 from .diffusion_blt import CorruptedBlocks
@@ -27,7 +28,7 @@ class BltModelOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: `(B, S, W)`, byte states after the decoder's norm.
-        past_key_values: a [`BltCache`], with `use_cache`.
+        past_key_values: a [`BltCache`], with `use_cache`; transformers calls it `cache` from 5.24 on.
         hidden_states: with `output_hidden_states`, the decoder's: its input, then each layer's output (the last one
             after the norm).
         attentions: with `output_attentions`, the decoder's self-attention weights, `(B, H, S, T)` a layer.
@@ -42,7 +43,10 @@ class BltModelOutput(ModelOutput):
     """
 
     last_hidden_state: Tensor | None = None
-    past_key_values: BltCache | None = None
+    if CACHE_NAME == "cache":
+        cache: BltCache | None = None
+    else:
+        past_key_values: BltCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
@@ -64,7 +68,10 @@ class BltCausalLMOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: BltCache | None = None
+    if CACHE_NAME == "cache":
+        cache: BltCache | None = None
+    else:
+        past_key_values: BltCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
@@ -97,7 +104,7 @@ class BltPreTrainedModel(PreTrainedModel):
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["BltTransformerLayer", "BltPatchCrossAttention", "BltByteCrossAttention"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False

@@ -9,6 +9,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess
+from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_inputs, check_labels, check_row_labels
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, make_chunk, number_patches
 from .configuration_blt import BltConfig
@@ -111,6 +112,7 @@ class BltModel(BltPreTrainedModel):
     def set_input_embeddings(self, value):
         self.local_encoder.embed_tokens = value
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -159,7 +161,7 @@ class BltModel(BltPreTrainedModel):
         is_plain = attention_mask is position_ids is inputs_embeds is patch_lengths is None
         is_plain = is_plain and not (wants_states or wants_weights or output_patches or torch.is_grad_enabled())
         if is_plain and cache is not None and cache.fits(shape):
-            return BltModelOutput(last_hidden_state=self.step(input_ids, cache), past_key_values=cache)
+            return BltModelOutput(last_hidden_state=self.step(input_ids, cache), **{CACHE_NAME: cache})
         chunk = make_chunk(
             input_ids, attention_mask, position_ids, cache, shape, device,
             in_order=bool(wants_weights), **self._document_rules,
@@ -447,7 +449,7 @@ class BltModel(BltPreTrainedModel):
             entropies = None if entropies is None else chunk.unpack(entropies)
         return BltModelOutput(
             last_hidden_state=chunk.unpack(hidden_states),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=states,
             attentions=weights,
             encoder_hidden_states=encoder_states,
@@ -505,6 +507,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         """Logits `(B, S, vocabulary)`, fp32, of [`BltModel.step`]."""
         return take_step(self.model, cache, input_ids, lengths, self.lm_head)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -594,6 +597,7 @@ class _BltClassifier(BltPreTrainedModel):
 class BltForSequenceClassification(_BltClassifier):
     """A label for each row, from the state of its last byte."""
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -631,7 +635,7 @@ class BltForSequenceClassification(_BltClassifier):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -642,6 +646,7 @@ class BltForTokenClassification(_BltClassifier):
 
     _score_bias = True
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
 from .cache_blt import BltCache
+from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_inputs, check_labels
 from .chunk_blt import ByteChunk, make_chunk, number_patches
 from .configuration_blt import BltPatcherConfig
@@ -89,6 +90,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         layers = None if cache is None else cache.patcher
         return self.norm(run_layers(self.layers, hidden_states, position_embeddings, span, layers, trace))
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -153,7 +155,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         return BltCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=states,
             attentions=attentions,
             entropies=entropies,

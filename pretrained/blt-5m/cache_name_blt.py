@@ -1,0 +1,1 @@
+../../src/blt_hf/model/cache_name_blt.py

@@ -1,0 +1,1 @@
+../../src/blt_hf/model/diffusion_blt.py

@@ -1,0 +1,1 @@
+../../src/blt_hf/model/unmasking_blt.py
