@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from blt_hf import BltForCausalLM, BltPatcher, BltTokenizer
-from blt_hf.evaluation import measure_bits_per_byte
+from blt_hf.evaluation import measure_bits_per_byte, write_model_card
 from blt_hf.evaluation.flops import flops_per_byte
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     llama_window = round(1024 / bytes_per_token)
 
     lines = ["| text | held-out kB | BLT | Llama | entropy model | bytes a patch |", "|---|---|---|---|---|---|"]
-    total = {}
+    total, results = {}, {}
     for group, texts in read_groups(arguments.corpus, arguments.limit).items():
         measured = {
             "blt": measure_bits_per_byte(blt, texts, max_length=1024),
@@ -102,6 +102,7 @@ def main() -> None:
             "patcher": measure_bits_per_byte(patcher, texts, max_length=1024),
         }
         bits = {name: found.bits_per_byte for name, found in measured.items()}
+        results[group] = measured["blt"]
         size = measured["blt"].num_bytes
         for name, value in bits.items():
             total[name] = total.get(name, 0) + value * size
@@ -156,6 +157,8 @@ def main() -> None:
         samples=samples,
     )
     (arguments.output / "README.md").write_text(card)
+    languages = ["en", "de", "fr", "es", "pt", "ru", "ja", "zh", "ar", "code"]
+    write_model_card(arguments.output, language=languages, bits_per_byte=results)  # keeps the text, adds to its metadata
 
 
 if __name__ == "__main__":

@@ -119,10 +119,10 @@ def test_lm_format_enforcer(model, tokenizer, monkeypatch):
     from transformers import tokenization_utils_base
 
     monkeypatch.setitem(sys.modules, "transformers.tokenization_utils", tokenization_utils_base)
-    from lmformatenforcer import JsonSchemaParser
+    from lmformatenforcer import RegexParser
     from lmformatenforcer.integrations.transformers import build_transformers_prefix_allowed_tokens_fn
 
-    schema = {**SCHEMA, "properties": {**SCHEMA["properties"], "word": {"enum": ["fast", "slow"]}}}
-    allowed = build_transformers_prefix_allowed_tokens_fn(tokenizer, JsonSchemaParser(schema))
+    parser = RegexParser(r'\{"word": "(fast|slow)", "number": [1-9][0-9]\}')
+    allowed = build_transformers_prefix_allowed_tokens_fn(tokenizer, parser)
     text = answers(model, tokenizer, [PROMPT], prefix_allowed_tokens_fn=allowed)[0]
     assert json.loads(text)["word"] in ("fast", "slow")

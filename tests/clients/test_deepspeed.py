@@ -42,7 +42,7 @@ def train(folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(chatter := sys.argv[2], trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(chatter, trust_remote_code=True)
     texts = [tokenizer.apply_chat_template(conversation(question), tokenize=False) for question in ANSWERS] * 8
-    ids = [tokenizer(text[:40].ljust(40), add_special_tokens=False).input_ids[:40] for text in texts]
+    ids = [tokenizer(text, add_special_tokens=False).input_ids[:40] for text in texts]
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -76,7 +76,7 @@ def launch(folder: Path, stage: int | None) -> tuple[dict, dict[str, torch.Tenso
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     command = ["accelerate", "launch", "--config_file", folder / "config.yaml", "--main_process_port", port, __file__]
-    run_client([*command, folder, chatter_folder()], folder, has_package=True)
+    run_client([*command, folder, chatter_folder()], folder, timeout=800, has_package=True)
     return json.loads((folder / "result.json").read_text()), load_file(folder / "model" / "model.safetensors")
 
 
@@ -85,6 +85,7 @@ def one_process(tmp_path_factory):
     return launch(tmp_path_factory.mktemp("one"), None)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow  # DeepSpeed builds its communication for CPUs when it is first used
 @pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed has no wheels: `pip install deepspeed`"
@@ -97,7 +98,7 @@ def test_zero(stage, one_process, tmp_path):
     assert result["losses"] == pytest.approx(expected["losses"], abs=1e-3)
     before = load_file(f"{chatter_folder()}/model.safetensors")
     for name, weight in weights.items():
-        torch.testing.assert_close(saved[name], weight, atol=2e-3, rtol=0)
+        torch.testing.assert_close(saved[name], weight, atol=1e-4, rtol=0)
         assert "patcher" not in name or torch.equal(saved[name], before[name])
     assert any(not torch.equal(saved[name], before[name]) for name in saved)
 

@@ -221,7 +221,6 @@ class _Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "info"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)", "info"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "paths_info"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/commits/(?P<revision>[^/]+)", "commits"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<name>[^/]+)", "make_branch"),
@@ -407,11 +406,6 @@ class _Handler(BaseHTTPRequestHandler):
                 if "/" not in inner or self.query.get("recursive") in ("true", "True", "1"):
                     answer.append(self._describe(name, file))
         self.send(200, [{**value, "path": name} for name, value in folders.items()] + answer)
-
-    def paths_info(self, repo: str, revision: str) -> None:
-        files = self.revision(self.repo(repo), revision).files
-        paths = parse_qs(self.body.decode()).get("paths", [])
-        self.send(200, [self._describe(path, files[path]) for path in paths if path in files])
 
     def refs(self, repo: str) -> None:
         found = self.repo(repo)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, Refused, metadata_of
+from hub_server import HubServer, Refused, metadata_errors, metadata_of
 from safetensors.torch import load
 
 from blt_hf import BltTokenizer
 from conftest import make_model, tiny_config
 
 
-SRC = Path(__file__).parents[2] / "src"
+ROOT = Path(__file__).parents[2]
 TEXT = "Some text, with naïve words: 速い"
 PRELUDE = """
 import json, os, sys
@@ -95,7 +95,7 @@ class Clients:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            **({"PYTHONPATH": str(SRC)} if has_package else {}),
+            **({"PYTHONPATH": str(ROOT / "src")} if has_package else {}),
             **({"HF_TOKEN": token} if token else {}),
         }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -139,10 +139,13 @@ seen["first commit"] = api.model_info("ada/blt").sha
 second = AutoModelForCausalLM.from_pretrained(folder / "second")
 second.push_to_hub("ada/blt", revision="next", commit_message="Trained for longer")
 seen["pull request"] = second.push_to_hub("ada/blt", create_pr=True).pr_revision
+api.create_branch("ada/blt", branch="mistake")
+api.delete_branch("ada/blt", branch="mistake")
 seen["refs"] = sorted(branch.name for branch in api.list_repo_refs("ada/blt").branches)
 seen["titles"] = [commit.title for commit in api.list_repo_commits("ada/blt", revision="next")]
 
-second.push_to_hub("ada/secret", private=True)
+second.push_to_hub("ada/secret")
+api.update_repo_settings("ada/secret", private=True)
 tokenizer.push_to_hub("ada/secret")
 
 base = AutoModelForCausalLM.from_pretrained("ada/blt")
@@ -156,6 +159,11 @@ torch.save(expected, folder / "expected.pt")
 adapted.push_to_hub("ada/adapter")
 card = make_model_card(adapted, repo_id="ada/adapter", license="mit")  # PEFT's push leaves a card that names no base
 api.upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id="ada/adapter")
+
+tokenizer.push_to_hub("ada/mistake", private=True)
+seen["mistake is private"] = api.model_info("ada/mistake").private
+api.delete_repo("ada/mistake")
+seen["mistake is gone"] = not api.repo_exists("ada/mistake")
 
 second.save_pretrained("whole")
 tokenizer.save_pretrained("whole")
@@ -212,6 +220,7 @@ def test_push_names_revisions(hub, published):
     assert published["pull request"] == "refs/pr/1"
     assert hub.repos["ada/blt"].head.oid == published["first commit"], "a branch and a pull request leave main alone"
     assert hub.repos["ada/secret"].is_private
+    assert published["mistake is private"] and published["mistake is gone"]
 
 
 def test_pushed_cards_tell_what_it_is(hub, published):
@@ -236,6 +245,16 @@ def test_cards_as_the_hub_reads_them(hub, published):
     assert {"model.safetensors", "tokenizer.json", "README.md", "modeling_blt.py"} <= set(commit.files)
     before = hub.repos["ada/whole"].commits[commit.parent]
     assert set(before.files) == {".gitattributes"}, "model, tokenizer and card appear together"
+
+
+def test_the_bundled_models_card():
+    """What the Hub would say to the card that ships with the project."""
+    data = metadata_of((ROOT / "pretrained" / "blt-5m" / "README.md").read_text())
+    assert not metadata_errors(data)
+    assert {metric["type"] for result in data["model-index"][0]["results"] for metric in result["metrics"]} == {
+        "bits_per_byte",
+        "bytes_per_patch",
+    }
 
 
 def test_adapters_are_small(hub, published):
