@@ -158,7 +158,9 @@ def main() -> None:
     )
     (arguments.output / "README.md").write_text(card)
     languages = ["en", "de", "fr", "es", "pt", "ru", "ja", "zh", "ar", "code"]
-    write_model_card(arguments.output, language=languages, bits_per_byte=results)  # keeps the text, adds to its metadata
+    write_model_card(
+        arguments.output, language=languages, bits_per_byte=results
+    )  # keeps the text, adds to its metadata
 
 
 if __name__ == "__main__":
