@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, currently_in_test_context, given
 from hypothesis import strategies as st
 
 from conftest import make_model, tiny_config
@@ -88,7 +88,7 @@ def alone(model, row: list[int]) -> torch.Tensor:
     """Logits of a text by itself, in one piece. Where a tie would let the last bit decide on a patch, there is no one
     answer, so the property tests leave such a text out."""
     out = model(torch.tensor([row]), use_cache=False, output_patches=True)
-    if out.entropies is not None:
+    if out.entropies is not None and currently_in_test_context():
         assume(margin(model.config, out.entropies[0]) > MARGIN)
     return out.logits[0]
 
