@@ -6,7 +6,9 @@ the name is that of the installed transformers.
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import fields
+from typing import TypeVar
 
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -14,8 +16,10 @@ from transformers.generation import GenerateDecoderOnlyOutput
 CACHE_NAMES = ("past_key_values", "cache")
 CACHE_NAME = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
 
+_Function = TypeVar("_Function", bound=Callable)
 
-def takes_cache(function):
+
+def takes_cache(function: _Function) -> _Function:
     """Lets the argument `past_key_values` of a function be called `cache` as well.
 
     The signature shows the name of the installed transformers, which reads it to see what a model accepts.

@@ -34,9 +34,10 @@ def transformers_modules() -> list[ModuleType]:
     imported transformers before that keep the first object. It is imported here, so that no third one comes later.
     """
     importlib.import_module("transformers.processing_utils")
-    lazy_module = type(sys.modules["transformers"])
-    referrers = gc.get_referrers(lazy_module)  # an object refers to its class; nothing else lists the modules
-    return [item for item in referrers if isinstance(item, ModuleType) and item.__name__ == "transformers"]
+    current = sys.modules["transformers"]
+    referrers = gc.get_referrers(type(current))  # an object refers to its class; nothing else lists the modules
+    modules = [item for item in referrers if isinstance(item, ModuleType) and item.__name__ == "transformers"]
+    return [current, *(module for module in modules if module is not current)]
 
 
 def add_architectures() -> None:
