@@ -204,7 +204,7 @@ def test_push_cuts_into_shards(hub, published):
         "generation_config.json",
         "tokenizer.json",
         "modeling_blt.py",
-        "tokenization_blt.py",
+        "cache_blt.py",
     } <= set(files)
     titles, commit = [], hub.repos["ada/blt"].head
     while commit is not None:
