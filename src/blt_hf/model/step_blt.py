@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_blt import AttentionSpan
-from .cache_blt import BltCache, SlotAccess
+from .cache_blt import BltCache, SlotAccess, round_up_columns
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, next_bytes, number_patches
 from .layers_blt import StateTrace, project
 
@@ -53,6 +53,11 @@ def read_drafts(model, cache: BltCache, input_ids: Tensor) -> BytesRead:
     return BytesRead(chunk, numbers, byte_states[-1], span)
 
 
+def draft_bytes(model, cache: BltCache, input_ids: Tensor, head: nn.Module | None) -> Tensor:
+    """Encoder and decoder alone; results as `predict_bytes`."""
+    return predict_bytes(model, cache, read_drafts(model, cache, input_ids), head, is_draft=True)
+
+
 def close_patches(
     model,
     cache: BltCache,
@@ -83,7 +88,12 @@ def close_patches(
 
 
 def predict_bytes(
-    model, cache: BltCache, read: BytesRead, head: nn.Module | None, is_draft: bool, trace: StateTrace | None = None
+    model,
+    cache: BltCache,
+    read: BytesRead,
+    head: nn.Module | None,
+    trace: StateTrace | None = None,
+    is_draft: bool = False,
 ) -> Tensor:
     """Decoder states `(B, S, W)`, or with a `head` its fp32 logits; the bytes are part of the past then."""
     chunk = read.chunk
@@ -99,6 +109,7 @@ class StepParts:
 
     read_bytes: Callable = read_bytes
     read_drafts: Callable = read_drafts
+    draft_bytes: Callable = draft_bytes
     close_patches: Callable = close_patches
     predict_bytes: Callable = predict_bytes
 
@@ -153,14 +164,17 @@ def _can_compile(model) -> bool:
 
 
 def _close(model, cache: BltCache, read: BytesRead, counts: PatchCounts, close: Callable, *arguments) -> None:
-    device = read.chunk.num_bytes.device
+    """Closes patches, in shapes of which few exist where they are compiled."""
+    device, num_columns = read.chunk.num_bytes.device, read.chunk.num_columns
     is_compiled = close is not close_patches
-    cache.reserve_patches(counts.max_new)
-    needed = cache.needed_states(cache.max_open_bytes) + read.chunk.num_columns
-    size = cache.recent_slots.size
+    # A dimension of 1 is compiled by itself, so several bytes are taken to close two patches at least.
+    max_new = max(counts.max_new, 2) if is_compiled and num_columns > 1 else counts.max_new
+    cache.reserve_patches(max_new)
+    size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
     back = torch.arange(-size if is_compiled else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
-    new, columns = torch.arange(counts.max_new, device=device), torch.arange(counts.seen, device=device)
-    rows = _closing_rows(model, counts, device)
+    seen = round_up_columns(max(counts.old) + max_new)
+    new, columns = torch.arange(max_new, device=device), torch.arange(seen, device=device)
+    rows = _closing_rows(model, counts, device, is_compiled)
     if is_compiled:
         for varying in (new, columns, rows):
             if varying is not None:
@@ -168,15 +182,16 @@ def _close(model, cache: BltCache, read: BytesRead, counts: PatchCounts, close: 
     close(model, cache, read, new, columns, back, rows, *arguments)
 
 
-def _closing_rows(model, counts: PatchCounts, device: torch.device) -> Tensor | None:
+def _closing_rows(model, counts: PatchCounts, device: torch.device, is_compiled: bool) -> Tensor | None:
     """Rows that close a patch; None: run all of them."""
     # Leaving rows out saves work on a CPU; a GPU had better see the same shapes again.
-    if 0 not in counts.new or device.type != "cpu":
+    if len(counts.new) == 1 or device.type != "cpu" or not (is_compiled or 0 in counts.new):
         return None
     # PEFT gives each row its own adapter by hooks that count the rows.
     if any(module._forward_pre_hooks for module in model.modules()):
         return None
-    return torch.tensor([row for row, count in enumerate(counts.new) if count])
+    rows = [row for row, count in enumerate(counts.new) if count]
+    return torch.tensor(rows * 2 if is_compiled and len(rows) == 1 else rows)
 
 
 def run_small(
@@ -193,7 +208,7 @@ def run_small(
     counts = PatchCounts.of(read.numbers)
     if counts.max_new:
         _close(model, cache, read, counts, close_patches, traces[1])
-    hidden_states = predict_bytes(model, cache, read, None, False, traces[2])
+    hidden_states = predict_bytes(model, cache, read, None, traces[2])
     cache.count_chunk(chunk, counts)
     return hidden_states, entropies, read.numbers
 
@@ -211,7 +226,7 @@ def take_step(
     counts = PatchCounts.of(read.numbers)
     if counts.max_new:
         _close(model, cache, read, counts, parts.close_patches)
-    result = parts.predict_bytes(model, cache, read, head, False)
+    result = parts.predict_bytes(model, cache, read, head)
     cache.count(columns, [columns] * rows if lengths is None else lengths, counts)
     return result
 
@@ -222,7 +237,7 @@ def take_draft(model, cache: BltCache, input_ids: Tensor, head: nn.Module | None
     cache.begin(rows, columns, True, input_ids.device)
     parts = _parts(model, cache)
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)
-    result = parts.predict_bytes(model, cache, parts.read_drafts(model, cache, input_ids), head, True)
+    result = parts.draft_bytes(model, cache, input_ids, head)
     cache.count(columns, [columns] * rows)
     return result
 
