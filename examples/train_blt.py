@@ -34,19 +34,14 @@ def make_model(size: str, patcher: str | None) -> BltForCausalLM:
     heads = max(width // 64, 2)
     calibration = Path(patcher or "", "calibration.json")
     rule = json.loads(calibration.read_text()) if patcher and calibration.exists() else {}
+    local = {"hidden_size": width, "num_attention_heads": heads, "hidden_size_global": global_width}
     config = BltConfig(
         **{"patching_mode": "space" if patcher is None else "entropy", **rule},
         patch_in_forward=patcher is not None,
         encoder_hash_byte_group_vocab=hash_rows,
         patcher_config=None if patcher is None else BltPatcher.from_pretrained(patcher).config.to_dict(),
-        encoder_config={"hidden_size": width, "num_attention_heads": heads, "hidden_size_global": global_width},
-        decoder_config={
-            "hidden_size": width,
-            "num_attention_heads": heads,
-            "num_hidden_layers": decoder_layers,
-            "intermediate_size": 11 * width // 4,
-            "hidden_size_global": global_width,
-        },
+        encoder_config=local,
+        decoder_config={**local, "num_hidden_layers": decoder_layers, "intermediate_size": 11 * width // 4},
         global_config={
             "hidden_size": global_width,
             "num_attention_heads": max(global_width // 128, 2),
