@@ -1,5 +1,7 @@
 """A patching rule of your own: patches that end with a word, and inside a word where the next byte is hard to guess.
 
+Takes about 2 minutes on two cores.
+
     python examples/custom_patching_rule.py                        # the bundled model learns to live with the rule
     python examples/custom_patching_rule.py --model my-blt --steps 200
 
