@@ -71,7 +71,7 @@ def show_patches(patches: list[str]) -> None:
 
 def load_code() -> tuple[list[str], list[str]]:
     """This project's code: files to learn from, and files held out."""
-    files = sorted((ROOT / "src" / "blt_hf").glob("*.py"))
+    files = sorted((ROOT / "src" / "blt_hf").rglob("*.py"))
     held_out = [ROOT / name for name in HELD_OUT]
     return [file.read_text() for file in files if file not in held_out], [file.read_text() for file in held_out]
 
