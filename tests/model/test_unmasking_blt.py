@@ -42,7 +42,7 @@ def slow_block_logits(model, text: list[int], block: list[int | None]) -> torch.
     visible = (positions > positions[:, None] - window) & ((positions <= positions[:, None]) | is_mask[:, None])
     visible = visible & (is_mask[:, None] | ~is_mask)
     logits = model.lm_head(slow_decoder(model, states, latents, read, positions, visible)[length:])
-    return torch.cat([logits[:1] * 0, logits[:1], logits[2:]])
+    return torch.cat([logits[:1] * 0, logits[:-1]])
 
 
 @torch.no_grad()

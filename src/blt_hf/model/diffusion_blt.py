@@ -11,7 +11,8 @@ bytes from where the patch starts, some of them masked. The decoder reads both i
     self-attention   a byte of a block sees the whole block, before and behind it, and the clean bytes before the block
                      as far back as the window of its own position reaches. It sees no other block, and clean bytes
                      see no block, so the clean stream is what it is without the other.
-    predicts         a clean byte: the next byte. A masked byte: itself.
+    predicts         the next byte, in both streams: a masked byte is told by the state in front of it. So all states keep
+                     the meaning that they have in the plain model, which a fine-tuned one learns from far sooner.
 
 Blocks whose starts lie in the same stretch of text become a row of a batch, with the keys of that stretch and of the
 window before it, so the cost is linear in bytes.
@@ -74,7 +75,7 @@ class CorruptedBlocks:
         exists: bool `(B, N, K)`, False past the end of the text, in another document, and in an empty block.
         is_masked: bool `(B, N, K)`.
         probability: `(B, N)`, chance with which the bytes of each block were masked.
-        states: `(B, N, K, W)`, what the decoder made of them, once it has.
+        states: `(B, N, K, W)`, decoder states that predict them, once it has read them.
     """
 
     starts: Tensor
@@ -116,9 +117,14 @@ class CorruptedBlocks:
         return states, torch.cat([positions, self.positions.flatten(1)], dim=1), reads
 
     def take_states(self, hidden_states: Tensor, num_bytes: int) -> Tensor:
-        """Keeps the states of the blocks in `[bytes | blocks]`, and returns those of the `num_bytes` bytes."""
-        self.states = hidden_states[:, num_bytes:].unflatten(1, self.ids.shape[1:])
-        return hidden_states[:, :num_bytes]
+        """Keeps what predicts the blocks in states of `[bytes | blocks]`, and returns those of the `num_bytes` bytes.
+
+        The first byte of a block is predicted by the clean byte before it, the others by the one before in the block.
+        """
+        clean, own = hidden_states[:, :num_bytes], hidden_states[:, num_bytes:].unflatten(1, self.ids.shape[1:])
+        before = (self.starts - 1).clamp_min(0)[..., None].expand(-1, -1, clean.shape[-1])
+        self.states = torch.cat([clean.gather(1, before)[:, :, None], own[:, :, :-1]], dim=2)
+        return clean
 
 
 def make_noise(

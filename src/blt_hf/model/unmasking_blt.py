@@ -2,8 +2,8 @@
 
 A block is `[last byte | masks]`. The last byte of the text is the one that the whole model has chosen and not read yet.
 The encoder reads it alone; the decoder then reads it and the masks behind it, over the keys of the text before and the
-latents of the last complete patch. So each reading says two things: at the last byte what the next byte may be, as
-always, and at each later mask what that byte itself may be. What is *unmasked* is decided by confidence or by an entropy
+latents of the last complete patch. Each state says what the next byte may be, as always: that of the last byte the first
+mask, that of each mask the one behind it. What is *unmasked* is decided by confidence or by an entropy
 budget; then the block is read again with these bytes in it, until no mask is left. Nothing of this is kept: finished
 bytes are read by the whole model in one pass, as any text is.
 
@@ -131,8 +131,7 @@ def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_maske
     )  # fmt: skip
     text = _TextBefore([_SlotsBefore(layer) for layer in cache.decoder], cache.latents)
     states = blt.local_decoder(states, None, chunk, reads, span, text)
-    # The byte behind the last one of the text is told by that one: its next.
-    return model.lm_head(torch.cat([states[:, :1], states[:, 2:]], dim=1)).float()
+    return model.lm_head(states[:, :-1]).float()
 
 
 @dataclass
