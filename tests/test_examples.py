@@ -92,6 +92,22 @@ def test_from_scratch_to_an_adapter(tmp_path):
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
 
 
+def test_a_blt_learns_to_fill_in_blocks(tmp_path):
+    text = " ".join(f"Word {i} and {j}." for i in range(20) for j in range(12))
+    for part in ("train", "heldout"):
+        (tmp_path / f"{part}.jsonl").write_text(json.dumps({"source": "Python code", "text": text}) + "\n")
+    options = ("--steps", 2, "--context", 64, "--rows", 1, "--corpus", tmp_path, "--output", tmp_path / "fast")
+    facts = json.loads(run_example("fast_blt.py", *options).splitlines()[-1])
+    assert set(facts["bits of a block's byte"]) == {"4", "8", "16"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fast")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "fast")("Word ", return_tensors="pt")
+    plain, verified = (
+        model.generate(**ids, max_new_tokens=12, do_sample=False, **more)
+        for more in ({}, {"diffusion_block_size": 4, "verify": True})
+    )
+    assert verified.equal(plain)
+
+
 def test_published_folder_works_for_strangers(tmp_path):
     """And arrives on a Hub (a small one, on this machine), as one private commit."""
     with HubServer() as hub:
