@@ -37,7 +37,7 @@ metric_list:
     "local_choices": """
 output_type: multiple_choice
 doc_to_text: "{{question}}"
-doc_to_choice: ["{{right}}", "{{wrong}}"]
+doc_to_choice: "{{[right, wrong]}}"
 doc_to_target: 0
 metric_list:
   - metric: acc
@@ -147,7 +147,7 @@ def command_line(model, tmp_path_factory) -> tuple[Path, Path]:
         "HF_DATASETS_CACHE": str(folder / "data"),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", *command], capture_output=True, text=True, timeout=280, env=environment
+        [sys.executable, "-m", "lm_eval", *command], capture_output=True, text=True, timeout=560, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, folder / "results"
@@ -158,7 +158,7 @@ def logged(results: Path, name: str) -> list[dict]:
     return sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["doc_id"])
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_rolling_is_what_evaluate_measures(command_line, model):
     """The two commands of `docs/training.md`."""
     folder, results = command_line
@@ -173,7 +173,7 @@ def test_rolling_is_what_evaluate_measures(command_line, model):
     assert found == pytest.approx(-nats / math.log(2) / sum(len(text.encode()) for text in TEXTS), rel=1e-6)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_choices_and_answers_on_the_command_line(command_line, model):
     _, results = command_line
     for (question, *ends), row in zip(QUESTIONS, logged(results, "local_choices")):
