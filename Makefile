@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` set up what they need; the scripts say which variables they read.
-.PHONY: style quality test test-slow test-lowest links quickstart
+.PHONY: coverage links quickstart quality style test test-lowest test-properties test-slow
 
 bin = $(or $(BLT_VENV),.venv)/bin
 
@@ -20,6 +20,15 @@ test-lowest:
 # The code beside the bundled weights, after a module of the model was added, renamed or removed.
 links:
 	python3 scripts/link_code.py
+# Ten thousand new random cases of the laws of exactness (8 properties of 1,250 cases), and as many of each other property;
+# and a million byte strings through the tokenizer.
+test-properties:
+	BLT_PROPERTY_CASES=1250 bash scripts/test.sh tests/model/test_exactness.py tests/model/test_cache_blt.py \
+		tests/model/test_tokenization_blt.py --timeout 3600 -m "not hub and not gpu"
+
+# Which lines of the package the default tests run; `htmlcov/index.html` shows them.
+coverage:
+	bash scripts/test.sh --cov=blt_hf --cov-report=term-missing:skip-covered --cov-report=html
 
 quality:
 	bash scripts/setup.sh dev

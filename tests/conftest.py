@@ -18,7 +18,15 @@ torch.set_num_threads(1)
 settings.register_profile(
     "default", deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-settings.load_profile("default")
+# `make test-properties`: as many new random cases of each property as this says
+settings.register_profile(
+    "many",
+    settings.get_profile("default"),
+    max_examples=int(os.environ.get("BLT_PROPERTY_CASES", 25)),
+    derandomize=False,
+    print_blob=True,
+)
+settings.load_profile("many" if "BLT_PROPERTY_CASES" in os.environ else "default")
 
 
 def tiny_config(**overrides) -> BltConfig:

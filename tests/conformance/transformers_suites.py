@@ -35,35 +35,36 @@ class SuitesUnavailable(Exception):
     """The source distribution is neither in the cache nor at the package registry."""
 
 
-def cache_folder() -> Path:
+def cache_folder(name: str = "transformers") -> Path:
     """Where distributions are kept between runs: `$BLT_TEST_CACHE`, or `.cache` in the repository."""
-    return Path(os.environ.get("BLT_TEST_CACHE") or ROOT / ".cache") / "transformers-suites"
+    return Path(os.environ.get("BLT_TEST_CACHE") or ROOT / ".cache") / f"{name}-suites"
 
 
-def fetch(version: str = transformers.__version__) -> Path:
-    """The folder that holds the suites of a version of transformers as a package; downloads them if need be.
+def fetch(version: str = transformers.__version__, name: str = "transformers") -> Path:
+    """The folder that holds the suites of a version of a package as a package `NAME_tests`; downloads them if need be.
 
     Raises:
         SuitesUnavailable: with what pip said.
     """
-    target = cache_folder() / version
-    if not (target / PACKAGE).is_dir():
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            _unpack(_download(version, Path(folder)), Path(folder) / "unpacked")
+    cache, package = cache_folder(name), f"{name}_tests"
+    target = cache / version
+    if not (target / package).is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            _unpack(_download(name, version, Path(folder)), Path(folder) / "unpacked", package)
             try:
                 (Path(folder) / "unpacked").rename(target)
             except OSError:  # another worker was faster
-                if not (target / PACKAGE).is_dir():
+                if not (target / package).is_dir():
                     raise
     return target
 
 
-def _download(version: str, folder: Path) -> Path:
+def _download(name: str, version: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-binary", "transformers", "--dest", str(folder), "--retries", "1", "--timeout", "15"]
+    command += ["--no-binary", name, "--dest", str(folder), "--retries", "1", "--timeout", "15"]
     try:
-        done = subprocess.run([*command, f"transformers=={version}"], capture_output=True, text=True, timeout=240)
+        done = subprocess.run([*command, f"{name}=={version}"], capture_output=True, text=True, timeout=240)
     except subprocess.TimeoutExpired as error:
         raise SuitesUnavailable(f"pip did not finish within {error.timeout:.0f} s") from None
     archives = list(folder.glob("*.tar.gz"))
@@ -72,9 +73,9 @@ def _download(version: str, folder: Path) -> Path:
     return archives[0]
 
 
-def _unpack(archive: Path, folder: Path) -> None:
+def _unpack(archive: Path, folder: Path, name: str) -> None:
     """Takes `tests/*.py` out of the archive, into a package of its own."""
-    package = folder / PACKAGE
+    package = folder / name
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     # The suites import `../src/transformers/__init__.py` by its path and then use the installed transformers.
@@ -155,19 +156,21 @@ def write_tiny_model_summary(folder: Path, tokenizers: dict[str, str | None]) ->
 class Summary:
     """A pytest plugin that says at the end of a session how the tests of one file fared."""
 
-    def __init__(self, file: str, subject: str = "our classes"):
+    def __init__(self, file: str, subject: str = "our classes", suites: str | None = None):
         self.file, self.subject = Path(file).name, subject
+        self.suites = suites or f"transformers {transformers.__version__}"
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
-        tests = {"passed": set(), "failed": set(), "skipped": set()}
+        tests = {"passed": set(), "failed": set(), "skipped": set(), "xfailed": set()}
         for category, reports in terminalreporter.stats.items():
             outcome = category.rpartition(" ")[2]  # parts of a test count as "subtests failed" and so on
             for report in reports if outcome in tests else ():
                 if f"{self.file}::" in report.nodeid:
                     tests[outcome].add(report.nodeid)
         failed, skipped = tests["failed"], tests["skipped"] - tests["failed"]
-        passed = tests["passed"] - failed - skipped
+        passed, refused = tests["passed"] - failed - skipped, tests["xfailed"]
+        expected = f", {len(refused)} failed for a reason of BLT's" if refused else ""
         terminalreporter.write_line(
-            f"The suites of transformers {transformers.__version__} on {self.subject}: {len(passed | failed)} ran, "
-            f"{len(passed)} passed, {len(failed)} failed; {len(skipped)} skipped."
+            f"The suites of {self.suites} on {self.subject}: {len(passed | failed | refused)} ran, "
+            f"{len(passed)} passed, {len(failed)} failed{expected}; {len(skipped)} skipped."
         )

@@ -129,6 +129,30 @@ def test_every_byte_string_comes_back(data):
         assert tokenizer.decode(ids[1:], errors=errors) == data.decode("utf-8", errors)
 
 
+@pytest.mark.parametrize("batches", [2, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_a_million_byte_strings(tokenizer, batches):
+    """1,000 random strings a batch: all of them come back, from lists and from padded tensors."""
+    generator = np.random.default_rng(0)
+    for number in range(batches):
+        lengths = generator.integers(0, 40, 1000)
+        # Half of the batches are bytes of any value, half are ASCII with many markers in it
+        raw = generator.integers(0, 256 if number % 2 else 128, lengths.sum(), dtype=np.uint8).tobytes()
+        ends = lengths.cumsum().tolist()
+        rows = [raw[end - length : end] for end, length in zip(ends, lengths.tolist())]
+        side = ("left", "right")[number // 2 % 2]
+        ids = tokenizer(rows).input_ids
+        assert ids == [[1, *(byte + 4 for byte in row)] for row in rows]
+        assert tokenizer.decode_bytes(ids) == rows
+        batch = tokenizer(rows, padding=True, padding_side=side, return_tensors="np")
+        assert tokenizer.decode_bytes(batch.input_ids) == rows
+        assert batch.attention_mask.sum(axis=1).tolist() == (1 + lengths).tolist()
+        if number % 10 == 0:  # plain Python is slow
+            texts = [row.decode("latin-1") + name for row, name in zip(rows, [*SPECIALS, ""] * 200)]
+            found = [[1, *oracle(text)] for text in texts]
+            width = max(map(len, found))
+            assert tokenizer(texts, padding=True).input_ids == [[0] * (width - len(row)) + row for row in found]
+
+
 @given(st.text(alphabet=st.characters(), max_size=40))
 def test_every_str_comes_back(text):
     """Lone surrogates too: those that stand for a byte, and those that stand for themselves."""

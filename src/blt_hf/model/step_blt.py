@@ -99,8 +99,10 @@ def predict_bytes(
     chunk = read.chunk
     reads = model._reads(chunk, read.numbers, cache)
     hidden_states = model.local_decoder(read.hidden_states, None, chunk, reads, read.span, cache, trace)
+    result = hidden_states if head is None else project(head, hidden_states).float()
+    # Last, so that an interrupt in the middle of a step leaves a cache that has not read it
     cache.commit(chunk, None if is_draft else read.numbers)
-    return hidden_states if head is None else project(head, hidden_states).float()
+    return result
 
 
 @dataclass
