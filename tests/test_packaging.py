@@ -86,7 +86,7 @@ def test_wheel_holds_the_package_and_nothing_else(distributions):
     source = ROOT / "src"
     modules = {str(file.relative_to(source)) for file in source.rglob("*.py")}
     assert {"blt_hf/py.typed"} | modules <= names
-    assert {name.split("/")[0] for name in names} == {"blt_hf", f"blt_hf-{PROJECT['version']}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"blt_hf", "blt_hf_cli", f"blt_hf-{PROJECT['version']}.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

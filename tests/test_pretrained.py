@@ -123,7 +123,17 @@ def test_its_training_script_runs(tmp_path, monkeypatch):
         (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     assert corpus.is_held_out("x") in (True, False)
     for stage in train.STAGES:
-        arguments = ["train.py", stage, "--corpus", tmp_path, "--output", tmp_path / "runs", "--steps", "2"]
+        arguments = [
+            "train.py",
+            stage,
+            "--corpus",
+            tmp_path,
+            "--output",
+            tmp_path / "runs",
+            "--steps",
+            "2",
+            "--no-bf16",
+        ]
         monkeypatch.setattr("sys.argv", list(map(str, arguments)))
         train.main()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "blt")

@@ -81,7 +81,7 @@ def train(model, name: str, blocks: Blocks, held_out: Blocks, bytes_per_id: floa
             weight_decay=0.1,
             adam_beta2=0.95,
             max_grad_norm=1.0,
-            bf16=True,
+            bf16=arguments.bf16,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=50,
             eval_strategy="steps",
@@ -209,6 +209,9 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="another number of training steps")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast; some processors are slow at it"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     arguments = parser.parse_args()
     set_seed(0)

@@ -372,7 +372,6 @@ FORMAT_ONLY = {
 READ_BY_TRANSFORMERS = {
     "rope_parameters": "rotary embeddings, and the config's own standardisation",
     "max_position_embeddings": "rotary embeddings (`LlamaRotaryEmbedding`)",
-    "pad_token_id": "`GenerationConfig.from_model_config`",
     "bos_token_id": "`GenerationConfig.from_model_config`",
     "tie_word_embeddings": "`PreTrainedModel.tie_weights`",
 }
@@ -383,7 +382,7 @@ def names_read_in_source() -> set[str]:
     names = set()
     for path in (pathlib.Path(blt_hf.__file__).parent / "model").glob("*_blt.py"):
         # Special ids there are the tokenizer's and the generation configuration's.
-        if path.name in ("tokenization_blt.py", "decoding_blt.py", "continuous_blt.py"):
+        if path.name in ("tokenization_blt.py", "decoding_blt.py", "continuous_blt.py", "generation_blt.py"):
             continue
         tree = ast.parse(path.read_text())
         if path.name == "configuration_blt.py":  # there, reading a field to check it does not count

@@ -289,7 +289,7 @@ def test_gradcheck_of_the_masked_loss(monkeypatch):
 def read_blocks(model, ids, seed=0, **inputs):
     noise = BlockNoise(ids, SIZE, model.mask_embedding.weight[0], seeded(seed))
     with torch.no_grad():
-        return model.model(ids, use_cache=False, noise=noise, **inputs).blocks
+        return model.model(ids, use_cache=False, block_noise=noise, **inputs).blocks
 
 
 def test_a_block_knows_nothing_of_what_it_has_to_predict():

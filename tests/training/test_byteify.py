@@ -69,11 +69,12 @@ def make_token_model(config, seed: int = 0):
 def global_states(model, inputs_embeds: torch.Tensor) -> torch.Tensor:
     """What the layers of the global transformer make of some patches."""
     count = inputs_embeds.shape[1]
-    routing = SimpleNamespace(old_counts=[0], new_counts=[count], max_new=count, first_patch=None)
+    # The first patches of one row, all in one document.
+    chunk = SimpleNamespace(previous={"num_patches": torch.zeros(1, dtype=torch.int64)}, document_start=None)
     global_transformer = model.model.global_transformer
     global_transformer.token_embedding_projection = nn.Identity()
     with torch.no_grad():
-        return global_transformer(inputs_embeds, routing)
+        return global_transformer(inputs_embeds, chunk, None, torch.arange(count), torch.arange(0))
 
 
 def token_states(token_model, inputs_embeds: torch.Tensor) -> torch.Tensor:

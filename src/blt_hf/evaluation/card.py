@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
+from ..model.names_blt import architecture_name
 from .measuring import Measurement
 
 
@@ -259,7 +260,7 @@ class _Subject:
             raise ValueError(f"`model` must be a BLT or an entropy model; {folder} is of type {config.model_type!r}.")
         auto_name = "AutoModelForCausalLM"
         for name in self.PIPELINES:
-            if name in (config.architectures or []):
+            if {name, architecture_name(name)} & set(config.architectures or []):
                 auto_name = name.replace("BltFor", "AutoModelFor").replace("BltModel", "AutoModel")
         auto_class = getattr(transformers, auto_name, AutoModelForCausalLM)
         with torch.device("meta"):

@@ -40,12 +40,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes of memory that are free on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        import psutil
-
-        return psutil.virtual_memory().available
-    except ImportError:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def row_memory(config, num_bytes: int, dtype: torch.dtype) -> int:

@@ -126,7 +126,7 @@ class BltModel(BltPreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         output_patches: bool | None = None,
-        noise: BlockNoise | None = None,
+        block_noise: BlockNoise | None = None,
         **kwargs,
     ) -> BltModelOutput:
         """Byte states from bytes.
@@ -144,7 +144,7 @@ class BltModel(BltPreTrainedModel):
                 the last patch is complete) or to its bytes. Not after a cache that holds bytes.
             use_cache: return a cache; None: the config's `use_cache`, but never in training.
             output_patches: also return `entropies` and `patch_lengths`.
-            noise: makes the decoder read corrupted blocks beside the text, for the masked loss of BLT-D; not with a
+            block_noise: makes the decoder read corrupted blocks beside the text, for the masked loss of BLT-D; not with a
                 cache.
         Returns:
             [`BltModelOutput`].
@@ -177,11 +177,11 @@ class BltModel(BltPreTrainedModel):
         if chunk.is_small:
             hidden_states, entropies, numbers = run_small(self, chunk, cache, embeds, given_ends, traces)
         else:
-            hidden_states, entropies, numbers = self._run(chunk, cache, embeds, given_ends, traces, noise)
-        if noise is not None:
-            hidden_states = noise.blocks.take_states(hidden_states, chunk.num_columns)
+            hidden_states, entropies, numbers = self._run(chunk, cache, embeds, given_ends, traces, block_noise)
+        if block_noise is not None:
+            hidden_states = block_noise.blocks.take_states(hidden_states, chunk.num_columns)
         output = self._make_output(chunk, numbers, hidden_states, cache, entropies, traces, output_patches)
-        output.blocks = None if noise is None else noise.blocks
+        output.blocks = None if block_noise is None else block_noise.blocks
         return output
 
     @property
@@ -200,11 +200,11 @@ class BltModel(BltPreTrainedModel):
         embeds: Tensor | None = None,
         given_ends: Tensor | None = None,
         traces: list[StateTrace] | None = None,
-        noise: BlockNoise | None = None,
+        block_noise: BlockNoise | None = None,
     ) -> tuple[Tensor, Tensor | None, PatchNumbers]:
         """Byte states `(B, S, W)`, entropies `(B, S)` and patches of a large chunk, which the cache takes in.
 
-        With `noise`, the states of corrupted blocks stand behind those of the bytes.
+        With `block_noise`, the states of corrupted blocks stand behind those of the bytes.
         """
         byte_trace, patch_trace, trace = [None] * 3 if traces is None else traces
         if cache is not None:
@@ -228,13 +228,13 @@ class BltModel(BltPreTrainedModel):
             self._keep_bytes(chunk, numbers, byte_states, entropies, cache)
         reads = self._reads(chunk, numbers, cache, latents is not None)
         states, positions = byte_states[-1], None
-        if noise is not None:
-            noise.blocks = corrupt_blocks(chunk, numbers.ends, noise)
-            states, positions, reads = noise.blocks.join(
-                states, chunk.row_positions, reads, self.local_encoder.embed_tokens, noise.mask_embedding
+        if block_noise is not None:
+            block_noise.blocks = corrupt_blocks(chunk, numbers.ends, block_noise)
+            states, positions, reads = block_noise.blocks.join(
+                states, chunk.row_positions, reads, self.local_encoder.embed_tokens, block_noise.mask_embedding
             )
             span = TwoStreamSpan(
-                noise.blocks, chunk.document_start, chunk.num_columns, self.config.local_attention_window_len,
+                block_noise.blocks, chunk.document_start, chunk.num_columns, self.config.local_attention_window_len,
                 self.config._attn_implementation, trace is not None and trace.attentions is not None,
             )  # fmt: skip
         hidden_states = self.local_decoder(states, latents, chunk, reads, span, cache, trace, positions)
@@ -533,7 +533,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         Returns:
             [`BltCausalLMOutput`].
         """
-        if use_cache and self.training and self.is_gradient_checkpointing:
+        if use_cache and self.training and self._checkpoints():
             use_cache = self._start_cache(None, use_cache, self.config) is not None  # which warns
         noise = make_noise(
             self.config, labels, self.mask_embedding, self.training, noise_generator,
@@ -549,7 +549,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
             inputs_embeds=inputs_embeds,
             patch_lengths=patch_lengths,
             use_cache=use_cache,
-            noise=noise,
+            block_noise=noise,
             return_dict=True,
             **kwargs,
         )
