@@ -90,7 +90,10 @@ def test_options_of_shown_commands_exist():
     ]
     assert len(shown) > 10
     for name, *arguments in shown:
-        known = {"--help"}.union(*(parameter.opts + parameter.secondary_opts for parameter in commands[name].params))
+        command = commands[name]
+        while hasattr(command, "commands") and arguments and arguments[0] in command.commands:
+            command, arguments = command.commands[arguments[0]], arguments[1:]
+        known = {"--help"}.union(*(parameter.opts + parameter.secondary_opts for parameter in command.params))
         used = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
         assert used <= known, (name, used - known)
 

@@ -259,22 +259,33 @@ class PatchReads:
 class BltByteCrossAttention(_BltCrossAttention):
     """Decoder: each byte reads the `K` latents of one patch (and of `window - 1` patches before it)."""
 
-    def forward(self, hidden_states: Tensor, keys: Tensor, values: Tensor, reads: "PatchReads") -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor | None = None,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+        reads: "PatchReads | None" = None,
+        latents: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             hidden_states: `(B, S, W)`, queries.
-            keys, values: `(B, P, K*H_kv*D)`, what [`project`] made of patches.
+            keys, values: `(B, P, K*H_kv*D)`, what an earlier call made of patches.
             reads: which of these each byte reads.
+            latents: `(B, P, K, W)` of patches; then nothing else is given. (A call like any other, because FSDP gathers
+                a module's weights when it is called.)
         Returns:
-            `(B, S, W)`.
+            `(B, S, W)`; with `latents`, keys and values.
         """
+        if latents is not None:
+            return self._project(latents)
         query = self._split(project(self.q_proj, self.q_norm(hidden_states)))
         shape = (*keys.shape[:2], self.num_latents, -1, self.head_dim)
         index, hidden = reads.on(query.device)
         output = gathered_attention(query, keys.view(shape), values.view(shape), index, hidden, self.scaling)
         return project(self.o_proj, output.flatten(2)) + hidden_states
 
-    def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of latents `(B, P, K, W)`, `(B, P, K*H_kv*D)` each."""
         normed = self.k_norm(latents).flatten(1, 2)
         return tuple(project(proj, normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))

@@ -261,8 +261,12 @@ class BltLocalDecoder(BltPreTrainedModel):
         position_embeddings = self.rotary_emb.for_heads(
             hidden_states, chunk.row_positions if positions is None else positions
         )
+
+        def of_bytes(states: Tensor) -> Tensor:
+            return states if positions is None else states[:, : chunk.num_columns]
+
         if trace is not None:
-            trace.add(hidden_states[:, : chunk.num_columns])
+            trace.add(of_bytes(hidden_states))
         for index, layer in enumerate(self.layers):
             if index < len(self.cross_attn_layers):
                 cross_attention = self.cross_attn_layers[index]
@@ -272,7 +276,7 @@ class BltLocalDecoder(BltPreTrainedModel):
             cache_layer = None if cache is None else cache.decoder[index]
             hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=cache_layer)
             if trace is not None:
-                trace.add(hidden_states[:, : chunk.num_columns], weights)
+                trace.add(of_bytes(hidden_states), weights)
         return self.norm(hidden_states)
 
     def _patch_states(
@@ -285,7 +289,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         """Keys and values `(B, P, K*H_kv*D)` among which `reads` tells those of each byte."""
         if latents is None:
             return tuple(tensor.values for tensor in kept)
-        new = cross_attention.project(latents)
+        new = cross_attention(latents=latents)
         if kept is None:
             return new
         states = []
@@ -300,7 +304,7 @@ class BltLocalDecoder(BltPreTrainedModel):
     def keep_latents(self, latents: Tensor, access: SlotAccess, cache: BltCache) -> None:
         """Writes latents `(R, P, K, W)` of new patches to the cache, as keys and values."""
         for cross_attention, pair in zip(self.cross_attn_layers, cache.latents):
-            for tensor, new in zip(pair, cross_attention.project(latents)):
+            for tensor, new in zip(pair, cross_attention(latents=latents)):
                 tensor.write(new, access.on(new.device), len(cache.row_bytes))
 
     def split_latents(self, global_states: Tensor) -> Tensor:
