@@ -77,8 +77,9 @@ for name, (model, tokenizer) in models.items():
     Trainer(model, TrainingArguments("noise-output", **schedule, **other), train_dataset=rows).train()
 
 # %% [markdown]
-# Bits that each model needs for a byte of the noisy text. Noise that is drawn by chance costs any model something, for
-# nobody can foresee it; capitals carry no news at all, and still the token model has to spell them out.
+# Bits that each model needs for a byte of the noisy text; in brackets, what the noise adds. Noise that is drawn by
+# chance costs every model something, for nobody can foresee it. Capitals throughout are no news after the first word,
+# so what they cost is the model's own weakness.
 
 # %%
 chance = random.Random(0)
