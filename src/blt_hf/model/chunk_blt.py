@@ -195,7 +195,7 @@ def make_chunk(
     else:
         num_bytes = layout.num_bytes
         input_ids = None if input_ids is None else layout.pack(input_ids)
-    past = _Past.of(cache, rows, device)
+    past = _Past.none(rows, device) if is_empty else _Past.of(cache)
     index = torch.arange(columns, device=device)
     chunk = ByteChunk(
         input_ids=input_ids,
@@ -232,7 +232,7 @@ def next_bytes(
         mask_documents, newline_reset, eos_token_id: as in [`make_chunk`].
     """
     rows, columns = input_ids.shape
-    past = _Past.of(cache, rows, input_ids.device)
+    past = _Past.of(cache)
     index = torch.arange(columns, device=input_ids.device)
     chunk = ByteChunk(
         input_ids=input_ids,
@@ -286,12 +286,14 @@ class _Past:
     ids: Tensor | None
 
     @classmethod
-    def of(cls, cache: BltCache | None, rows: int, device: torch.device) -> "_Past":
+    def none(cls, rows: int, device: torch.device) -> "_Past":
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-        if cache is None or cache.is_empty:
-            return cls(
-                None, {**dict.fromkeys(ByteLog.FIELDS, zeros), "position": zeros - 1}, zeros.float()[:, None], None
-            )
+        state = {**dict.fromkeys(ByteLog.FIELDS, zeros), "position": zeros - 1}
+        return cls(None, state, zeros.float()[:, None], None)
+
+    @classmethod
+    def of(cls, cache: BltCache) -> "_Past":
+        # Nothing of the cache that the host counts is read here: a compiled step would depend on it.
         counts = cache.num_bytes
         entries = cache.log.last(counts, max(cache.num_hash_bytes, 1))
         # A row without text so far has no state.
