@@ -113,7 +113,8 @@ def test_published_folder_works_for_strangers(tmp_path):
     with HubServer() as hub:
         printed = run_example(
             "publish.py", "--output-dir", tmp_path / "out", "--repo", "ada/my-blt",
-            HF_ENDPOINT=hub.url, HF_TOKEN="hf_writer", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HOME=str(tmp_path / "home"),
+            HF_ENDPOINT=hub.url, HF_TOKEN="hf_writer", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1",
+            HF_HOME=str(tmp_path / "home"),
         )  # fmt: skip
         assert hub.repos["ada/my-blt"].is_private
     assert "The same text with its own code." in printed and "The same text with plain transformers." in printed
