@@ -25,7 +25,6 @@ length: str = cache.get_seq_length()
 config.patching_mode.no_such_method()
 tokenizer.decode_bytes([1], skip=True)
 convert_meta_checkpoint("from")
-from blt_hf import BltForQuestionAnswering
 """
 
 
