@@ -479,3 +479,26 @@ def test_reference_decoding_modes_need_remote_code(model, ids):
     ):
         with pytest.raises(ValueError, match="trust_remote_code"):
             model.generate(ids, max_new_tokens=3, **arguments)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("settings", [{}, {"self_speculation_window": 4}])
+def test_generation_with_the_forward_of_mixed_precision(attention, settings, batch):
+    """Trainer leaves accelerate's autocast around `forward`, and the text goes on with or without it."""
+    _, ids, mask = batch
+    model = make_model(seed=11)
+    model.set_attn_implementation(attention)
+    plain = model.forward
+
+    def forward(*arguments, **kwargs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain(*arguments, **kwargs)
+
+    model.forward = forward
+    out = model.generate(ids, attention_mask=mask, **GREEDY, **settings)
+    assert out.shape == (3, ids.shape[1] + 30)
+    read = model(ids, attention_mask=mask, use_cache=True)
+    kept = [tensor.values for slots in read.past_key_values._kinds() for tensor in slots.tensors]
+    assert {t.dtype for t in kept if t is not None and t.is_floating_point()} == {torch.float32}
+    following = model.step_logits(ids[:, -1:], read.past_key_values)
+    assert following.shape == (3, 1, 260) and torch.isfinite(following).all()

@@ -131,8 +131,12 @@ class SlotTensor:
     def prepare(self, num_rows: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """The tensor, for entries of `shape` of the dtype and device of `like`."""
         if self.values is None:
+            # What is read under autocast may be continued without it.
+            kind = like.device.type
+            is_narrowed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            dtype = torch.float32 if is_narrowed and like.is_floating_point() else like.dtype
             # Zeros: a masked value still takes part in the sum of attention, times 0.
-            self._set(like.new_zeros(num_rows, self.slots.size, *shape))
+            self._set(like.new_zeros(num_rows, self.slots.size, *shape, dtype=dtype))
         return self.values
 
     def _set(self, values: Tensor) -> None:

@@ -164,7 +164,9 @@ class BltGenerationMixin(GenerationMixin):
 
     def _next_logits(self, ids, cache: BltCache):
         """fp32 logits `(B, 1, V)` after one more byte of each row."""
-        if any(module._forward_hooks or module._forward_pre_hooks for module in (self, self.model)):
+        # Who replaces `forward` (accelerate, for autocast or devices) wants to be asked at each byte.
+        is_wrapped = any("forward" in vars(module) for module in (self, self.model))
+        if is_wrapped or any(module._forward_hooks or module._forward_pre_hooks for module in (self, self.model)):
             return self(input_ids=ids, past_key_values=cache, use_cache=True).logits.float()
         return self.step_logits(ids, cache)
 
