@@ -2,20 +2,15 @@
 
 import importlib.util
 import json
-import os
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from clients_common import ANSWERS, chatter_folder, conversation, run_client
-from datasets import Dataset
+from clients_common import chatter_folder, run_client
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 
-STEPS, ROWS = 3, 4
 CONFIG = """
 compute_environment: LOCAL_MACHINE
 distributed_type: {kind}
@@ -36,47 +31,16 @@ deepspeed_config:
 """
 
 
-def train(folder: str) -> None:
-    """The user's script; nothing here knows of DeepSpeed."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    model = AutoModelForCausalLM.from_pretrained(chatter := sys.argv[2], trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(chatter, trust_remote_code=True)
-    texts = [tokenizer.apply_chat_template(conversation(question), tokenize=False) for question in ANSWERS] * 8
-    ids = [tokenizer(text, add_special_tokens=False).input_ids[:40] for text in texts]
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            folder,
-            max_steps=STEPS,
-            per_device_train_batch_size=ROWS // processes,
-            learning_rate=1e-3,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            save_strategy="no",
-        ),
-        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
-    )
-    trainer.train()
-    trainer.save_model(f"{folder}/model")
-    if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        kind = trainer.accelerator.distributed_type.value
-        Path(folder, "result.json").write_text(json.dumps({"losses": losses, "kind": kind}))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def launch(folder: Path, stage: int | None) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Losses, and the weights that were saved; without a stage, of one process."""
     config = CONFIG.format(kind="NO" if stage is None else "DEEPSPEED", num_processes=1 if stage is None else 2)
     (folder / "config.yaml").write_text(config + ("" if stage is None else ZERO.format(stage=stage)))
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    command = ["accelerate", "launch", "--config_file", folder / "config.yaml", "--main_process_port", port, __file__]
-    run_client([*command, folder, chatter_folder()], folder, timeout=800, has_package=True)
+    command = ["accelerate", "launch", "--config_file", folder / "config.yaml", "--main_process_port", port]
+    script = Path(__file__).with_name("train_script.py")
+    run_client([*command, script, chatter_folder(), folder], folder, timeout=800)
     return json.loads((folder / "result.json").read_text()), load_file(folder / "model" / "model.safetensors")
 
 
@@ -86,22 +50,16 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.slow  # DeepSpeed builds its communication for CPUs when it is first used
-@pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed has no wheels: `pip install deepspeed`"
-)
+@pytest.mark.slow  # DeepSpeed compiles its communication for CPUs when it is first used
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="not installed: `pip install deepspeed`")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero(stage, one_process, tmp_path):
     expected, weights = one_process
     result, saved = launch(tmp_path, stage)
     assert result["kind"] == "DEEPSPEED"
-    assert result["losses"] == pytest.approx(expected["losses"], abs=1e-3)
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert expected["losses"][-1] < expected["losses"][0] - 0.1
     before = load_file(f"{chatter_folder()}/model.safetensors")
     for name, weight in weights.items():
-        torch.testing.assert_close(saved[name], weight, atol=1e-4, rtol=0)
+        torch.testing.assert_close(saved[name], weight, atol=1e-4, rtol=1e-3)
         assert "patcher" not in name or torch.equal(saved[name], before[name])
-    assert any(not torch.equal(saved[name], before[name]) for name in saved)
-
-
-if __name__ == "__main__":
-    train(sys.argv[1])

@@ -110,6 +110,14 @@ def test_stop_strings(client, stop):
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_tools_are_told_to_the_model(client):
+    """They stand in the prompt; a model that was not trained to call them answers as it can."""
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
+    plain, told = ask(client, "count", max_tokens=4), ask(client, "count", max_tokens=4, tools=tools)
+    assert told.usage.prompt_tokens > plain.usage.prompt_tokens + len("look_up")
+    assert told.choices[0].message.tool_calls is None
+
+
 def test_completions(client):
     arguments = {"model": chatter_folder(), "prompt": "user: greet\n\nassistant: ", "max_tokens": 60}
     assert client.completions.create(**arguments).choices[0].text == ANSWERS["greet"]
