@@ -3,7 +3,9 @@
 A skip that a suite asks for is accepted only with a reason that `SKIPS` gives in terms of BLT; any other fails.
 """
 
+import functools
 import inspect
+import itertools
 import os
 import tempfile
 import unittest
@@ -15,6 +17,7 @@ import pytest
 import torch
 import transformers_suites as suites
 from transformers import pipeline, set_seed
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blt import modeling_blt as in_tree
 
 import blt_hf
@@ -182,7 +185,7 @@ class BltTester:
         self.has_patch_lengths = False
 
     def get_config(self):
-        config = tiny_config(patching_threshold=self.threshold, max_position_embeddings=64, **self.overrides)
+        config = tiny_config(**{"patching_threshold": self.threshold, "max_position_embeddings": 64, **self.overrides})
         for name in config.sub_configs:
             getattr(config, name).max_position_embeddings = 64
         return config
@@ -197,6 +200,24 @@ class BltTester:
         if self.has_patch_lengths:
             inputs["patch_lengths"] = torch.stack([torch.tensor([1, 1, 4, 3, n - 8]) for n in lengths.tolist()])
         return self.get_config(), inputs
+
+
+def with_given_patches(forward):
+    """`BltModel.forward` with lengths of patches that differ from row to row, for whole texts that come without."""
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def wrapper(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        if given.arguments.get("patch_lengths") is None:
+            mask = given.arguments.get("attention_mask")
+            counts = torch.ones_like(given.arguments["input_ids"]) if mask is None else mask
+            given.arguments["patch_lengths"] = torch.tensor(
+                [[1, 1, 2 + row % 4, 3, count - 6 - row % 4] for row, count in enumerate(counts.sum(1).tolist())]
+            )
+        return forward(*given.args, **given.kwargs)
+
+    return wrapper
 
 
 class PatcherTester(BltTester):
@@ -246,12 +267,9 @@ SKIPS = {
     "test_moe_models_record_router_logits": "a BLT has no experts",
     "test_output_router_logits_from_config": "a BLT has no experts",
     "test_encoder_decoder_loss_no_double_shift": "a BLT's encoder and decoder read the same bytes: it is a causal LM",
-    "test_keep_in_fp32_modules": "only the entropy model inside a BLT keeps fp32 weights; a softmax is computed in fp32",
     "test_model_rope_with_partial_rotation": "a BLT rotates whole heads; its checkpoints have no other form",
     "test_vision_axial_rope": "a BLT reads bytes, no images",
     "test_resize_position_vector_embeddings": "a BLT has rotary positions, no table of them",
-    "test_sliding_window_mask": "a BLT has a window for the patcher and one for encoder and decoder, not one field "
-    "with a switch beside it; tests/test_exactness.py covers both",
     "test_sdpa_can_dispatch_composite_models": "a BLT has no vision or audio tower",
     "test_pipeline_any_to_any": "a BLT reads and writes bytes of text only",
     "test_pipeline_audio_classification": "a BLT reads no audio",
@@ -272,7 +290,7 @@ PATCHER_SKIPS = {
     "test_can_set_attention_dynamically_composite_model": "the patcher is one stack, with one configuration",
     "test_internal_model_config_and_subconfig_are_same": "the patcher is one stack, with one configuration",
     "test_model_base_model_prefix": "the patcher is its own base model: its tensors have no prefix in any checkpoint",
-    "test_model_rope_scaling": "the patcher has no headless class; BltModel tests the rotary class that they share",
+    "test_keep_in_fp32_modules": "the patcher by itself is an ordinary language model: nothing in it keeps fp32 weights",
 }
 
 
@@ -322,6 +340,27 @@ class _OurRules:
         self.model_tester.is_padded = False
         super().test_retain_grad_hidden_states_attentions()
 
+    def check_windows(self, make_config, weights_of):
+        """What the suite asks of a `sliding_window` of 3 bytes and the switch beside it.
+
+        Args:
+            make_config: a configuration from a window; None: no window.
+            weights_of: the self-attention weights over bytes, `(B, H, S, S)` each, in the output of a model.
+        """
+        _, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        inputs = {"input_ids": inputs["input_ids"]}
+        index = torch.arange(inputs["input_ids"].shape[1])
+        is_inside = (index <= index[:, None]) & (index > index[:, None] - 3)
+        is_before = index <= index[:, None] - 3
+        for window, model_class in itertools.product((3, None), self.all_model_classes):
+            with self.subTest(f"{model_class.__name__}, {window}"):
+                model = model_class._from_config(make_config(window), attn_implementation="eager").eval()
+                all_weights = weights_of(model(**inputs, output_attentions=True))
+                self.assertGreater(len(all_weights), 0)
+                for weights in all_weights:
+                    self.assertTrue((weights[..., is_inside] > 0).all())
+                    self.assertEqual((weights[..., is_before] == 0).all(), window is not None)
+
 
 class BltSuite(
     _OurRules,
@@ -352,8 +391,17 @@ class BltSuite(
         super().setUp()
         if "_fp16_" in self._testMethodName or "_bf16_" in self._testMethodName:
             # In half precision, kernels differ by more than some entropy differs from the threshold: they are compared
-            # on patches that do not hang on it. (`PatcherSuite` compares them in the entropy model.)
-            self.model_tester = BltTester(patching_mode="static", patch_size=3)
+            # on patches that are given. (`PatcherSuite` compares them in the entropy model.)
+            given = mock.patch.object(blt_hf.BltModel, "forward", with_given_patches(blt_hf.BltModel.forward))
+            given.start()
+            self.addCleanup(given.stop)
+
+    def test_sliding_window_mask(self):
+        # The encoder's and the decoder's window is one field, which means "no window" where it is None.
+        self.check_windows(
+            lambda window: BltTester(local_attention_window_len=window).get_config(),
+            lambda out: (*out.attentions, *(out.get("encoder_attentions") or ())),
+        )
 
     def test_attention_outputs(self):
         # The model and the language model return the states of three stacks, the classifiers those of the last one.
@@ -373,6 +421,14 @@ class BltSuite(
         super().test_inputs_embeds_matches_input_ids()
 
 
+class PatcherStates(blt_hf.BltPatcher):
+    """The entropy model as a base model."""
+
+    def forward(self, input_ids=None, **kwargs):
+        out = super().forward(input_ids, output_hidden_states=True, **kwargs)
+        return BaseModelOutput(last_hidden_state=out.hidden_states[-1])
+
+
 class PatcherSuite(
     _OurRules,
     common.ModelTesterMixin,
@@ -385,9 +441,37 @@ class PatcherSuite(
     all_model_classes = (blt_hf.BltPatcher,)
     skips = {**SKIPS, **PATCHER_SKIPS}
 
+    def test_sliding_window_mask(self):
+        self.check_windows(
+            lambda window: PatcherTester(patcher_config={"sliding_window": window}).get_config(),
+            lambda out: out.attentions,
+        )
+
+    def _check_rope_scaling(self, test):
+        # The suite knows base models by their names in a list, and looks at their last states.
+        names = {**common.MODEL_MAPPING_NAMES, "blt_patcher": PatcherStates.__name__}
+        self.all_model_classes = (PatcherStates,)
+        with mock.patch.object(common, "MODEL_MAPPING_NAMES", names):
+            test()
+
     def test_torch_save_load(self):
         with mock.patch.object(common, "MODEL_MAPPING", {blt_hf.BltPatcherConfig: blt_hf.BltPatcher}):
             super().test_torch_save_load()
 
     def test_model_base_model_prefix(self):
         self.skipTest("`base_model` is the model itself")
+
+
+def _of_base_model(name):
+    test = getattr(PatcherSuite, name)
+
+    @functools.wraps(test)
+    def wrapper(self):
+        self._check_rope_scaling(lambda: test(self))
+
+    return wrapper
+
+
+for _name in [name for name in dir(PatcherSuite) if name.startswith("test_model_rope_scaling")]:
+    if getattr(PatcherSuite, _name) is not None:  # the name of several tests that were made from one
+        setattr(PatcherSuite, _name, _of_base_model(_name))

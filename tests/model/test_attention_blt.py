@@ -289,6 +289,41 @@ def test_implementations_agree_on_the_whole_model(rule, implementation):
         torch.testing.assert_close(one, wanted, atol=1e-4, rtol=1e-4)
 
 
+def last_reached(model, ids, sizes: list[int], name: str) -> int:
+    """The last byte whose values differ if byte 20 differs, in chunks of `sizes`."""
+    other, found = ids.clone(), []
+    other[0, 20] = 4 + ord("q")
+    for row in (ids, other):
+        values, cache, begin = [], None, 0
+        for size in sizes:
+            chunk = row[:, begin : begin + size]
+            out = model(chunk, past_key_values=cache, use_cache=len(sizes) > 1, output_patches=name == "entropies")
+            values.append(out[name][0].view(size, -1))
+            cache, begin = out.past_key_values, begin + size
+        assert begin == row.shape[1]
+        found.append(torch.cat(values))
+    return int(((found[0] - found[1]).abs().amax(1) > 1e-7).nonzero().max())
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("sizes", [[110], [15, 60, 35], [40] + [1] * 70], ids=["whole", "chunks", "bytes"])
+@torch.no_grad()
+def test_a_byte_is_seen_as_far_as_the_windows_reach(implementation, sizes):
+    """Each layer sees `window - 1` bytes back, to the byte; a model without windows would see 20 from everywhere."""
+    ids = ids_of(110)
+    model = make_model(tiny_config())
+    model.set_attn_implementation(implementation)
+    assert last_reached(model, ids, sizes, "entropies") == 20 + 2 * (12 - 1)
+    # Without a space all is one open patch, which no latents tell of; the hashes look 7 bytes back.
+    model = make_model(tiny_config(patching_mode="space"))
+    model.set_attn_implementation(implementation)
+    letters = 4 + ord("a") + ids % 26
+    letters[:, 0] = 1
+    assert last_reached(model, letters, sizes, "logits") == 20 + (1 + 2) * (10 - 1) + 7
+    model = make_model(tiny_config(patching_mode="space", local_attention_window_len=None))
+    assert last_reached(model, letters, sizes, "logits") == 109
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest result of any operation, in elements of storage, and what made it."""
 
