@@ -93,6 +93,12 @@ class BltGenerationMixin(GenerationMixin):
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        if getattr(generation_config, "assistant_early_exit", None) is not None:
+            raise ValueError(
+                "`assistant_early_exit` drafts with the first layers of a model of one stack, which a BLT is not; got "
+                f"{generation_config.assistant_early_exit!r}. Use `self_speculation_window`, whose drafts come from the "
+                "local models, or an `assistant_model`."
+            )
         for field in ("self_speculation_window", "diffusion_block_size"):
             if getattr(generation_config, field, None) is None:
                 continue
@@ -237,6 +243,7 @@ class BltGenerationMixin(GenerationMixin):
         past_key_values=None,
         attention_mask=None,
         position_ids=None,
+        inputs_embeds=None,  # `generate` looks here for whether it may hand embeddings on
         is_first_iteration=False,
         num_cached_columns=None,
         **kwargs,
@@ -253,6 +260,7 @@ class BltGenerationMixin(GenerationMixin):
             **{CACHE_NAME: past_key_values},
             attention_mask=attention_mask,
             position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
