@@ -1,11 +1,14 @@
 """Input that cannot be honoured: each row of the table is a case, the error that it raises, and what the error says."""
 
 import copy
+import fnmatch
 import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import test_tokenization_blt as of_tokenizer
 import torch
 from transformers.models.blt.configuration_blt import BltConfig as InTreeConfig
 
@@ -300,3 +303,61 @@ def test_one_more_label_than_the_vocabulary_was():
     with pytest.raises(ValueError, match="holds 261; the vocabulary has ids from 0 to 260"):
         model(ids + 1)
     assert isinstance(model, BltForCausalLM)
+
+
+# The rows of the table in docs/reliability.md, and the cases that hold each: names (with `*`) of the cases above, of the
+# tokenizer's, or of whole tests.
+ROWS = {
+    "`input_ids` as a list, an array or a str": ["ids: a list*", "ids: an array*", "ids: a text*", "generate: *"],
+    "`input_ids` of floats, uint8 or booleans": ["ids: floats*", "ids: bytes*", "ids: booleans*"],
+    "`input_ids` of one dimension, without rows, without columns": ["ids: one row*", "ids: no rows*", "ids: no columns*"],
+    "an id outside of the vocabulary": ["ids: above*", "ids: negative*"],
+    "neither `input_ids` nor `inputs_embeds`, or both": ["ids: none*", "ids: and embeddings*"],
+    "`inputs_embeds` as a list, of integers, of another shape or width": ["embeddings: *"],
+    "`attention_mask` of zeros alone": ["mask: zeros*"],
+    "`attention_mask` as a list, of another shape or of four dimensions": [
+        "mask: a list*", "mask: four dimensions*", "mask: another length*",
+    ],
+    "`position_ids` that descend, stay or jump": ["positions: descending*", "positions: equal*", "positions: a gap*"],
+    "`position_ids` as a list, of floats, of another length": [
+        "positions: a list*", "positions: floats*", "positions: another length*",
+    ],
+    "`labels` as a list, of another shape or type, or outside of the classes": ["labels: *"],
+    "a cache of another model, of other rows, a list": [
+        "another model: *", "cache: *", "test_cache_of_an_entropy_model_is_refused",
+    ],
+    "`patch_lengths` of another shape or type, or that do not sum to the text": ["patches: *"],
+    "`patching_threshold` NaN, `vocab_size` below 260, `dropout` 2.0, an unknown `hidden_act` or `rope_type`": [
+        "configuration: *",
+    ],
+    "an unknown field of the configuration or of a part of it": ["unknown field: *"],
+    "`calibrate_threshold`, `measure_bits_per_byte`, `read_texts` with one str for a list": [
+        "calibrate: *", "measure: *", "read: *",
+    ],
+    "a text that is a number or None": ["tokenizer, a text: *"],
+    "pairs of unequal lengths, words that are one text": ["tokenizer, a pair: *", "tokenizer, words: *"],
+    "offsets, words or pairs of bytes that are no UTF-8": ["test_only_ids_and_masks_of_what_is_no_text"],
+    "`stride` that leaves no room, `max_length` below the special tokens": ["tokenizer, room: *"],
+    "rows of different lengths with `return_tensors`, a padding that there is not": ["tokenizer, padding: *"],
+    "an unknown argument of the tokenizer, or value of it": ["tokenizer, arguments: *"],
+    "ids to decode that are none, a tokenizer of other bytes": ["test_wrong_ids_and_files_are_named"],
+}  # fmt: skip
+
+
+def test_the_table_of_the_docs_has_these_cases():
+    """Each row of the page is tested, and each case that is tested is in a row."""
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    table = page.split("## Bad input")[1].split("## ")[0]
+    rows = [line.strip("| ").split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert rows[0] == "given" and rows[1:] == list(ROWS)
+    cases = {
+        *INPUTS,
+        *(f"another model: {case}" for case in OTHER_MODELS),
+        *(f"configuration: {case}" for case in CONFIGS),
+        *(f"unknown field: {case}" for case in UNKNOWN),
+        *(f"tokenizer, {case}" for case in of_tokenizer.WRONG_INPUTS),
+    }
+    tests = {name for module in (globals(), vars(of_tokenizer)) for name in module if name.startswith("test_")}
+    held = {pattern: set(fnmatch.filter(cases | tests, pattern)) for row in ROWS.values() for pattern in row}
+    assert not [pattern for pattern, found in held.items() if not found]
+    assert cases - set().union(*held.values()) == set()
