@@ -407,7 +407,7 @@ def test_rows_leave_and_join_while_others_go_on(model, ids):
         max_size=8,
     ),
 )
-@settings(max_examples=60)
+@settings(max_examples=max(60, settings().max_examples))
 @torch.no_grad()
 def test_any_sequence_of_operations(rule, rows, plan):
     """After any of them, every row goes on as its text alone."""

@@ -261,7 +261,7 @@ EXTRA_TOKENS = [
 PROPERTIES = ["ids", "type_ids", "offsets", "word_ids", "sequence_ids", "special_tokens_mask", "attention_mask"]
 
 
-@settings(max_examples=300)
+@settings(max_examples=max(300, settings().max_examples))
 @given(calls(), st.booleans())
 def test_everything_that_the_backend_answers(call, with_extra_tokens):
     """Pairs, words, strides, overflow, offsets, added tokens that eat blanks: equal to the library's Rust code."""
