@@ -94,6 +94,7 @@ def bpe_of_size(spelling, size: int):
     return spelling.Tokenizer(spelling.models.BPE(vocab=vocabulary, merges=[]))
 
 
+@pytest.mark.slow
 def test_runs_from_texts_to_accuracies(tmp_path):
     printed = run_example("spelling.py", "--small", "--output-dir", tmp_path)
     report = json.loads(printed.splitlines()[-1])

@@ -81,6 +81,7 @@ def test_gallery_is_short_and_says_how_long_it_takes(name):
     assert re.search(r"Takes (about )?(a|half a|\d+) (minute|hour)s? on two cores", header)
 
 
+@pytest.mark.slow
 def test_from_scratch_to_an_adapter(tmp_path):
     """A BLT is trained, then fine-tuned with LoRA."""
     options = ("--size", "tiny", "--steps", 2, "--context", 64, "--batch", 2, "--cpu")
@@ -92,6 +93,7 @@ def test_from_scratch_to_an_adapter(tmp_path):
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_blt_learns_to_fill_in_blocks(tmp_path):
     text = " ".join(f"Word {i} and {j}." for i in range(20) for j in range(12))
     for part in ("train", "heldout"):
@@ -108,6 +110,7 @@ def test_a_blt_learns_to_fill_in_blocks(tmp_path):
     assert verified.equal(plain)
 
 
+@pytest.mark.slow
 def test_published_folder_works_for_strangers(tmp_path):
     """And arrives on a Hub (a small one, on this machine), as one private commit."""
     with HubServer() as hub:

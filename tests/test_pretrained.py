@@ -113,6 +113,7 @@ def test_the_card_says_where_it_comes_from():
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_its_training_script_runs(tmp_path, monkeypatch):
     """Two steps of each stage, on a corpus of a few lines."""
     corpus, train = load_example("corpus"), load_example("train")

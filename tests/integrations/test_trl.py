@@ -152,7 +152,7 @@ def test_grpo(model, tmp_path):
     check_patcher_untouched(trainer.model)
 
 
-@pytest.mark.parametrize("use_lora", [False, True])
+@pytest.mark.parametrize("use_lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sft_from_the_shell(model_folder, use_lora, tmp_path):
     """`trl sft` in a process that has never heard of this package but for the code beside the weights."""
     (tmp_path / "data").mkdir()

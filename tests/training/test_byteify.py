@@ -249,7 +249,7 @@ def test_trainer_takes_the_optimizer(tmp_path):
     assert torch.equal(model.state_dict()[patcher], before[patcher])
 
 
-@pytest.mark.parametrize("with_entropy_model", [False, True])
+@pytest.mark.parametrize("with_entropy_model", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_example(tmp_path, with_entropy_model):
     options = []
     if with_entropy_model:

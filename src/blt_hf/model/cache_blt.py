@@ -68,8 +68,6 @@ class SlotAccess:
 def mark_static(tensor: Tensor, grows: bool = False) -> None:
     """Tells `torch.compile` that a tensor stays where it is and is written to there (CUDA graphs ask for that)."""
     torch._dynamo.mark_static_address(tensor)
-    if tensor.shape[0] > 1:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
     if grows:
         torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
@@ -209,6 +207,11 @@ class BltCacheLayer(CacheLayerMixin):
         self.window, self.is_sliding = window, window is not None
         self.record_past = False
         super().__init__()
+
+    @property
+    def pieces(self):
+        """Compiled pieces that a layer runs instead of its own; None: none."""
+        return self._cache.pieces
 
     def _in_order(self, tensor: SlotTensor) -> Tensor | None:
         """What later queries may see, `(B, H_kv, T, D)`, the newest last; rows that have less begin with zeros."""
@@ -380,6 +383,7 @@ class BltCache(Cache):
         self.config, self.made_for = config, cache_facts(config)
         self._first_slack = slack
         self.compile_config = None  # see `compile_steps`
+        self.pieces = None  # of layers, compiled for the step that is running; see `step_blt.CompiledSteps`
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
         self.local_slots = Slots(None if local_window is None else local_window - 1)
         self.recent_slots, self.latent_slots, self.patch_slots = Slots(0), Slots(0), Slots(None)

@@ -1,8 +1,8 @@
 """Building blocks of all stacks: norm, feed-forward, self-attention and the two cross attentions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,15 @@ _LEAST_WEIGHTS = 131_072  # below this, the call costs more than the product
 _LEAST_WEIGHTS_COMPILED = 32_768
 
 
-@torch.compiler.assume_constant_result
-@lru_cache
 def _is_amd() -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.exists() and "AuthenticAMD" in info.read_text()[:400]
+    try:
+        with open("/proc/cpuinfo") as info:
+            return "AuthenticAMD" in info.read(400)
+    except OSError:
+        return False
+
+
+_IS_AMD = _is_amd()
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -40,24 +44,22 @@ def _is_plain(linear: nn.Module) -> bool:
 def project(linear: nn.Module, states: Tensor) -> Tensor:
     """`linear(states)`, for `states` `(B, S, W)`, in a faster way for the few rows of a decoding step on a CPU.
 
-    A compiled step reads the weights once, in a loop that is fused with what comes before and after. Otherwise MKL on
-    AMD's processors multiplies few rows by a transposed matrix slowly, and the matrix by few columns fast.
+    A compiled step reads the weights once for a row, in a loop that is fused with what comes before and after. A few
+    rows MKL on AMD's processors multiplies slowly by a transposed matrix, and the matrix fast by a few columns.
     """
-    rows = states.shape[0] * states.shape[1]
-    if rows > _MOST_FEW_ROWS or states.device.type != "cpu" or torch.is_grad_enabled() or not _is_plain(linear):
+    rows, is_compiled = states.shape[0] * states.shape[1], torch.compiler.is_dynamo_compiling()
+    if rows > _MOST_FEW_ROWS or (rows == 1 and not is_compiled) or states.device.type != "cpu":
+        return linear(states)
+    if torch.is_grad_enabled() or not _is_plain(linear):
         return linear(states)
     weight = linear.weight
     if weight.dtype != torch.float32 or states.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return linear(states)
-    if rows == 1 and torch.compiler.is_dynamo_compiling():
+    if rows == 1:
         return (states * weight).sum(dim=-1)[:, None]
-    least = _LEAST_WEIGHTS_COMPILED if torch.compiler.is_dynamo_compiling() else _LEAST_WEIGHTS
-    if weight.numel() < least or not _is_amd():
+    if weight.numel() < (_LEAST_WEIGHTS_COMPILED if is_compiled else _LEAST_WEIGHTS) or not _IS_AMD:
         return linear(states)
-    columns = states.flatten(0, 1)
-    if rows == 1:  # a second column makes the product use all cores
-        return nn.functional.linear(weight, columns.expand(2, -1))[:, 0].view(1, 1, -1)
-    return nn.functional.linear(weight, columns).t().contiguous().view(*states.shape[:2], -1)
+    return nn.functional.linear(weight, states.flatten(0, 1)).t().contiguous().view(*states.shape[:2], -1)
 
 
 class BltRMSNorm(nn.Module):
@@ -143,15 +145,45 @@ class BltSelfAttention(nn.Module):
         past_key_values: CacheLayerMixin | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends `(B, S, W)` -> `(B, S, W)`, and weights `(B, H, S, T)` where the implementation gives them."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = rotate_pairs(project(self.q_proj, hidden_states).view(shape), *position_embeddings).transpose(1, 2)
-        key = rotate_pairs(project(self.k_proj, hidden_states).view(shape), *position_embeddings).transpose(1, 2)
-        value = project(self.v_proj, hidden_states).view(shape).transpose(1, 2)
+        pieces = _pieces(past_key_values, hidden_states)
+        if pieces is None:
+            states = make_heads(self, hidden_states, *position_embeddings)
+        else:
+            rows = (part.expand(*hidden_states.shape[:2], -1, -1).flatten(0, 1)[None] for part in position_embeddings)
+            states = pieces.make_heads(self, hidden_states.flatten(0, 1)[None], *rows)
+            states = (heads.view(*hidden_states.shape[:2], -1, self.head_dim) for heads in states)
+        query, key, value = (heads.transpose(1, 2) for heads in states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, span.access)
         dropout = self.dropout if self.training else 0.0
         output, weights = span.attend(self, query, key, value, dropout)
         return project(self.o_proj, output.flatten(2).contiguous()), weights
+
+
+def make_heads(attention: BltSelfAttention, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, rotated, and values of `(B, S, W)`, `(B, S, H, D)` each."""
+    shape = (*states.shape[:-1], -1, attention.head_dim)
+    query = rotate_pairs(project(attention.q_proj, states).view(shape), cos, sin)
+    key = rotate_pairs(project(attention.k_proj, states).view(shape), cos, sin)
+    return query, key, project(attention.v_proj, states).view(shape)
+
+
+def feed_forward(layer: "BltTransformerLayer", hidden_states: Tensor) -> Tensor:
+    """The second half of a layer, `(B, S, W)` to `(B, S, W)`."""
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+
+
+class LayerPieces(NamedTuple):
+    """What a layer does byte by byte, as it is or compiled: for any number of bytes, one row of them."""
+
+    make_heads: Callable = make_heads
+    feed_forward: Callable = feed_forward
+
+
+def _pieces(cache_layer: CacheLayerMixin | None, states: Tensor) -> LayerPieces | None:
+    pieces = getattr(cache_layer, "pieces", None)
+    # A single byte would be compiled once more.
+    return None if pieces is None or states.shape[0] * states.shape[1] == 1 else pieces
 
 
 class BltTransformerLayer(GradientCheckpointingLayer):
@@ -175,8 +207,10 @@ class BltTransformerLayer(GradientCheckpointingLayer):
         attended, weights = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, span, past_key_values
         )
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+        hidden_states, pieces = hidden_states + attended, _pieces(past_key_values, hidden_states)
+        if pieces is None:
+            return feed_forward(self, hidden_states), weights
+        return pieces.feed_forward(self, hidden_states.flatten(0, 1)[None]).view_as(hidden_states), weights
 
 
 class _BltCrossAttention(nn.Module):
@@ -349,6 +383,7 @@ __all__ = [
     "BltRotaryEmbedding",
     "BltSelfAttention",
     "BltTransformerLayer",
+    "LayerPieces",
     "PatchReads",
     "StateTrace",
     "project",

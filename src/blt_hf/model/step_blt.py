@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess, round_up_columns
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, next_bytes, number_patches
-from .layers_blt import StateTrace, project
+from .layers_blt import LayerPieces, StateTrace, project
 
 
 _HELD = 16  # bytes of open patches are read in multiples of this, so that few shapes occur
@@ -126,7 +126,11 @@ def _copy(function: Callable) -> Callable:
 
 
 class CompiledSteps(dict):
-    """What a model has compiled, by the settings it was compiled with; a copy of the model starts anew."""
+    """What a model has compiled, by the settings it was compiled with; a copy of the model starts anew.
+
+    One byte of one row runs the three parts, each one graph without a varying shape but that of the patches so far. For
+    more bytes or rows, whose numbers vary, such graphs take minutes to compile: there the layers share two small pieces.
+    """
 
     def __deepcopy__(self, memo) -> "CompiledSteps":
         return CompiledSteps()
@@ -138,19 +142,29 @@ class CompiledSteps(dict):
 _PLAIN = StepParts()
 
 
-def _parts(model, cache: BltCache) -> StepParts:
+def _parts(model, cache: BltCache, num_bytes: int) -> StepParts:
+    """The parts for a step of so many bytes, of all rows together."""
+    cache.pieces = None
     if cache.compile_config is None or not _can_compile(model):
         return _PLAIN
-    if cache.compile_key not in model.compiled_steps:
-        model.compiled_steps[cache.compile_key] = StepParts.compiled(cache.compile_settings)
-    return model.compiled_steps[cache.compile_key]
+    kept, key, settings = model.compiled_steps, cache.compile_key, cache.compile_settings
+    if num_bytes == 1:
+        if ("step", key) not in kept:
+            kept["step", key] = StepParts.compiled(settings)
+        return kept["step", key]
+    if ("layer", key) not in kept:
+        kept["layer", key] = LayerPieces(
+            *(torch.compile(_copy(piece), **{**settings, "dynamic": True}) for piece in LayerPieces())
+        )
+    cache.pieces = kept["layer", key]
+    return _PLAIN
 
 
 def compiled_part(model, cache: BltCache, part: Callable) -> Callable:
     """`part`, a function of tensors of fixed shape, compiled as the steps of `cache` are."""
     if cache.compile_config is None or not _can_compile(model):
         return part
-    key = f"{part.__name__} {cache.compile_key}"
+    key = (part.__name__, cache.compile_key)
     if key not in model.compiled_steps:
         model.compiled_steps[key] = torch.compile(_copy(part), **cache.compile_settings)
     return model.compiled_steps[key]
@@ -167,33 +181,27 @@ def _can_compile(model) -> bool:
 
 def _close(model, cache: BltCache, read: BytesRead, counts: PatchCounts, close: Callable, *arguments) -> None:
     """Closes patches, in shapes of which few exist where they are compiled."""
-    device, num_columns = read.chunk.num_bytes.device, read.chunk.num_columns
+    device, num_columns, max_new = read.chunk.num_bytes.device, read.chunk.num_columns, counts.max_new
     is_compiled = close is not close_patches
-    # A dimension of 1 is compiled by itself, so several bytes are taken to close two patches at least.
-    max_new = max(counts.max_new, 2) if is_compiled and num_columns > 1 else counts.max_new
     cache.reserve_patches(max_new)
     size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
     back = torch.arange(-size if is_compiled else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
     seen = round_up_columns(max(counts.old) + max_new)
     new, columns = torch.arange(max_new, device=device), torch.arange(seen, device=device)
-    rows = _closing_rows(model, counts, device, is_compiled)
     if is_compiled:
-        for varying in (new, columns, rows):
-            if varying is not None:
-                torch._dynamo.maybe_mark_dynamic(varying, 0)
-    close(model, cache, read, new, columns, back, rows, *arguments)
+        torch._dynamo.maybe_mark_dynamic(columns, 0)
+    close(model, cache, read, new, columns, back, _closing_rows(model, counts, device), *arguments)
 
 
-def _closing_rows(model, counts: PatchCounts, device: torch.device, is_compiled: bool) -> Tensor | None:
+def _closing_rows(model, counts: PatchCounts, device: torch.device) -> Tensor | None:
     """Rows that close a patch; None: run all of them."""
     # Leaving rows out saves work on a CPU; a GPU had better see the same shapes again.
-    if len(counts.new) == 1 or device.type != "cpu" or not (is_compiled or 0 in counts.new):
+    if len(counts.new) == 1 or device.type != "cpu" or 0 not in counts.new:
         return None
     # PEFT gives each row its own adapter by hooks that count the rows.
     if any(module._forward_pre_hooks for module in model.modules()):
         return None
-    rows = [row for row, count in enumerate(counts.new) if count]
-    return torch.tensor(rows * 2 if is_compiled and len(rows) == 1 else rows)
+    return torch.tensor([row for row, count in enumerate(counts.new) if count])
 
 
 def run_small(
@@ -222,7 +230,7 @@ def take_step(
     rows, columns = input_ids.shape
     cache.begin(rows, columns, True, input_ids.device)
     on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
-    parts = _parts(model, cache)
+    parts = _parts(model, cache, input_ids.numel())
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)  # one stride, whatever it was cut from
     read = parts.read_bytes(model, cache, input_ids, on_device)
     counts = PatchCounts.of(read.numbers)
@@ -237,7 +245,7 @@ def take_draft(model, cache: BltCache, input_ids: Tensor, head: nn.Module | None
     """Drafting, one byte or more of each row; see [`BltModel.draft`]."""
     rows, columns = input_ids.shape
     cache.begin(rows, columns, True, input_ids.device)
-    parts = _parts(model, cache)
+    parts = _parts(model, cache, input_ids.numel())
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)
     result = parts.draft_bytes(model, cache, input_ids, head)
     cache.count(columns, [columns] * rows)
@@ -248,7 +256,7 @@ def read_last_byte(model, cache: BltCache, input_ids: Tensor) -> Tensor:
     """Encoder states `(B, 1, W)` of one more byte of each row, `(B, 1)`, that is not counted as read."""
     cache.begin(*input_ids.shape, True, input_ids.device)
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)
-    return _parts(model, cache).read_drafts(model, cache, input_ids).hidden_states
+    return _parts(model, cache, input_ids.numel()).read_drafts(model, cache, input_ids).hidden_states
 
 
 __all__ = ["CompiledSteps", "compiled_part", "read_last_byte", "run_small", "take_draft", "take_step"]

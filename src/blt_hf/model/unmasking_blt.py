@@ -170,7 +170,8 @@ def fill_block(
         needed: bytes of each row that must be filled in; the masks behind them may be left as they are.
         choose: which masked bytes to keep, from scores and what is masked, as [`Unmasking.choose`]. None: all.
     """
-    read, last, rows = compiled_part(model.model, cache, read_block), text.last_ids(), len(needed)
+    last, rows = text.last_ids(), len(needed)
+    read = compiled_part(model.model, cache, read_block) if rows == 1 else read_block
     last_state = read_last_byte(model.model, cache, last)
     ids = last.new_full((rows, block_size - 1), text.pad_token_id)
     is_masked = torch.ones_like(ids, dtype=torch.bool)
