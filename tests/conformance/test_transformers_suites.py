@@ -48,7 +48,7 @@ def write_tiny_models() -> None:
 
 
 class GenerationTesterMixin:
-    """Stands in for the generation suite, which the distribution lacks."""
+    """Stands in for the generation suite, which the distribution lacks; `test_generation_suite.py` asks what it asks."""
 
 
 class _PipelineTests:

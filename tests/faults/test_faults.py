@@ -1,5 +1,6 @@
 """Broken files, a full disk, an interrupt, many threads: an error that says so, or the right answer."""
 
+import copy
 import os
 import struct
 import threading
@@ -12,7 +13,7 @@ from test_convert import write_meta
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from blt_hf import BltCache, BltForCausalLM
+from blt_hf import BltCache, BltForCausalLM, BltTokenizer
 from conftest import make_model
 
 
@@ -56,6 +57,32 @@ def test_truncated_weights(model, tmp_path):
         path.write_bytes(data[:length])
         with pytest.raises(Exception, match=r"(?i)header|incomplete|small|safetensors|corrupt|large|file"):
             BltForCausalLM.from_pretrained(tmp_path)
+
+
+def test_truncated_json(model, tmp_path):
+    """Half a configuration or tokenizer is an error; transformers takes half a `generation_config.json` for none."""
+    model = copy.deepcopy(model)
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path)
+    BltTokenizer().save_pretrained(tmp_path)
+    readers = {
+        "config.json": BltForCausalLM,
+        "tokenizer.json": BltTokenizer,
+        "tokenizer_config.json": BltTokenizer,
+    }
+    names = {path.name for path in tmp_path.glob("*.json")}
+    assert names == {*readers, "generation_config.json"}
+    for name in sorted(names):
+        data = (tmp_path / name).read_bytes()
+        for length in (0, 1, len(data) // 2, len(data) - 2):
+            (tmp_path / name).write_bytes(data[:length])
+            if name in readers:
+                with pytest.raises((OSError, ValueError), match=r"(?i)json|expecting|unterminated"):
+                    readers[name].from_pretrained(tmp_path)
+            else:
+                assert BltForCausalLM.from_pretrained(tmp_path).generation_config.max_new_tokens is None
+        (tmp_path / name).write_bytes(data)
+    assert BltForCausalLM.from_pretrained(tmp_path).generation_config.max_new_tokens == 7
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
