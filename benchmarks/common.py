@@ -152,16 +152,20 @@ class Contestant:
 
 
 def interleave(contestants: list[Contestant], device: str, warm_up: bool = True) -> list[dict]:
-    """Runs the contestants in turns and summarises each."""
+    """Runs the contestants in turns and summarises each, also on stderr, for who waits or has to stop."""
     if warm_up:
         for contestant in contestants:
             if contestant.repeats > 1:
-                contestant.run()
+                seconds = timed(contestant.run, device)
+                print(f"{contestant.name}: {seconds:.1f} s to warm up", file=sys.stderr, flush=True)
     for turn in range(max(contestant.repeats for contestant in contestants)):
         for contestant in contestants:
             if turn < contestant.repeats:
                 contestant.seconds.append(timed(contestant.run, device))
-    return [contestant.summary() for contestant in contestants]
+    summaries = [contestant.summary() for contestant in contestants]
+    for summary in summaries:
+        print(f"{summary['name']}: {summary['ms_per_unit']:.3g} ms", file=sys.stderr, flush=True)
+    return summaries
 
 
 def weight_bytes_a_byte(model: BltForCausalLM, patch_bytes: float) -> float:

@@ -196,7 +196,7 @@ def test_static_decoding_gives_the_same_text(rule):
 
 
 def test_few_graphs_serve_all_lengths_and_batches():
-    """Read, close, predict for a row, and two pieces of layers for more, whatever the lengths and numbers of rows."""
+    """Read, close, predict: compiled once for a row, and not at all for more, whatever the lengths."""
     model = make_model(tiny_config(patching_mode="space", patch_in_forward=False), seed=3)
     compiled = []
 
@@ -214,9 +214,7 @@ def test_few_graphs_serve_all_lengths_and_batches():
         text = model.generate(ids, max_new_tokens=new, **settings)
         assert text.equal(model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None))
         graphs.append(len(compiled))
-    assert graphs[0] == graphs[1] == 3, graphs
-    assert graphs[-1] <= 3 + 2 * 3, graphs  # layers of at most three shapes
-    assert graphs[3:] == graphs[3:4] * 3, graphs
+    assert graphs == [3] * 6, graphs
 
 
 def test_compiled_code_belongs_to_the_model():

@@ -208,11 +208,6 @@ class BltCacheLayer(CacheLayerMixin):
         self.record_past = False
         super().__init__()
 
-    @property
-    def pieces(self):
-        """Compiled pieces that a layer runs instead of its own; None: none."""
-        return self._cache.pieces
-
     def _in_order(self, tensor: SlotTensor) -> Tensor | None:
         """What later queries may see, `(B, H_kv, T, D)`, the newest last; rows that have less begin with zeros."""
         if tensor.values is None:
@@ -383,7 +378,6 @@ class BltCache(Cache):
         self.config, self.made_for = config, cache_facts(config)
         self._first_slack = slack
         self.compile_config = None  # see `compile_steps`
-        self.pieces = None  # of layers, compiled for the step that is running; see `step_blt.CompiledSteps`
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
         self.local_slots = Slots(None if local_window is None else local_window - 1)
         self.recent_slots, self.latent_slots, self.patch_slots = Slots(0), Slots(0), Slots(None)

@@ -1,8 +1,6 @@
 """Building blocks of all stacks: norm, feed-forward, self-attention and the two cross attentions."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -145,45 +143,15 @@ class BltSelfAttention(nn.Module):
         past_key_values: CacheLayerMixin | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends `(B, S, W)` -> `(B, S, W)`, and weights `(B, H, S, T)` where the implementation gives them."""
-        pieces = _pieces(past_key_values, hidden_states)
-        if pieces is None:
-            states = make_heads(self, hidden_states, *position_embeddings)
-        else:
-            rows = (part.expand(*hidden_states.shape[:2], -1, -1).flatten(0, 1)[None] for part in position_embeddings)
-            states = pieces.make_heads(self, hidden_states.flatten(0, 1)[None], *rows)
-            states = (heads.view(*hidden_states.shape[:2], -1, self.head_dim) for heads in states)
-        query, key, value = (heads.transpose(1, 2) for heads in states)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = rotate_pairs(project(self.q_proj, hidden_states).view(shape), *position_embeddings).transpose(1, 2)
+        key = rotate_pairs(project(self.k_proj, hidden_states).view(shape), *position_embeddings).transpose(1, 2)
+        value = project(self.v_proj, hidden_states).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, span.access)
         dropout = self.dropout if self.training else 0.0
         output, weights = span.attend(self, query, key, value, dropout)
         return project(self.o_proj, output.flatten(2).contiguous()), weights
-
-
-def make_heads(attention: BltSelfAttention, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, rotated, and values of `(B, S, W)`, `(B, S, H, D)` each."""
-    shape = (*states.shape[:-1], -1, attention.head_dim)
-    query = rotate_pairs(project(attention.q_proj, states).view(shape), cos, sin)
-    key = rotate_pairs(project(attention.k_proj, states).view(shape), cos, sin)
-    return query, key, project(attention.v_proj, states).view(shape)
-
-
-def feed_forward(layer: "BltTransformerLayer", hidden_states: Tensor) -> Tensor:
-    """The second half of a layer, `(B, S, W)` to `(B, S, W)`."""
-    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
-
-
-class LayerPieces(NamedTuple):
-    """What a layer does byte by byte, as it is or compiled: for any number of bytes, one row of them."""
-
-    make_heads: Callable = make_heads
-    feed_forward: Callable = feed_forward
-
-
-def _pieces(cache_layer: CacheLayerMixin | None, states: Tensor) -> LayerPieces | None:
-    pieces = getattr(cache_layer, "pieces", None)
-    # A single byte would be compiled once more.
-    return None if pieces is None or states.shape[0] * states.shape[1] == 1 else pieces
 
 
 class BltTransformerLayer(GradientCheckpointingLayer):
@@ -207,10 +175,8 @@ class BltTransformerLayer(GradientCheckpointingLayer):
         attended, weights = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, span, past_key_values
         )
-        hidden_states, pieces = hidden_states + attended, _pieces(past_key_values, hidden_states)
-        if pieces is None:
-            return feed_forward(self, hidden_states), weights
-        return pieces.feed_forward(self, hidden_states.flatten(0, 1)[None]).view_as(hidden_states), weights
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
 
 class _BltCrossAttention(nn.Module):
@@ -383,7 +349,6 @@ __all__ = [
     "BltRotaryEmbedding",
     "BltSelfAttention",
     "BltTransformerLayer",
-    "LayerPieces",
     "PatchReads",
     "StateTrace",
     "project",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess, round_up_columns
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, next_bytes, number_patches
-from .layers_blt import LayerPieces, StateTrace, project
+from .layers_blt import StateTrace, project
 
 
 _HELD = 16  # bytes of open patches are read in multiples of this, so that few shapes occur
@@ -128,8 +128,9 @@ def _copy(function: Callable) -> Callable:
 class CompiledSteps(dict):
     """What a model has compiled, by the settings it was compiled with; a copy of the model starts anew.
 
-    One byte of one row runs the three parts, each one graph without a varying shape but that of the patches so far. For
-    more bytes or rows, whose numbers vary, such graphs take minutes to compile: there the layers share two small pieces.
+    Compiled is what a byte of one row runs: each part is one graph, in which no shape varies but the number of patches so
+    far. More bytes or rows come in many shapes; a graph for all of them takes minutes to compile, and the work of a byte
+    outweighs there what compiling saves.
     """
 
     def __deepcopy__(self, memo) -> "CompiledSteps":
@@ -144,27 +145,18 @@ _PLAIN = StepParts()
 
 def _parts(model, cache: BltCache, num_bytes: int) -> StepParts:
     """The parts for a step of so many bytes, of all rows together."""
-    cache.pieces = None
-    if cache.compile_config is None or not _can_compile(model):
+    if num_bytes > 1 or cache.compile_config is None or not _can_compile(model):
         return _PLAIN
-    kept, key, settings = model.compiled_steps, cache.compile_key, cache.compile_settings
-    if num_bytes == 1:
-        if ("step", key) not in kept:
-            kept["step", key] = StepParts.compiled(settings)
-        return kept["step", key]
-    if ("layer", key) not in kept:
-        kept["layer", key] = LayerPieces(
-            *(torch.compile(_copy(piece), **{**settings, "dynamic": True}) for piece in LayerPieces())
-        )
-    cache.pieces = kept["layer", key]
-    return _PLAIN
+    if cache.compile_key not in model.compiled_steps:
+        model.compiled_steps[cache.compile_key] = StepParts.compiled(cache.compile_settings)
+    return model.compiled_steps[cache.compile_key]
 
 
 def compiled_part(model, cache: BltCache, part: Callable) -> Callable:
     """`part`, a function of tensors of fixed shape, compiled as the steps of `cache` are."""
     if cache.compile_config is None or not _can_compile(model):
         return part
-    key = (part.__name__, cache.compile_key)
+    key = f"{part.__name__} {cache.compile_key}"
     if key not in model.compiled_steps:
         model.compiled_steps[key] = torch.compile(_copy(part), **cache.compile_settings)
     return model.compiled_steps[key]
