@@ -215,6 +215,11 @@ def test_few_graphs_serve_all_lengths_and_batches():
         assert text.equal(model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None))
         graphs.append(len(compiled))
     assert graphs == [3] * 6, graphs
+    ids = torch.tensor([rows[0][:9]])
+    for window, new in ((4, 30), (6, 40), (3, 20)):  # a graph to draft, and three to verify, of 8 bytes each
+        text = model.generate(ids, max_new_tokens=new, self_speculation_window=window, **settings)
+        assert text.equal(model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None))
+    assert len(compiled) == 3 + 1 + 3, len(compiled)
 
 
 def test_compiled_code_belongs_to_the_model():

@@ -8,6 +8,7 @@ from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_tensor
 from .decoding_blt import RaggedText
 from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
+from .step_blt import round_up_bytes
 from .unmasking_blt import UNMASKING_RULES, BlockDrafts, Unmasking, decode_blocks
 
 
@@ -181,13 +182,13 @@ class BltGenerationMixin(GenerationMixin):
         window = getattr(generation_config, "self_speculation_window", None)
         size = getattr(generation_config, "diffusion_block_size", None)
         if size is not None:
-            cache.reserve_slack(size + 1)
+            cache.reserve_slack(round_up_bytes(size + 1))
             is_verified = getattr(generation_config, "verify", False)
             return BlockDrafts(self, size, generation_config.do_sample) if is_verified else None
         if window is None:
             return None
         is_adaptive = getattr(generation_config, "self_speculation_schedule", "constant") == "heuristic"
-        cache.reserve_slack(max(window, 32 if is_adaptive else 0) + 1)
+        cache.reserve_slack(round_up_bytes(max(window, 32 if is_adaptive else 0) + 1))
         return SelfSpeculation(self, num_rows, window, is_adaptive, generation_config.do_sample)
 
     @staticmethod

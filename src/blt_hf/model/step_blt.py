@@ -17,6 +17,8 @@ from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, next_bytes, number_
 from .layers_blt import StateTrace, project
 
 
+_STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so that few shapes are compiled
+_STEP_PATCHES = 4  # patches that they close, unless more end
 _HELD = 16  # bytes of open patches are read in multiples of this, so that few shapes occur
 
 
@@ -128,9 +130,9 @@ def _copy(function: Callable) -> Callable:
 class CompiledSteps(dict):
     """What a model has compiled, by the settings it was compiled with; a copy of the model starts anew.
 
-    Compiled is what a byte of one row runs: each part is one graph, in which no shape varies but the number of patches so
-    far. More bytes or rows come in many shapes; a graph for all of them takes minutes to compile, and the work of a byte
-    outweighs there what compiling saves.
+    Compiled is what one row runs: for a byte, or for a verification that is filled up to one of a few lengths, each part
+    is one graph in which no shape varies but the number of patches so far. Several rows come in many shapes; a graph for
+    all of them takes minutes to compile, and the work of each byte outweighs there what compiling saves.
     """
 
     def __deepcopy__(self, memo) -> "CompiledSteps":
@@ -143,18 +145,28 @@ class CompiledSteps(dict):
 _PLAIN = StepParts()
 
 
-def _parts(model, cache: BltCache, num_bytes: int) -> StepParts:
-    """The parts for a step of so many bytes, of all rows together."""
-    if num_bytes > 1 or cache.compile_config is None or not _can_compile(model):
+def _parts(model, cache: BltCache, shape: tuple[int, int]) -> StepParts:
+    """The parts for a step of `(B, S)` bytes."""
+    if not _is_compiled(model, cache, shape[0]) or shape[1] != round_up_bytes(shape[1]):
         return _PLAIN
-    if cache.compile_key not in model.compiled_steps:
-        model.compiled_steps[cache.compile_key] = StepParts.compiled(cache.compile_settings)
-    return model.compiled_steps[cache.compile_key]
+    key = f"{shape[1]} {cache.compile_key}"
+    if key not in model.compiled_steps:
+        model.compiled_steps[key] = StepParts.compiled(cache.compile_settings)
+    return model.compiled_steps[key]
+
+
+def _is_compiled(model, cache: BltCache, num_rows: int) -> bool:
+    return num_rows == 1 and cache.compile_config is not None and _can_compile(model)
+
+
+def round_up_bytes(count: int) -> int:
+    """Bytes of a compiled step that reads `count` of one row."""
+    return 1 if count == 1 else -(-count // _STEP_BYTES) * _STEP_BYTES
 
 
 def compiled_part(model, cache: BltCache, part: Callable) -> Callable:
-    """`part`, a function of tensors of fixed shape, compiled as the steps of `cache` are."""
-    if cache.compile_config is None or not _can_compile(model):
+    """`part`, a function of tensors of one row and of fixed shape, compiled as the steps of `cache` are."""
+    if not _is_compiled(model, cache, len(cache.row_bytes)):
         return part
     key = f"{part.__name__} {cache.compile_key}"
     if key not in model.compiled_steps:
@@ -175,6 +187,11 @@ def _close(model, cache: BltCache, read: BytesRead, counts: PatchCounts, close: 
     """Closes patches, in shapes of which few exist where they are compiled."""
     device, num_columns, max_new = read.chunk.num_bytes.device, read.chunk.num_columns, counts.max_new
     is_compiled = close is not close_patches
+    if is_compiled and num_columns > 1:
+        if max_new > _STEP_PATCHES:
+            is_compiled, close = False, close_patches
+        else:
+            max_new = _STEP_PATCHES
     cache.reserve_patches(max_new)
     size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
     back = torch.arange(-size if is_compiled else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
@@ -220,9 +237,14 @@ def take_step(
 ) -> Tensor:
     """The three parts for plain bytes; see [`BltModel.step`]."""
     rows, columns = input_ids.shape
+    if columns > 1 and _is_compiled(model, cache, rows):
+        lengths, length = [columns] if lengths is None else lengths, round_up_bytes(columns)
+        if columns < length <= cache.slack:  # bytes that do not count are written behind the others, and over later
+            filled = nn.functional.pad(input_ids, (0, length - columns))
+            return take_step(model, cache, filled, lengths, head)[:, :columns]
     cache.begin(rows, columns, True, input_ids.device)
     on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
-    parts = _parts(model, cache, input_ids.numel())
+    parts = _parts(model, cache, input_ids.shape)
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)  # one stride, whatever it was cut from
     read = parts.read_bytes(model, cache, input_ids, on_device)
     counts = PatchCounts.of(read.numbers)
@@ -237,7 +259,7 @@ def take_draft(model, cache: BltCache, input_ids: Tensor, head: nn.Module | None
     """Drafting, one byte or more of each row; see [`BltModel.draft`]."""
     rows, columns = input_ids.shape
     cache.begin(rows, columns, True, input_ids.device)
-    parts = _parts(model, cache, input_ids.numel())
+    parts = _parts(model, cache, input_ids.shape)
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)
     result = parts.draft_bytes(model, cache, input_ids, head)
     cache.count(columns, [columns] * rows)
@@ -248,7 +270,15 @@ def read_last_byte(model, cache: BltCache, input_ids: Tensor) -> Tensor:
     """Encoder states `(B, 1, W)` of one more byte of each row, `(B, 1)`, that is not counted as read."""
     cache.begin(*input_ids.shape, True, input_ids.device)
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)
-    return _parts(model, cache, input_ids.numel()).read_drafts(model, cache, input_ids).hidden_states
+    return _parts(model, cache, input_ids.shape).read_drafts(model, cache, input_ids).hidden_states
 
 
-__all__ = ["CompiledSteps", "compiled_part", "read_last_byte", "run_small", "take_draft", "take_step"]
+__all__ = [
+    "CompiledSteps",
+    "compiled_part",
+    "read_last_byte",
+    "round_up_bytes",
+    "run_small",
+    "take_draft",
+    "take_step",
+]

@@ -171,7 +171,7 @@ def fill_block(
         choose: which masked bytes to keep, from scores and what is masked, as [`Unmasking.choose`]. None: all.
     """
     last, rows = text.last_ids(), len(needed)
-    read = compiled_part(model.model, cache, read_block) if rows == 1 else read_block
+    read = compiled_part(model.model, cache, read_block)
     last_state = read_last_byte(model.model, cache, last)
     ids = last.new_full((rows, block_size - 1), text.pad_token_id)
     is_masked = torch.ones_like(ids, dtype=torch.bool)
