@@ -32,7 +32,7 @@ def draw_mask(model: BltForCausalLM, path: Path) -> None:
     ids = BltTokenizer()(MASK_TEXT, return_tensors="pt").input_ids
     noise = BlockNoise(ids, MASK_SIZE, model.mask_embedding.weight[0], torch.Generator().manual_seed(4))
     with torch.no_grad():
-        blocks = model.model(ids, use_cache=False, noise=noise).blocks
+        blocks = model.model(ids, use_cache=False, block_noise=noise).blocks
     span = TwoStreamSpan(blocks, None, ids.shape[1], model.config.local_attention_window_len, "sdpa")
     length, num_blocks = ids.shape[1], blocks.ids.shape[1]
     seen = span.visible(0)
