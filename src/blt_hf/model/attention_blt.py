@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .tracing_blt import is_exporting, sliding_windows, take_columns
+
 
 def repeat_kv_heads(states: Tensor, groups: int, dim: int) -> Tensor:
     """Repeats each key/value head `groups` times along `dim`."""
@@ -72,11 +74,18 @@ class AttentionSpan:
         wants_weights: bool = False,
         access=None,
     ):
+        if implementation == "flex_attention" and is_exporting():
+            raise ValueError(
+                "`attn_implementation='flex_attention'` cannot be exported; accepted are 'sdpa' and 'eager'. Call "
+                "`model.set_attn_implementation('sdpa')` before."
+            )
         self.num_past, self.num_queries, self.window = num_past, num_queries, window
         self.first_key, self.access = first_key, access
         self.implementation = implementation
         self.block = 0
-        if window is not None and num_queries > window and not wants_weights and implementation in ("eager", "sdpa"):
+        # An exported program has no branch on its lengths.
+        is_long = window is not None and (is_exporting() or num_queries > window)
+        if is_long and not wants_weights and implementation in ("eager", "sdpa"):
             self.block = min(max(window, 32), 128)
         self._masks: dict[str, object] = {}
         self._head: AttentionSpan | None = None
@@ -112,7 +121,7 @@ class AttentionSpan:
 
     def _build_mask(self, device: torch.device):
         num_keys = self.num_past + self.num_queries
-        window_bounds = self.window is not None and num_keys > self.window
+        window_bounds = self.window is not None and (is_exporting() or num_keys > self.window)
         if self.first_key is None and self.implementation != "flex_attention":
             if self.num_queries == 1 and not window_bounds:
                 return None
@@ -170,18 +179,22 @@ class AttentionSpan:
         """Queries `(B, H, S, D)` over keys that begin `window - 1` before them, `missing` of which do not exist."""
         rows, heads, length, size = query.shape
         block, history = self.block, self.window - 1
-        num_blocks = -(-length // block)
+        num_blocks = self._count_blocks(length)
         tail = num_blocks * block - length
         query = (
             nn.functional.pad(query, (0, 0, 0, tail)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
         )
         extra = max(key.shape[2] + missing - history - length, 0)  # keys of the past beyond the window
         key, value = (nn.functional.pad(states[:, :, extra:], (0, 0, missing, tail)) for states in (key, value))
-        key, value = (
-            states.unfold(2, history + block, block).permute(0, 2, 1, 4, 3).flatten(0, 1) for states in (key, value)
-        )
+        key, value = (sliding_windows(states, 2, history + block, block) for states in (key, value))
+        key, value = (states.permute(0, 2, 1, 4, 3).flatten(0, 1) for states in (key, value))
         output, _ = self._call(module, query, key, value, mask, dropout)
-        return output.reshape(rows, num_blocks * block, heads, size)[:, :length]
+        return take_columns(output.reshape(rows, num_blocks * block, heads, size), 0, length)
+
+    def _count_blocks(self, length: int) -> int:
+        """Blocks of queries; one of them alone is a case of its own in torch, which an exported program does not know."""
+        num_blocks = (length + self.block - 1) // self.block  # ONNX divides negative numbers otherwise
+        return torch.sym_max(num_blocks, 2) if is_exporting() else num_blocks
 
     def _build_interior_mask(self, device: torch.device) -> Tensor:
         """What a query of a block sees of the block's keys, `(1, 1, block, window - 1 + block)`."""
@@ -192,7 +205,7 @@ class AttentionSpan:
     def _build_blocks_mask(self, device: torch.device) -> Tensor:
         """The same for every block of every row, where `first_key` hides more, `(B*blocks, 1, block, keys)`."""
         rows, block, history = self.first_key.shape[0], self.block, self.window - 1
-        num_blocks = -(-self.num_queries // block)
+        num_blocks = self._count_blocks(self.num_queries)
         keys = torch.arange(history + block, device=device)
         # Index into `[past | chunk]` of a block's first key; negative where that key is padding.
         offset = self.num_past - history + torch.arange(num_blocks, device=device) * block

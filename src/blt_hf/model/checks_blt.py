@@ -7,6 +7,8 @@ Types, shapes and dtypes are always checked. Values are looked at only where tha
 import torch
 from torch import Tensor
 
+from .patching_blt import shift_right
+
 
 _ID_DTYPES = (torch.int64, torch.int32)
 IGNORED_LABEL = -100
@@ -93,19 +95,21 @@ def check_attention_mask(attention_mask: Tensor, rows: int, columns: int, past: 
         past: columns in the cache.
     """
     check_tensor("attention_mask", attention_mask, "1 for text and 0 for padding")
-    accepted = {columns, past + columns}
+    accepted = (columns, past + columns) if past else (columns,)
     if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] not in accepted:
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}; a two-dimensional mask with {rows} rows and "
-            f"{' or '.join(str(n) for n in sorted(accepted))} columns is accepted (1 for text, 0 for padding)."
+            f"{' or '.join(map(str, accepted))} columns is accepted (1 for text, 0 for padding)."
         )
-    return attention_mask[:, -columns:]
+    return attention_mask[:, -columns:] if past else attention_mask
 
 
 def check_position_ids(position_ids: Tensor, rows: int, columns: int) -> Tensor:
     """`position_ids` for all rows, `(B, S)`; their values are the business of [`find_text_starts`]."""
     check_tensor("position_ids", position_ids, f"int64 ({rows} or 1, {columns})")
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != columns:
+    # Rows are compared one by one, because torch.compile finds no symbol in a tuple.
+    fits = position_ids.dim() == 2 and position_ids.shape[1] == columns
+    if not fits or (position_ids.shape[0] != rows and position_ids.shape[0] != 1):
         raise ValueError(
             f"`position_ids` has shape {tuple(position_ids.shape)}; accepted is ({rows} or 1, {columns}): one "
             "position for each column of this call."
@@ -115,22 +119,29 @@ def check_position_ids(position_ids: Tensor, rows: int, columns: int) -> Tensor:
     return position_ids.expand(rows, -1)
 
 
-def find_text_starts(position_ids: Tensor, num_bytes: Tensor, cached_bytes: Tensor | None) -> Tensor | None:
+def find_text_starts(
+    position_ids: Tensor, num_bytes: Tensor, cached_bytes: Tensor | None, is_traced: bool = False
+) -> Tensor | None:
     """Where `position_ids` begin another text inside a row, bool `(B, S)`; None if they do so nowhere.
 
     Args:
         position_ids: `(B, S)`, the padding of each row at its end.
         num_bytes: int64 `(B,)`, bytes of each row.
         cached_bytes: int64 `(B,)`, bytes of each row in the cache; None: no cache.
+        is_traced: values are not to be looked at, so that the result is never None. There is no cache then.
     Raises:
         ValueError: positions neither rise by 1 nor begin anew at 0. (In the first column any position may stand.)
     """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    is_text = index < num_bytes[:, None]
+    if is_traced:
+        before = shift_right(position_ids, position_ids[:, 0])
+        return (position_ids != before + 1) & (index > 0) & is_text
     breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1  # transformers' own rule for packed rows
     begins = torch.zeros_like(position_ids[:, :1], dtype=torch.bool)
     if cached_bytes is not None:
         begins = (position_ids[:, :1] == 0) & (cached_bytes[:, None] > 0)
-    starts = torch.cat([begins, breaks], dim=1)
-    starts = starts & (torch.arange(starts.shape[1], device=starts.device) < num_bytes[:, None])
+    starts = torch.cat([begins, breaks], dim=1) & is_text
     wrong = starts & (position_ids != 0)
     # Both facts in one transfer.
     has_starts, has_wrong = torch.stack([starts.any(), wrong.any()]).tolist()

@@ -13,18 +13,25 @@ from .attention_blt import AttentionSpan, SlotSpan
 from .cache_blt import BltCache, ByteLog, SlotAccess, Slots, log_field, round_up_columns
 from .checks_blt import check_attention_mask, check_position_ids, find_text_starts
 from .patching_blt import NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
+from .tracing_blt import is_compiling, is_exporting, largest_count, running_max, take_columns
 
 
 DEFAULT_EOS_TOKEN_ID = 2
+# Traced code has columns for so many patches at least (more than there are hold values that nothing reads): a symbol of
+# which that is known takes no branch that is made for few patches.
+_LEAST_TRACED_PATCHES = 16
 
 
 def _is_any_of(ids: Tensor, token_id: int | list[int]) -> Tensor:
-    return torch.isin(ids, torch.tensor(token_id, device=ids.device))
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for one in [token_id] if isinstance(token_id, int) else token_id:
+        found = found | (ids == one)
+    return found
 
 
 def _running_max(values: Tensor, carried: Tensor) -> Tensor:
     """Running maximum along the row, that starts from `carried` `(B,)`."""
-    return torch.maximum(values.cummax(dim=1).values, carried[:, None])
+    return running_max(torch.maximum(values, carried[:, None]), carried)
 
 
 @dataclass
@@ -34,7 +41,7 @@ class ByteChunk:
     Attributes:
         input_ids: int64 `(B, S)`; ids after a row's bytes are whatever the padding was. None with `inputs_embeds`.
         num_bytes: int64 `(B,)`, bytes of each row in this chunk; `row_bytes` on the host. (What is on the host is None in
-            a step, whose caller counts.)
+            a step, whose caller counts, and in traced code, where values are not known.)
         is_small: it is written to the slots of the cache first, and reads them then (see `cache_blt.py`).
         num_croppable: columns at the chunk's end that are text in every row.
         layout: where the bytes stood; None: every column is text.
@@ -70,6 +77,11 @@ class ByteChunk:
     @property
     def num_columns(self) -> int:
         return self.row_positions.shape[1]
+
+    @property
+    def is_traced(self) -> bool:
+        """`torch.compile` or `torch.export` records a whole forward, for texts of any length and number of patches."""
+        return self.row_bytes is None and not self.is_small
 
     @property
     def has_documents(self) -> bool:
@@ -149,7 +161,8 @@ class ByteChunk:
             min_cached_bytes: lower bound of the bytes that each row has in the cache.
         """
         if start is None and num_past <= min_cached_bytes:
-            return None
+            # An exported span is one for all lengths, so it always goes block by block.
+            return torch.zeros_like(self.row_positions) if is_exporting() else None
         offset = num_past if self.cached_bytes is None else num_past - self.cached_bytes[:, None]
         if start is None:
             return offset.clamp_min(0).expand(-1, self.num_columns)
@@ -183,13 +196,21 @@ def make_chunk(
         ValueError: a shape does not fit.
     """
     rows, columns = shape
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "`torch.jit.trace` would keep the numbers of bytes and patches of its example; use `torch.export`, or "
+            "`torch.onnx.export` with `dynamo=True`."
+        )
     is_empty = cache is None or cache.is_empty
     if not is_empty and len(cache.row_bytes) != rows:
         raise ValueError(
             f"`past_key_values` holds {len(cache.row_bytes)} rows and the input has {rows}; "
             "they must be the same rows, in the same order."
         )
-    layout, row_bytes, num_croppable = _find_text(attention_mask, shape, 0 if is_empty else cache.seq_length)
+    is_traced = cache is None and is_compiling()
+    layout, row_bytes, num_croppable = _find_text(
+        attention_mask, shape, 0 if is_empty else cache.seq_length, is_traced
+    )
     if layout is None:
         num_bytes = torch.full((rows,), columns, dtype=torch.int64, device=device)
     else:
@@ -254,14 +275,16 @@ def next_bytes(
 
 
 def _find_text(
-    attention_mask: Tensor | None, shape: tuple[int, int], past_columns: int
-) -> tuple[RowLayout | None, list[int], int]:
+    attention_mask: Tensor | None, shape: tuple[int, int], past_columns: int, is_traced: bool
+) -> tuple[RowLayout | None, list[int] | None, int | None]:
     """Where the text of a chunk stands (None: in every column), its bytes in each row, and the columns at the end that
     are text in every row."""
     rows, columns = shape
     if attention_mask is None:
-        return None, [columns] * rows, columns
+        return (None, None, None) if is_traced else (None, [columns] * rows, columns)
     attention_mask = check_attention_mask(attention_mask, rows, columns, past_columns)
+    if is_traced:
+        return RowLayout.from_mask(attention_mask), None, None
     is_text = attention_mask != 0
     text_at_end = is_text.flip(1).long().cumprod(dim=1).sum(dim=1)
     # One transfer for what the host must know.
@@ -315,14 +338,14 @@ def _find_texts(chunk: ByteChunk, position_ids: Tensor | None) -> None:
         return
     rows, columns = chunk.row_positions.shape
     position_ids = check_position_ids(position_ids, rows, columns)
-    if columns == 1 and chunk.cached_bytes is None:
+    if not chunk.is_traced and columns == 1 and chunk.cached_bytes is None:
         return
     position_ids = chunk.pack(position_ids)
-    chunk.text_starts = find_text_starts(position_ids, chunk.num_bytes, chunk.cached_bytes)
+    chunk.text_starts = find_text_starts(position_ids, chunk.num_bytes, chunk.cached_bytes, chunk.is_traced)
     if chunk.text_starts is not None:
         index = torch.arange(columns, device=position_ids.device)
-        base = torch.where(chunk.text_starts, index, -1 - chunk.previous["position"][:, None])
-        chunk.text_positions = index - base.cummax(dim=1).values
+        before = -1 - chunk.previous["position"]
+        chunk.text_positions = index - running_max(torch.where(chunk.text_starts, index, before[:, None]), before)
 
 
 def _find_documents(
@@ -394,6 +417,11 @@ class PatchCounts:
     max_open_bytes: int
 
     @classmethod
+    def traced(cls, numbers: PatchNumbers) -> "PatchCounts":
+        """In traced code the most new patches are a symbol, and the rest is asked for by caches alone."""
+        return cls([], [], largest_count(numbers.num_new, _LEAST_TRACED_PATCHES), 0, 0)
+
+    @classmethod
     def of(cls, numbers: PatchNumbers) -> "PatchCounts":
         """The one place where the host learns what the patcher decided."""
         old, new, open_bytes = numbers.facts.tolist()
@@ -410,7 +438,8 @@ def number_patches(
         ends = ends & is_text
     closes, unread = ends, None
     if chunk.text_starts is not None:
-        unread = torch.cat([chunk.text_starts[:, 1:], torch.zeros_like(ends[:, :1])], dim=1) & ~ends
+        none = torch.zeros_like(ends[:, :1])
+        unread = take_columns(torch.cat([chunk.text_starts, none], dim=1), 1, ends.shape[1] + 1) & ~ends
         closes = ends | unread
     closed = closes.long().cumsum(dim=1)
     old = chunk.previous["num_patches"]
@@ -454,7 +483,7 @@ def first_visible_patches(chunk: ByteChunk, numbers: PatchNumbers, new: Tensor) 
     num_new = new.shape[0]
     column = torch.where(numbers.closes, numbers.closes.long().cumsum(dim=1) - 1, num_new).clamp_max(num_new)
     first = torch.zeros(column.shape[0], num_new + 1, dtype=torch.int64, device=column.device)
-    return first.scatter(1, column, log_field(numbers.log, "patch_document_start"))[:, :num_new]
+    return take_columns(first.scatter(1, column, log_field(numbers.log, "patch_document_start")), 0, num_new)
 
 
 def _patch_document_starts(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from .attention_blt import AttentionSpan
 from .chunk_blt import ByteChunk
 from .layers_blt import PatchReads
+from .tracing_blt import is_compiling, largest_count
 
 
 MIN_MASK_PROBABILITY = 1e-3
@@ -178,7 +179,9 @@ def find_block_starts(chunk: ByteChunk, ends: Tensor, labels: Tensor, block_size
     # A stable sort moves the starts of each row to its beginning.
     order = torch.argsort((~starts).to(torch.uint8), dim=1, stable=True)
     counts = starts.sum(dim=1)
-    order = order[:, : max(int(counts.max()), 1)]
+    # Where that is a symbol, two blocks at least, so that no case of one has to be decided.
+    num_blocks = largest_count(counts, 2 if chunk.is_traced else 1)
+    order = order.index_select(1, torch.arange(num_blocks, device=order.device).clamp_max(order.shape[1] - 1))
     return torch.where(torch.arange(order.shape[1], device=order.device) < counts[:, None], order, -1)
 
 
@@ -244,19 +247,19 @@ class TwoStreamSpan(AttentionSpan):
         width = max(_ROW_QUERIES // size, 1)
         num_stretches = -(-self.num_queries // _STRETCH)
         stretch = torch.where(is_block, starts // _STRETCH, num_stretches)
-        counts = nn.functional.one_hot(stretch, num_stretches + 1).sum(dim=1)
+        counts = starts.new_zeros(num_rows, num_stretches + 1).scatter_add_(1, stretch, torch.ones_like(stretch))
         before = counts.cumsum(dim=1) - counts  # blocks of earlier stretches; starts ascend
         rank = torch.arange(num_blocks, device=starts.device) - before.gather(1, stretch)
         needed = -(-counts[:, :-1] // width).flatten()  # rows of each stretch
         last = needed.cumsum(dim=0)
-        total = max(int(last[-1]), 1)
+        total = largest_count(last[-1:], 2 if is_compiling() else 1)
         stretch = (stretch + torch.arange(num_rows, device=starts.device)[:, None] * num_stretches).flatten()
         first = (last - needed).index_select(0, stretch.clamp_max(needed.shape[0] - 1)).view_as(rank)
         self._places = torch.where(is_block, (first + rank // width) * width + rank % width, 0)
         slots = starts.new_full((total * width + 1,), -1)
         target = torch.where(is_block, self._places, total * width).flatten()
         slots.scatter_(0, target, torch.arange(num_rows * num_blocks, device=starts.device))
-        self._slots = slots[:-1].view(total, width)
+        self._slots = slots.narrow(0, 0, total * width).view(total, width)
         index = torch.arange(total, device=starts.device)
         self._stretch = torch.searchsorted(last, index, right=True).clamp_max(needed.shape[0] - 1)
         # Where the keys of each row stand in `(B * S)`; those before the text are hidden by the mask.
@@ -366,9 +369,14 @@ def masked_loss(blocks: CorruptedBlocks, head: nn.Module, labels: Tensor, num_it
         labels: int64 `(B, S)` as the caller gave them.
     """
     is_learned = blocks.is_masked & (blocks.labels != -100)
-    logits = head(blocks.states[is_learned]).float()
-    nats = nn.functional.cross_entropy(logits, blocks.labels[is_learned], reduction="none")
-    weights = (1 / blocks.probability)[..., None].expand(is_learned.shape)[is_learned]
+    index = is_learned.flatten().nonzero()[:, 0]
+
+    def learned(values: Tensor) -> Tensor:
+        return values.flatten(0, 2).index_select(0, index)
+
+    logits = head(learned(blocks.states)).float()
+    nats = nn.functional.cross_entropy(logits, learned(blocks.labels), reduction="none")
+    weights = learned((1 / blocks.probability)[..., None].expand(is_learned.shape))
     if num_items_in_batch is None:
         num_items_in_batch = (labels[:, 1:] != -100).sum().clamp_min(1)
     elif isinstance(num_items_in_batch, Tensor):

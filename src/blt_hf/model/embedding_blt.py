@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .tracing_blt import is_exporting, sliding_windows
+
 
 # Multipliers of the hash functions, in the order in which the released checkpoints use them.
 HASH_PRIMES = (
@@ -26,9 +28,17 @@ _hash_weights: dict[tuple, Tensor] = {}
 
 def hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.device) -> Tensor:
     """int64 `(L, functions * sizes)`: factor of the id `L - 1 - l` bytes back in each hash, wrapped to 64 bits."""
+    if is_exporting():  # a tensor of the program, that nothing else may use
+        return _make_hash_weights(sizes, num_functions, device)
     key = (sizes, num_functions, device)
-    if key in _hash_weights:
-        return _hash_weights[key]
+    if key not in _hash_weights:
+        # A tensor that is made in inference mode could not be used in training later.
+        with torch.inference_mode(False):
+            _hash_weights[key] = _make_hash_weights(sizes, num_functions, device)
+    return _hash_weights[key]
+
+
+def _make_hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.device) -> Tensor:
     longest = max(sizes)
     columns = []
     for function in range(num_functions):
@@ -36,10 +46,7 @@ def hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.devic
         for size in sizes:
             powers = [(pow(prime, power, 2**64) + 2**63) % 2**64 - 2**63 for power in range(size)]
             columns.append([0] * (longest - size) + powers)
-    # A tensor that is made in inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        _hash_weights[key] = torch.tensor(columns, device=device).T.contiguous()
-    return _hash_weights[key]
+    return torch.tensor(columns, device=device).T.contiguous()
 
 
 def ngram_hashes(
@@ -71,8 +78,10 @@ def ngram_hashes(
     missing = length + longest - 1 - past.shape[1]
     past = nn.functional.pad(past, (max(missing, 0), 0))[:, max(-missing, 0) :]
     age = torch.arange(longest - 1, -1, -1, device=device)
-    windows = past.unfold(1, longest, 1) * (text_positions[..., None] >= age)  # (B, S, L)
-    hashes = (windows[..., None] * hash_weights(tuple(sizes), num_functions, device)).sum(dim=-2)
+    windows = sliding_windows(past, 1, longest) * (text_positions[..., None] >= age)  # (B, S, L)
+    products = windows[..., None] * hash_weights(tuple(sizes), num_functions, device)
+    # onnxruntime adds two numbers as torch does, but sums in floats.
+    hashes = sum(products.unbind(dim=-2)) if is_exporting() else products.sum(dim=-2)
     offsets = torch.arange(hashes.shape[-1], device=device) * num_rows
     # The products wrap around like the reference's; the remainder of a negative number is positive in torch.
     return hashes % num_rows + offsets
@@ -86,6 +95,8 @@ class BltHashEmbedding(nn.Embedding):
         weight = self.weight
         if hasattr(weight, "to_local"):  # under tensor parallelism: every rank sums its columns of the tables
             weight, hashes = weight.to_local(), hashes.to_local()
+        if is_exporting():  # ONNX has a loop for bags
+            return nn.functional.embedding(hashes, weight).sum(dim=2)
         bags = hashes.flatten(0, 1)
         summed = nn.functional.embedding_bag(bags, weight, mode="sum", sparse=self.sparse)
         return summed.view(*hashes.shape[:2], -1)

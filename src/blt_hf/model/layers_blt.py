@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_blt import AttentionSpan, gathered_attention, repeat_kv_heads, segment_attention
 from .cache_blt import SlotAccess
+from .tracing_blt import is_exporting
 
 
 _MOST_FEW_ROWS = 12  # a verification of 8 drafts has 9
@@ -45,6 +46,8 @@ def project(linear: nn.Module, states: Tensor) -> Tensor:
     A compiled step reads the weights once for a row, in a loop that is fused with what comes before and after. A few
     rows MKL on AMD's processors multiplies slowly by a transposed matrix, and the matrix fast by a few columns.
     """
+    if is_exporting():  # for any number of rows
+        return linear(states)
     rows, is_compiled = states.shape[0] * states.shape[1], torch.compiler.is_dynamo_compiling()
     if rows > _MOST_FEW_ROWS or (rows == 1 and not is_compiled) or states.device.type != "cpu":
         return linear(states)

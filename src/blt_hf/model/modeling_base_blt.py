@@ -17,6 +17,7 @@ from .generation_blt import BltGenerationMixin
 from .patches_blt import BltPatches, BltPatchesList, get_patches
 from .patching_blt import PatchingRule
 from .peft_blt import add_default_targets
+from .tracing_blt import is_compiling, is_exporting
 
 
 logger = logging.get_logger(__name__)
@@ -217,7 +218,11 @@ class BltPreTrainedModel(PreTrainedModel):
     def _start_cache(self, cache, use_cache: bool | None, config) -> BltCache | None:
         """The cache to write to: the caller's, a new one, or None."""
         if use_cache is None:
-            use_cache = cache is not None or (config.use_cache and not self.training)
+            use_cache = cache is not None or (config.use_cache and not self.training and not is_exporting())
+        if use_cache and is_exporting():
+            raise ValueError(
+                "`use_cache=True` cannot be exported, as a cache is no tensor; pass whole texts and `use_cache=False`."
+            )
         if use_cache and self.training and self._checkpoints():
             logger.warning_once(
                 "`use_cache=True` is incompatible with gradient checkpointing; setting `use_cache=False`."
@@ -227,6 +232,11 @@ class BltPreTrainedModel(PreTrainedModel):
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError("`past_key_values` holds bytes, so `use_cache=False` cannot be honoured.")
             return None
+        if is_compiling():
+            torch._dynamo.graph_break(
+                "A forward with a cache asks the device which patches ended, so it is not one graph: pass "
+                "`use_cache=False` for `fullgraph=True`. (`generate` compiles its steps by itself.)"
+            )
         if cache is None:
             return BltCache(config)
         if isinstance(cache, BltCache):

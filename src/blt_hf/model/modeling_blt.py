@@ -167,8 +167,9 @@ class BltModel(BltPreTrainedModel):
             in_order=bool(wants_weights), **self._document_rules,
         )  # fmt: skip
         if chunk.has_documents and max(self._cross_windows) > 1:
+            verb = "may restart (a traced forward does not look)" if chunk.is_traced else "restart"
             raise ValueError(
-                "`position_ids` restart inside a row, and `cross_attn_window` is larger than 1: cross attention over "
+                f"`position_ids` {verb} inside a row, and `cross_attn_window` is larger than 1: cross attention over "
                 "several patches would cross texts. Pass one text a row."
             )
         given_ends = None if patch_lengths is None else self._given_ends(chunk, patch_lengths)
@@ -210,7 +211,7 @@ class BltModel(BltPreTrainedModel):
         if cache is not None:
             cache.begin(len(chunk.row_bytes), chunk.num_columns, False, chunk.num_bytes.device)
         byte_states, span, numbers, entropies = self._read_bytes(chunk, cache, embeds, given_ends, byte_trace)
-        counts = PatchCounts.of(numbers)
+        counts = PatchCounts.traced(numbers) if chunk.is_traced else PatchCounts.of(numbers)
         latents = None
         if counts.max_new:
             if cache is not None:
@@ -417,19 +418,23 @@ class BltModel(BltPreTrainedModel):
                 f"`patch_lengths` has shape {tuple(patch_lengths.shape)} and dtype {patch_lengths.dtype}; at least one "
                 "whole number for each row is accepted."
             )
-        excess = patch_lengths.sum(dim=1) - chunk.num_bytes
+        if not chunk.is_traced:
+            self._check_patch_lengths(patch_lengths, chunk.num_bytes)
+        ends = patch_ends_from_lengths(patch_lengths, chunk.num_columns)
+        return ends | (chunk.text_positions == 0)
+
+    def _check_patch_lengths(self, patch_lengths: Tensor, num_bytes: Tensor) -> None:
+        excess = patch_lengths.sum(dim=1) - num_bytes
         wrong = ((excess != 0) & (excess != 1)) | (patch_lengths < 0).any(dim=1) | (patch_lengths[:, 0] > 1)
         wrong = wrong | ((patch_lengths[:, 1:] > 0) & (patch_lengths[:, :-1] == 0)).any(dim=1)
-        wrong = wrong & (chunk.num_bytes > 0)
+        wrong = wrong & (num_bytes > 0)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0, 0])
             raise ValueError(
-                f"row {row} of `patch_lengths` is {patch_lengths[row].tolist()}, for {int(chunk.num_bytes[row])} bytes: "
+                f"row {row} of `patch_lengths` is {patch_lengths[row].tolist()}, for {int(num_bytes[row])} bytes: "
                 "lengths must not be negative, begin with a patch of 1 byte, have zeros on the right alone, and sum to "
                 "the bytes of the text, or to one more (the next byte)."
             )
-        ends = patch_ends_from_lengths(patch_lengths, chunk.num_columns)
-        return ends | (chunk.text_positions == 0)
 
     def _make_output(
         self,
@@ -626,7 +631,9 @@ class BltForSequenceClassification(_BltClassifier):
         last = torch.full((states.shape[0],), states.shape[1] - 1, device=states.device)
         if attention_mask is not None:
             columns = torch.arange(states.shape[1], device=states.device)
-            last = ((attention_mask[:, -states.shape[1] :] != 0) * columns).argmax(dim=1)
+            if attention_mask.shape[1] != states.shape[1]:
+                attention_mask = attention_mask[:, -states.shape[1] :]
+            last = ((attention_mask != 0) * columns).argmax(dim=1)
         logits = self.score(self.dropout(states[torch.arange(states.shape[0], device=states.device), last]))
         loss = None
         if labels is not None:

@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .tracing_blt import is_exporting, largest_count, running_max, sliding_windows, take_columns
+
 
 PATCHING_MODES = ("entropy", "space", "static", "byte")
 BYTE_OFFSET = 4
@@ -116,7 +118,7 @@ def _windows(values: Tensor, past: Tensor | None, positions: Tensor, window: int
     if past is not None:
         values = torch.cat([past[:, max(past.shape[1] - window + 1, 0) :].to(values.dtype), values], dim=1)
     missing = positions.shape[1] + window - 1 - values.shape[1]
-    values = torch.nn.functional.pad(values, (missing, 0)).unfold(1, window, 1)
+    values = sliding_windows(torch.nn.functional.pad(values, (missing, 0)), 1, window)
     age = torch.arange(window - 1, -1, -1, device=values.device)
     # A row may hold several texts, and what lies before one is not its own.
     return values * (positions[..., None] >= age)
@@ -260,7 +262,10 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 def shift_right(values: Tensor, first: Tensor) -> Tensor:
     """`values` `(B, S)` moved one byte later along the row, with `first` `(B,)` in front; same shape and dtype."""
-    return torch.cat([first[:, None].to(values.dtype), values[:, :-1]], dim=1)
+    first = first[:, None].to(values.dtype)
+    if is_exporting():  # without a tensor of one column less, which might have none
+        return take_columns(torch.cat([first, values], dim=1), 0, values.shape[1])
+    return torch.cat([first, values[:, :-1]], dim=1)
 
 
 def entropy_patch_ends(rule: PatchingRule, entropies: Tensor, previous_entropies: Tensor, positions: Tensor) -> Tensor:
@@ -322,8 +327,7 @@ def split_long_patches(ends: Tensor, text_starts: Tensor, open_bytes: Tensor, ma
     """
     index = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
     follows_end = shift_right(ends, torch.zeros_like(open_bytes))
-    starts = torch.where(follows_end | text_starts, index, -open_bytes[:, None])
-    patch_start = starts.cummax(dim=1).values
+    patch_start = running_max(torch.where(follows_end | text_starts, index, -open_bytes[:, None]), -open_bytes)
     return ends | ((index - patch_start + 1) % max_patch_length == 0)
 
 
@@ -335,8 +339,8 @@ def open_patch_bytes(ends: Tensor, open_bytes: Tensor) -> Tensor:
         open_bytes: int64 `(B,)`, bytes of the patch that was still open before these.
     """
     index = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
-    last_end = torch.where(ends, index, -1 - open_bytes[:, None])
-    return index - last_end.cummax(dim=1).values
+    before = -1 - open_bytes
+    return index - running_max(torch.where(ends, index, before[:, None]), before)
 
 
 def patch_lengths_from_ends(ends: Tensor, num_bytes: Tensor | None = None) -> Tensor:
@@ -358,7 +362,7 @@ def patch_lengths_from_ends(ends: Tensor, num_bytes: Tensor | None = None) -> Te
     patch_ids = (starts.long().cumsum(dim=1) - 1).clamp_min(0)
     exists = torch.arange(length + 1, device=ends.device) <= num_bytes[:, None]
     exists = exists & (num_bytes[:, None] > 0)
-    num_patches = max(int(starts.sum(dim=1).max()), 1)
+    num_patches = largest_count(starts.sum(dim=1), 1)
     lengths = torch.zeros(num_rows, num_patches, dtype=torch.int64, device=ends.device)
     # Positions past the row's end add 0 to its last patch.
     return lengths.scatter_add_(1, patch_ids, exists.long())
@@ -378,7 +382,7 @@ def patch_ends_from_lengths(patch_lengths: Tensor, num_bytes: int) -> Tensor:
     starts = patch_lengths.cumsum(dim=1) - patch_lengths  # (B, P), of each patch
     is_end = (patch_lengths > 0) & (starts >= 1) & (starts <= num_bytes)
     ends = torch.zeros(patch_lengths.shape[0], num_bytes + 1, dtype=torch.int64, device=patch_lengths.device)
-    return ends.scatter_add_(1, starts.clamp(0, num_bytes).long(), is_end.long())[:, 1:] > 0
+    return take_columns(ends.scatter_add_(1, starts.clamp(0, num_bytes).long(), is_end.long()), 1, num_bytes + 1) > 0
 
 
 def patch_ids_from_lengths(patch_lengths: Tensor, num_bytes: int) -> Tensor:
@@ -494,8 +498,11 @@ class RowLayout:
     def from_mask(cls, attention_mask: Tensor) -> "RowLayout":
         """From an attention mask `(B, S)`; nonzero means text. Zeros may stand anywhere."""
         is_text = attention_mask != 0
-        source = torch.argsort((~is_text).to(torch.uint8), dim=1, stable=True)
-        return cls(source, torch.argsort(source, dim=1), is_text.sum(dim=1))
+        text_so_far = is_text.long().cumsum(dim=1)
+        num_bytes = is_text.sum(dim=1)
+        index = torch.arange(is_text.shape[1], device=is_text.device).expand_as(text_so_far)
+        rank = torch.where(is_text, text_so_far - 1, num_bytes[:, None] + index - text_so_far)
+        return cls(torch.zeros_like(rank).scatter_(1, rank, index), rank, num_bytes)
 
     def _gather(self, values: Tensor, index: Tensor) -> Tensor:
         index = index.view(*index.shape, *[1] * (values.dim() - 2)).expand(values.shape)

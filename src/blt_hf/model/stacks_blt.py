@@ -19,6 +19,7 @@ from .layers_blt import (
     run_layers,
 )
 from .modeling_base_blt import BltPreTrainedModel
+from .tracing_blt import is_exporting, take_columns
 
 
 NO_PATCH = -(2**31)  # index of the patch that holds a column without a byte
@@ -144,9 +145,13 @@ class BltLocalEncoder(BltPreTrainedModel):
             index = torch.where(is_read, segment, num_patches)
             mode = {"max": "amax", "min": "amin", "mean": "mean"}[self.config.patch_pooling]
             pooled = byte_states.new_zeros(rows, num_patches + 1, width)
-            pooled = pooled.scatter_reduce(
-                1, index[..., None].expand_as(byte_states), byte_states, mode, include_self=False
-            )[:, :num_patches]
+            index = index[..., None].expand_as(byte_states)
+            if mode == "mean" and is_exporting():  # ONNX has no such mode
+                total = pooled.scatter_add(1, index, byte_states)
+                pooled = total / pooled.scatter_add(1, index, torch.ones_like(byte_states)).clamp_min(1)
+            else:
+                pooled = pooled.scatter_reduce(1, index, byte_states, mode, include_self=False)
+            pooled = take_columns(pooled, 0, num_patches)
         queries = project(self.patch_embedding_projection, pooled)
         return queries.view(rows, num_patches, self.config.cross_attn_k, width)
 

@@ -1,0 +1,377 @@
+"""`torch.export`, `torch.compile(fullgraph=True)` and ONNX of the whole forward: what they give is what the forward gives.
+
+One program serves all batches and lengths, so each is compared on others than it was made with.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from blt_hf import (
+    BltForSequenceClassification,
+    BltForTokenClassification,
+    BltPatcher,
+    register_patching_rule,
+)
+from blt_hf.model import embedding_blt
+from conftest import make_model, tiny_config
+
+
+PATH = os.pathsep.join(path for path in sys.path if path)  # that fresh processes search as this one does
+
+
+ONE_LAYER = {
+    part: {"num_hidden_layers": 1} for part in ("patcher_config", "encoder_config", "global_config", "decoder_config")
+}
+# Rows and bytes: shorter and longer than the windows, whole blocks of attention, one byte, one row.
+SHAPES = [(3, 57), (2, 40), (1, 1), (1, 2), (2, 11), (4, 130), (1, 64), (2, 32)]
+TEXT = "The quick brown fox, jumps over 13 lazy dogs!\nZażółć gęślą jaźń — naïve café über 速い狐. " * 2
+
+
+def make_small(**overrides):
+    for part, values in ONE_LAYER.items():
+        overrides[part] = {**values, **overrides.get(part, {})}
+    return make_model(tiny_config(**overrides))
+
+
+def make_ids(rows: int, length: int) -> torch.Tensor:
+    """Other text in each row."""
+    stream = torch.tensor([byte + 4 for byte in TEXT.encode()])
+    stream[26::40] = 2  # where a document may end
+    return torch.stack([torch.cat([torch.tensor([1]), stream.roll(-7 * row)])[:length] for row in range(rows)])
+
+
+def make_mask(rows: int, length: int) -> torch.Tensor:
+    """Text at the left, at the right, and with a gap."""
+    mask = torch.ones(rows, length, dtype=torch.int64)
+    for row in range(rows):
+        padding = (length * (row + 1) // (rows + 2)) % length
+        if padding:
+            start = (0, length - padding, length // 3)[row % 3]
+            mask[row, start : start + padding] = 0
+    return mask
+
+
+def make_positions(mask: torch.Tensor) -> torch.Tensor:
+    """Texts of other lengths in each row."""
+    periods = torch.arange(len(mask))[:, None] * 5 + 9
+    return (mask.cumsum(dim=1) - 1).clamp_min(0) % periods
+
+
+def given_lengths(model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """What the model itself finds, as patches that a caller passes."""
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, use_cache=False, output_patches=True).patch_lengths
+
+
+def make_inputs(model, rows: int, length: int, names) -> dict[str, torch.Tensor]:
+    inputs = {"input_ids": make_ids(rows, length)}
+    if "attention_mask" in names:
+        inputs["attention_mask"] = make_mask(rows, length)
+    if "position_ids" in names:
+        mask = inputs.get("attention_mask", torch.ones(rows, length, dtype=torch.int64))
+        inputs["position_ids"] = make_positions(mask)
+    if "patch_lengths" in names:
+        inputs["patch_lengths"] = given_lengths(model, inputs["input_ids"], inputs.get("attention_mask"))
+    return inputs
+
+
+def dynamic_shapes(inputs) -> dict[str, dict]:
+    batch, length, patches = (torch.export.Dim(name) for name in ("batch", "length", "patches"))
+    return {name: {0: batch, 1: patches if name == "patch_lengths" else length} for name in inputs}
+
+
+def export(model, *names, rows: int = 2, length: int = 45, **options):
+    inputs = make_inputs(model, rows, length, names)
+    shapes = {**dynamic_shapes(inputs), **dict.fromkeys(options)}
+    with torch.no_grad():
+        return torch.export.export(model, (), {**inputs, **options}, dynamic_shapes=shapes)
+
+
+def compare(model, program, *names, shapes=SHAPES, **options) -> None:
+    module = program.module()
+    for rows, length in shapes:
+        inputs = make_inputs(model, rows, length, names)
+        with torch.no_grad():
+            expected = model(**inputs, use_cache=False, **options)
+            got = module(**inputs, **options)
+        torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-5, msg=f"{rows} x {length}")
+        if options.get("output_patches"):
+            assert torch.equal(got.patch_lengths, expected.patch_lengths)
+            torch.testing.assert_close(got.entropies, expected.entropies, rtol=0, atol=1e-5)
+
+
+MODES = {
+    "entropy": {},
+    "monotonic": {"monotonicity": True},
+    "rise": {"patching_threshold_add": 0.1},
+    "space": {"patching_mode": "space"},
+    "static": {"patching_mode": "static", "patch_size": 5},
+    "byte": {"patching_mode": "byte"},
+    "short": {"max_patch_length": 3},
+}
+
+
+# One in the default run; each takes some seconds.
+@pytest.mark.parametrize(
+    "mode", ["entropy", *(pytest.param(mode, marks=pytest.mark.slow) for mode in list(MODES)[1:])]
+)
+def test_patches_found_inside(mode):
+    model = make_small(**MODES[mode])
+    compare(model, export(model))
+
+
+EVERYTHING = ("attention_mask", "position_ids", "patch_lengths")
+
+
+@pytest.mark.parametrize("names", [("attention_mask",), ("position_ids",), ("patch_lengths",), EVERYTHING[:2]])
+def test_masks_texts_and_given_patches(names):
+    model = make_small()
+    compare(model, export(model, *names), *names)
+
+
+VARIANTS = {
+    "eager attention": {"attn_implementation": "eager"},
+    "shared key heads": {"global_config": {"num_key_value_heads": 2}, "decoder_config": {"num_key_value_heads": 1}},
+    "no windows": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
+    "windows over patches": {
+        "encoder_config": {"cross_attn_window": 2},
+        "decoder_config": {"cross_attn_window": 3},
+    },
+    "documents": {"mask_documents": True, "patching_newline_reset": True},
+    "mean": {"patch_pooling": "mean"},
+    "all layers": {
+        "encoder_config": {"num_hidden_layers": 2, "cross_attn_all_layers": True},
+        "decoder_config": {"num_hidden_layers": 2},
+    },
+    "no hashes": {"encoder_hash_byte_group_nb_functions": 0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant):
+    overrides = dict(VARIANTS[variant])
+    implementation = overrides.pop("attn_implementation", "sdpa")
+    model = make_small(**overrides)
+    model.set_attn_implementation(implementation)
+    ids = make_ids(2, 40)
+    assert model(ids, use_cache=False).logits.isfinite().all()
+    compare(model, export(model, "attention_mask"), "attention_mask")
+
+
+@pytest.mark.slow
+def test_patches_are_returned():
+    model = make_small()
+    program = export(model, "attention_mask", output_patches=True)
+    compare(model, program, "attention_mask", output_patches=True)
+
+
+@pytest.mark.slow
+def test_rules_of_ones_own():
+    register_patching_rule("export_test_vowels", vowels, window=2, uses_entropies=False)
+    model = make_small(patching_mode="export_test_vowels")
+    compare(model, export(model))
+
+
+def vowels(ids, entropies, positions, rule):
+    return torch.isin(ids[..., -1], torch.tensor([byte + 4 for byte in b"aeiou"], device=ids.device)) & (
+        ids[..., 0] > 50
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", [BltForSequenceClassification, BltForTokenClassification, BltPatcher])
+def test_other_heads(model_class):
+    config = make_small(patching_mode="space").config
+    model = make_model(config.patcher_config if model_class is BltPatcher else config, model_class)
+    compare(model, export(model, "attention_mask"), "attention_mask")
+
+
+@pytest.mark.slow
+def test_a_saved_program_needs_no_code(tmp_path):
+    """A process that knows nothing of this package gets the same logits."""
+    model, ids = make_small(), make_ids(3, 70)
+    model.config.return_dict = False
+    torch.export.save(export(model), tmp_path / "blt.pt2")
+    with torch.no_grad():
+        torch.save((ids, *model(ids, use_cache=False)), tmp_path / "expected.pt")
+    code = """if True:
+        import sys, torch
+        folder = sys.argv[1]
+        ids, expected = torch.load(folder + "/expected.pt")
+        (logits,) = torch.export.load(folder + "/blt.pt2").module()(input_ids=ids)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        assert not {"blt_hf", "transformers"} & sys.modules.keys()
+        """
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=240)
+
+
+def test_the_model_is_left_as_it_was():
+    """Nothing that export records stays behind in tables that later forwards read."""
+    code = """if True:
+        import sys
+        import torch
+        from test_export import export, make_ids, make_small
+        model, ids = make_small(), make_ids(2, 50)
+        program = export(model)
+        logits = model(ids).logits
+        assert type(logits) is torch.Tensor
+        torch.testing.assert_close(logits, program.module()(input_ids=ids).logits, rtol=0, atol=1e-5)
+        """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240, env={**os.environ, "PYTHONPATH": PATH})
+
+
+def test_what_cannot_be_exported_says_so():
+    model, ids = make_small(), make_ids(2, 40)
+    for inputs, message in (
+        ({"use_cache": True}, "`use_cache=True` cannot be exported.*`use_cache=False`"),
+        ({"attention_mask": torch.ones(3, 40)}, r"`attention_mask` has shape \(3, 40\)"),
+        ({"patch_lengths": torch.ones(2, 4)}, "`patch_lengths` has shape .* at least one whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.export.export(model, (), {"input_ids": ids, **inputs})
+    with pytest.raises(ValueError, match="`torch.jit.trace` .* `torch.export`"):
+        torch.jit.trace(model, ids, strict=False)
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="'flex_attention'` cannot be exported; accepted are 'sdpa' and 'eager'"):
+        torch.export.export(model, (ids,))
+    model = make_small(decoder_config={"cross_attn_window": 2})
+    with pytest.raises(ValueError, match="`position_ids` may restart.*one text a row"):
+        torch.export.export(model, (), {"input_ids": ids, "position_ids": torch.arange(40)[None]})
+
+
+# torch.compile
+
+COMPILED = {
+    "ids": (),
+    "mask": ("attention_mask",),
+    "packed": ("position_ids",),
+    "given patches": ("patch_lengths",),
+}
+
+
+def losses_and_gradients(model, forward, inputs, **options):
+    model.zero_grad()
+    torch.manual_seed(5)
+    labels = inputs["input_ids"].masked_fill(inputs.get("attention_mask", torch.ones(())) == 0, -100)
+    output = forward(**inputs, labels=labels, **options)
+    output.loss.backward()
+    return output.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def compare_training(model, names, shapes, backend: str, fullgraph: bool = True, atol: float = 2e-6) -> int:
+    """Loss and gradients of the compiled forward, and how many graphs were made."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=fullgraph, dynamic=True, backend=counter)
+    for rows, length in shapes:
+        inputs = make_inputs(model.eval(), rows, length, names)
+        model.train()
+        expected, gradients = losses_and_gradients(model, model, inputs)
+        loss, got = losses_and_gradients(model, compiled, inputs)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=atol)
+        assert got.keys() == gradients.keys() and len(got) > 20
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(got[name], gradient, rtol=0, atol=atol, msg=f"{name}, {rows} x {length}")
+    return counter.frame_count
+
+
+LONG = [(2, 90), (3, 77), (2, 130), (5, 101)]  # texts of several blocks of attention
+
+
+@pytest.mark.parametrize("inputs", COMPILED)
+def test_training_compiles_whole(inputs):
+    """One graph for all batches and lengths; `fullgraph=True` raises where there would be two."""
+    assert compare_training(make_small(), COMPILED[inputs], LONG, "eager") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_code_trains(backend):
+    graphs = compare_training(make_small(), ("attention_mask",), [*LONG, (2, 31), (1, 90)], backend)
+    assert graphs <= 3
+
+
+@pytest.mark.slow
+def test_inference_compiles_whole():
+    model = make_small()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for rows, length in LONG:
+        ids = make_ids(rows, length)
+        with torch.no_grad():
+            expected, got = (module(ids, use_cache=False).logits for module in (model, compiled))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiles_before_anything_has_run(monkeypatch):
+    """The factors of the hashes are made in the graph then."""
+    model, ids = make_small().train(), make_ids(2, 50)
+    expected = model(ids, labels=ids).loss
+    monkeypatch.setattr(embedding_blt, "_hash_weights", {})
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(ids, labels=ids).loss, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_the_masked_loss_compiles_whole():
+    """Blocks are as many as patches, so their number is a symbol, too."""
+    model = make_small(diffusion_block_size=4)
+    assert compare_training(model, ("attention_mask",), LONG, "eager") <= 2
+
+
+@pytest.mark.slow
+def test_training_compiles_in_pieces():
+    """Without `fullgraph`, the graph breaks where the host learns how many patches there are."""
+    compare_training(make_small(), ("attention_mask",), LONG[:2], "eager", fullgraph=False)
+
+
+def test_a_whole_graph_with_a_cache_says_what_to_do():
+    compiled = torch.compile(make_small(), fullgraph=True, backend="eager")
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="use_cache=False"):
+        compiled(make_ids(2, 40), use_cache=True)
+
+
+# ONNX
+
+
+def compare_onnx(model, names, folder) -> None:
+    import onnxruntime
+
+    inputs = make_inputs(model, 2, 45, names)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model, (), kwargs=inputs, dynamic_shapes=dynamic_shapes(inputs), dynamo=True, verbose=False
+        )
+    program.save(folder / "blt.onnx")
+    session = onnxruntime.InferenceSession(folder / "blt.onnx")
+    for rows, length in SHAPES:
+        inputs = make_inputs(model, rows, length, names)
+        with torch.no_grad():
+            expected = model(**inputs, use_cache=False).logits
+        (logits,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4, msg=f"{rows} x {length}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("attention_mask",), ("patch_lengths",), ("position_ids",)])
+def test_onnx(names, tmp_path):
+    compare_onnx(make_small(), names, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["monotonic", "space", "static", "byte", "short"])
+def test_onnx_of_every_mode(mode, tmp_path):
+    compare_onnx(make_small(**MODES[mode]), (), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["mean", "documents", "windows over patches", "no windows"])
+def test_onnx_of_variants(variant, tmp_path):
+    compare_onnx(make_small(**VARIANTS[variant]), ("attention_mask",), tmp_path)
