@@ -128,7 +128,15 @@ def test_patches_found_inside(mode):
 EVERYTHING = ("attention_mask", "position_ids", "patch_lengths")
 
 
-@pytest.mark.parametrize("names", [("attention_mask",), ("position_ids",), ("patch_lengths",), EVERYTHING[:2]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("attention_mask",),
+        ("patch_lengths",),
+        pytest.param(("position_ids",), marks=pytest.mark.slow),
+        pytest.param(EVERYTHING[:2], marks=pytest.mark.slow),
+    ],
+)
 def test_masks_texts_and_given_patches(names):
     model = make_small()
     compare(model, export(model, *names), *names)
