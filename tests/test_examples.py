@@ -124,6 +124,7 @@ def test_published_folder_works_for_strangers(tmp_path):
     assert printed.splitlines()[-1] == "Uploaded to ada/my-blt."
 
 
+@pytest.mark.slow
 def test_server_answers(tmp_path):
     printed = run_example("serve.py", "--max-bytes", 16, HF_HOME=str(tmp_path))
     assert re.search(r"^completion: '.+'$", printed, re.M)

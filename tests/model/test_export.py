@@ -292,7 +292,9 @@ def compare_training(model, names, shapes, backend: str, fullgraph: bool = True,
 LONG = [(2, 90), (3, 77), (2, 130), (5, 101)]  # texts of several blocks of attention
 
 
-@pytest.mark.parametrize("inputs", COMPILED)
+@pytest.mark.parametrize(
+    "inputs", ["ids", *(pytest.param(name, marks=pytest.mark.slow) for name in list(COMPILED)[1:])]
+)
 def test_training_compiles_whole(inputs):
     """One graph for all batches and lengths; `fullgraph=True` raises where it would have to be cut in two."""
     graphs = compare_training(make_small(), COMPILED[inputs], LONG, "eager")
