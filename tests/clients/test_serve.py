@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -23,15 +25,15 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("serve")
 
 
-@pytest.fixture(scope="module")
-def url(folder) -> str:
-    """A server with the model preloaded; its output is in `serve.log`."""
+@contextmanager
+def served(folder: Path, *options: str) -> Iterator[str]:
+    """`transformers serve` with the model preloaded; its output is in `folder/serve.log`. Gives its address."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     (folder / "hf-home" / "hub").mkdir(parents=True)  # `/v1/models` lists this folder, and fails where there is none
     transformers = Path(sys.executable).with_name("transformers")
-    command = [transformers, "serve", chatter_folder(), "--trust-remote-code", "--port", str(port)]
+    command = [transformers, "serve", chatter_folder(), "--trust-remote-code", *options, "--port", str(port)]
     with open(folder / "serve.log", "w") as log:
         process = subprocess.Popen(command, env=client_environment(folder), cwd=folder, stdout=log, stderr=log)
         try:
@@ -40,6 +42,12 @@ def url(folder) -> str:
         finally:
             process.terminate()
             process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def url(folder) -> Iterator[str]:
+    with served(folder) as url:
+        yield url
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path, timeout: float = 200) -> None:

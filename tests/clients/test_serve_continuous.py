@@ -1,18 +1,16 @@
 """`transformers serve --continuous-batching` and its clients: many at once, one that cancels, one that goes away."""
 
-import socket
-import subprocess
-import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from clients_common import ANSWERS, chatter_folder, client_environment
-from test_serve import ask, wait_for
+from clients_common import ANSWERS, chatter_folder
+from test_serve import ask, served
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +19,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(folder) -> str:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    (folder / "hf-home" / "hub").mkdir(parents=True)
-    transformers = Path(sys.executable).with_name("transformers")
-    command = [transformers, "serve", chatter_folder(), "--trust-remote-code", "--continuous-batching"]
-    with open(folder / "serve.log", "w") as log:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], env=client_environment(folder), cwd=folder, stdout=log, stderr=log
-        )
-        try:
-            wait_for(f"http://localhost:{port}/health", process, folder / "serve.log")
-            yield f"http://localhost:{port}/v1"
-        finally:
-            process.terminate()
-            process.wait(30)
+def url(folder) -> Iterator[str]:
+    with served(folder, "--continuous-batching") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
