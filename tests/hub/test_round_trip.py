@@ -3,12 +3,14 @@
 A small Hub (`hub_server.py`) runs in this process; every client is a fresh process that knows it by `HF_ENDPOINT` alone.
 """
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -361,19 +363,23 @@ def untouched(hub, published):
 def test_a_client_killed_while_it_uploads(hub, clients, source, untouched):
     """`hf upload`, the second large file on its way when the process dies."""
     on_its_way, may_go_on = threading.Event(), threading.Event()
-    stored = len(hub.large)
+    stored, arrivals = len(hub.large), itertools.count()
     (source / "second" / "learning.png").write_bytes(b"\0" * 1000)  # two large files that the Hub does not have yet
     (source / "second" / "patches.png").write_bytes(b"\0" * 2000)
 
-    def wait(num_stored: int) -> None:
-        if num_stored > stored:
+    def hold(_: int) -> None:
+        """The client sends its files side by side: the first to arrive is stored, whatever comes after it waits."""
+        if next(arrivals) > 0:
             on_its_way.set()
             may_go_on.wait(60)
 
-    hub.on_upload = wait
+    hub.on_upload = hold
     command = [Path(sys.executable).with_name("hf"), "upload", "ada/blt", source / "second"]
     process = clients.open(command, token="hf_writer")
     assert on_its_way.wait(120), process.communicate()[1][-3000:]
+    deadline = time.monotonic() + 60
+    while len(hub.large) == stored and time.monotonic() < deadline:
+        time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     may_go_on.set()
