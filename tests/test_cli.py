@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 import blt_hf_cli.calibrate
+import new_process
 from blt_hf import BltConfig
 from blt_hf.evaluation import measure_bits_per_byte
 from blt_hf.evaluation.flops import flops_per_byte, preset_config
@@ -234,7 +235,7 @@ def test_imports_bring_no_optional_package():
         "import sys; import blt_hf.cli; names = ('evaluate', 'datasets', 'matplotlib', 'blt_hf.evaluation');"
         "before = [n for n in names if n in sys.modules]; blt_hf.plot_patches; print(before, 'matplotlib' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=240)
+    done = new_process.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "[] False"
 
 

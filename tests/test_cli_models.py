@@ -1,7 +1,6 @@
 """`blt-hf generate`, `info`, `train` and `card`: what they make is what the functions behind them make."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import blt_hf_cli.train
+import new_process
 from blt_hf import BltConfig, BltForCausalLM, BltPatcher, BltTokenizer
 from blt_hf.evaluation import measure_bits_per_byte
 from blt_hf.evaluation.flops import flops_per_byte
@@ -279,6 +279,6 @@ def test_held_out_text_is_not_learned(tmp_path):
 def test_generate_from_a_shell(folder):
     """Once as users start it: a pipe in, bytes out, nothing else."""
     command = [sys.executable, "-m", "blt_hf_cli", "generate", "-m", str(folder / "blt"), "-n", "12"]
-    done = subprocess.run(command, input=b"for x", capture_output=True, timeout=240, check=True)
+    done = new_process.run(command, input=b"for x", capture_output=True, check=True)
     assert done.stdout == written_by(folder / "blt", "for x", max_new_tokens=12, do_sample=False)
     assert in_a_shell("generate", "--nothing", timeout=60).returncode == 2

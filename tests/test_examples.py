@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,13 +13,14 @@ from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blt_hf  # noqa: F401
+from new_process import run
 
 
 ROOT = Path(__file__).parents[1]
 
 
 def run_example(name: str, *arguments, timeout: float = 280, **environment: str) -> str:
-    done = subprocess.run(
+    done = run(
         [sys.executable, ROOT / "examples" / name, *map(str, arguments)],
         capture_output=True,
         text=True,

@@ -13,6 +13,7 @@ import torch
 
 from blt_hf import BltForCausalLM, BltTokenizer
 from conftest import make_model, tiny_config
+from new_process import run
 
 
 SRC = Path(__file__).parents[2] / "src"
@@ -79,7 +80,7 @@ def client_environment(folder: Path, has_package: bool = False) -> dict[str, str
 def run_client(command: list, folder: Path, timeout: float = 280, **kwargs) -> subprocess.CompletedProcess:
     """A command of another package, as installed beside this interpreter; it must succeed."""
     command = [str(Path(sys.executable).with_name(command[0])), *map(str, command[1:])]
-    result = subprocess.run(
+    result = run(
         command, env=client_environment(folder, **kwargs), cwd=folder, capture_output=True, text=True, timeout=timeout
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]

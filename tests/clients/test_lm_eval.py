@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from typer.testing import CliRunner
 from blt_hf import BltTokenizer
 from blt_hf.cli import app
 from conftest import make_model
+from new_process import run
 
 
 TEXTS = ["To be, or not to be: that is the question.\n", "Zażółć gęślą jaźń — 速い狐 é " * 3, "x"]
@@ -146,7 +146,7 @@ def command_line(model, tmp_path_factory) -> tuple[Path, Path]:
         "OMP_NUM_THREADS": "1",
         "HF_DATASETS_CACHE": str(folder / "data"),
     }
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-m", "lm_eval", *command], capture_output=True, text=True, timeout=560, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr

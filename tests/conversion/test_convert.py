@@ -6,7 +6,6 @@ That the numbers are right is shown in `tests/conformance/test_meta_reference.py
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +32,7 @@ from blt_hf.conversion import (
 )
 from blt_hf.conversion import files as convert_files
 from conftest import make_model, tiny_config
+from new_process import run
 
 
 ARGS = {
@@ -908,7 +908,7 @@ def test_a_hub_id_through_the_command(source, tmp_path):
     command = [sys.executable, "-m", "blt_hf.cli", "convert"]
     command += ["tiny/blt", str(tmp_path / "out"), "--revision", "main"]
     try:
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        result = run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     finally:
         server.shutdown()
         server.server_close()

@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 
 import evaluate
@@ -18,6 +17,7 @@ from blt_hf.evaluation import __file__ as metrics_file
 from blt_hf.evaluation.measuring import _windows
 from blt_hf.training.data import BltDataCollator, byte_ids
 from conftest import make_model, tiny_config
+from new_process import run
 
 
 TEXTS = ["A byte is a small number.", "naïve café </s> 速い狐", "x", "def f(x):\n    return x + 1\n" * 3]
@@ -180,7 +180,7 @@ def test_metric_module_needs_nothing_of_this_package():
         f"import sys, evaluate; metric = evaluate.load({folder!r})\n"
         "print(metric.compute(predictions=[0.0], references=['a'])['num_bytes'], 'blt_hf' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"]
 
 

@@ -18,6 +18,7 @@ import torch
 from hub_server import HubServer, Refused, metadata_errors, metadata_of
 from safetensors.torch import load
 
+import new_process
 from blt_hf import BltTokenizer
 from conftest import make_model, tiny_config
 
@@ -84,11 +85,11 @@ class Clients:
         self.hub, self.source, self.folder = hub, source, folder
         self.count = 0
 
-    def open(self, command: list, token: str | None = None, has_package: bool = True) -> subprocess.Popen:
+    def environment(self, token: str | None = None, has_package: bool = True) -> dict[str, str]:
         self.count += 1
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         kept.pop("PYTHONPATH", None)
-        environment = {
+        return {
             **kept,
             "HF_ENDPOINT": self.hub.url,
             "HF_HOME": str(self.folder / f"home-{self.count}"),
@@ -100,17 +101,15 @@ class Clients:
             **({"PYTHONPATH": str(ROOT / "src")} if has_package else {}),
             **({"HF_TOKEN": token} if token else {}),
         }
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([str(part) for part in command], env=environment, cwd=self.folder, **pipes)
 
     def run(self, script: str, **kwargs) -> dict:
         """What `script` leaves in `seen`."""
         prelude = PRELUDE + "import blt_hf\n" if kwargs.get("has_package", True) else STRANGER + PRELUDE
         program = prelude + script + "\nprint(json.dumps(seen))"
-        process = self.open([sys.executable, "-c", program, self.source], **kwargs)
-        output, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-6000:]
-        return json.loads(output.splitlines()[-1])
+        options = {"env": self.environment(**kwargs), "cwd": self.folder, "capture_output": True, "text": True}
+        done = new_process.run([sys.executable, "-c", program, self.source], **options)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +374,8 @@ def test_a_client_killed_while_it_uploads(hub, clients, source, untouched):
 
     hub.on_upload = hold
     command = [Path(sys.executable).with_name("hf"), "upload", "ada/blt", source / "second"]
-    process = clients.open(command, token="hf_writer")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=clients.environment("hf_writer"), cwd=clients.folder, **pipes)
     assert on_its_way.wait(120), process.communicate()[1][-3000:]
     deadline = time.monotonic() + 60
     while len(hub.large) == stored and time.monotonic() < deadline:

@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import huggingface_hub
@@ -34,6 +33,7 @@ from blt_hf import (
 )
 from blt_hf.model.tokenization_blt import BltTokenizer
 from conftest import make_model, tiny_config
+from new_process import run
 
 
 SOURCE = pathlib.Path(blt_hf.__file__).parent / "model"
@@ -109,7 +109,7 @@ def same(actual, name):
     environment.update(
         HF_HUB_OFFLINE="1", HF_HOME=str(folder / "home"), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
     )
-    result = subprocess.run(
+    result = run(
         [sys.executable, "-I", "-c", prelude + script, str(folder)],
         capture_output=True,
         text=True,

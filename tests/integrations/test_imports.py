@@ -5,12 +5,12 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import pytest
 
 import blt_hf
+import new_process
 from blt_hf import BltTokenizer
 from conftest import make_model
 
@@ -44,7 +44,7 @@ def run_orders(tmp_path_factory):
     (folder / "folders.json").write_text(json.dumps({kind: str(folder / kind) for kind in ("code", "plain")}))
 
     def run(orders: list[str]) -> dict:
-        result = subprocess.run(
+        result = new_process.run(
             [sys.executable, str(PROGRAM), str(folder / "folders.json"), *orders],
             capture_output=True,
             text=True,

@@ -1,6 +1,5 @@
 """PEFT on a BLT without a BLT-specific line: defaults, names, saving, merging, and never the entropy model."""
 
-import subprocess
 import sys
 
 import peft
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from blt_hf import BltForSequenceClassification, BltPatcher
 from conftest import make_model, tiny_config
+from new_process import run
 
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -272,5 +272,5 @@ model = peft.get_peft_model(AutoModelForCausalLM.from_config(config), peft.LoraC
 names = [name for name, weight in model.named_parameters() if weight.requires_grad]
 assert names and not any("patcher" in name for name in names), names
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]

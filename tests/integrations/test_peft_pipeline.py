@@ -1,7 +1,6 @@
 """`pipeline("text-generation")` on adapters: as a model, and as a folder that holds nothing but an adapter."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from blt_hf import BltTokenizer
 from conftest import make_model
+from new_process import run
 
 
 PROMPTS = ["The import", "Small layers, next to large ones"]
@@ -93,5 +93,5 @@ results = writer({PROMPTS!r}, **{GREEDY!r})
 assert [result[0]["generated_text"] for result in results] == {expected!r}, results
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+    result = run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -17,6 +16,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 from blt_hf.model.tokenization_blt import BltTokenizer
 from conftest import make_model
+from new_process import run
 
 
 WORDS = ["hi", "yes", "no", "bee", "cat", "dog", "byte", "patch"]
@@ -158,7 +158,7 @@ def test_sft_from_the_shell(model_folder, use_lora, tmp_path):
     (tmp_path / "data").mkdir()
     lines = [json.dumps(row) for row in CONVERSATIONS]
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
-    result = subprocess.run(
+    result = run(
         [sys.executable, "-m", "trl.cli.main", "sft", "--model_name_or_path", model_folder, "--trust_remote_code"]
         + ["--dataset_name", str(tmp_path / "data"), "--assistant_only_loss", "--output_dir", str(tmp_path / "out")]
         + ["--max_steps", "2", "--use_cpu", "--bf16", "False", "--report_to", "none", "--logging_steps", "1"]

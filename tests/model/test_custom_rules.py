@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from blt_hf.model.patching_blt import PatchingRule, compute_patch_lengths, find_
 from blt_hf.training.calibration import calibrate_threshold
 from blt_hf.training.data import PrecomputePatches
 from conftest import make_model, tiny_config
+from new_process import run
 
 
 SPACE, NEWLINE = ord(" ") + 4, ord("\n") + 4
@@ -198,12 +198,12 @@ def test_saved_by_its_name(code, tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["patching_mode"] == "test-words"
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    run = subprocess.run(
+    done = run(
         [sys.executable, "-c", LOADS, str(tmp_path), code],
         capture_output=True, text=True, timeout=200, env=environment,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    unknown, loaded = run.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    unknown, loaded = done.stdout.splitlines()
     assert "`patching_mode` must be one of" in unknown and "'test-words'" in unknown
     assert "`register_patching_rule`" in unknown and "Run the code that registers" in unknown
     assert loaded == ("blt_hf True" if code == "installed" else "transformers_modules False")

@@ -4,7 +4,6 @@ One program serves all batches and lengths, so each is compared on others than i
 """
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -19,6 +18,7 @@ from blt_hf import (
 )
 from blt_hf.model import embedding_blt
 from conftest import make_model, tiny_config
+from new_process import run
 
 
 PATH = os.pathsep.join(path for path in sys.path if path)  # that fresh processes search as this one does
@@ -236,7 +236,7 @@ def test_a_saved_program_needs_no_code(tmp_path):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
         assert not {"blt_hf", "transformers"} & sys.modules.keys()
         """
-    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=240)
+    run([sys.executable, "-c", code, tmp_path], check=True, timeout=240)
 
 
 def test_the_model_is_left_as_it_was():
@@ -251,7 +251,7 @@ def test_the_model_is_left_as_it_was():
         assert type(logits) is torch.Tensor
         torch.testing.assert_close(logits, program.module()(input_ids=ids).logits, rtol=0, atol=1e-5)
         """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=240, env={**os.environ, "PYTHONPATH": PATH})
+    run([sys.executable, "-c", code], check=True, timeout=240, env={**os.environ, "PYTHONPATH": PATH})
 
 
 def test_what_cannot_be_exported_says_so():

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast, 
 from blt_hf import BltConfig
 from blt_hf.model.encoding_blt import BYTE_SYMBOLS
 from blt_hf.model.tokenization_blt import BltTokenizer
+from new_process import run
 
 
 ROOT = Path(__file__).parents[2]
@@ -751,7 +752,7 @@ def test_without_this_package(tmp_path):
     text = MIXED + "</s><tool>[SEP]"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", IN_PLAIN_TRANSFORMERS, str(tmp_path), text]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
+    result = run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
     assert result.returncode == 0, result.stderr
     ids = tokenizer(text).input_ids
     expected = [ids, tokenizer.decode(ids), tokenizer.decode(ids[:-1], skip_special_tokens=True)]
@@ -846,7 +847,7 @@ def test_benchmark_script():
     check = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import tokenize; tokenize.generate_tokens"
     subprocess.run([sys.executable, "-c", check], check=True, env=environment)
     command = [sys.executable, str(ROOT / "benchmarks" / "tokenize.py"), "--megabytes", "0.02", "--repeats", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    result = run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["benchmark"] == "tokenize" and report["rows"]
