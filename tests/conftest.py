@@ -29,6 +29,11 @@ settings.register_profile(
 settings.load_profile("many" if "BLT_PROPERTY_CASES" in os.environ else "default")
 
 
+def cases(count: int):
+    """For a property whose cases take long: so many in the default run, and as many as others have in a longer one."""
+    return settings() if "BLT_PROPERTY_CASES" in os.environ else settings(max_examples=count)
+
+
 def tiny_config(**overrides) -> BltConfig:
     """A BLT of a few thousand weights whose windows are shorter than the tests' texts."""
     values = {

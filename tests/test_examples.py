@@ -165,16 +165,37 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run(path, guide, tmp_path, monkeypatch):
-    """Executed as Jupyter would, with a few steps of training."""
+def in_jupyter(path: Path, folder: Path) -> str:
+    """What a notebook prints, executed as Jupyter would."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output["text"] for output in outputs if output.get("name") == "stdout")
+
+
+def in_one_piece(path: Path, folder: Path) -> str:
+    """The same without Jupyter: the cells one after the other in a new process."""
+    code = [cell["source"] for cell in nbformat.read(path, as_version=4).cells if cell["cell_type"] == "code"]
+    done = run([sys.executable, "-c", "\n".join(code)], cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# A kernel of Jupyter's takes long to come to its work, so that the default run starts one only.
+RUNS = [
+    pytest.param(path, execute, id=f"{path.stem}-{execute.__name__}", marks=() if is_default else pytest.mark.slow)
+    for path in NOTEBOOKS
+    for execute in (in_jupyter, in_one_piece)
+    for is_default in [(execute is in_jupyter) == (path.stem == "classify_language")]
+]
+
+
+@pytest.mark.parametrize(("path", "execute"), RUNS)
+def test_notebooks_run(path, execute, guide, tmp_path, monkeypatch):
+    """With a few steps of training."""
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     monkeypatch.setenv("BLT_EXAMPLE_SMALL", "1")
     monkeypatch.setenv("BLT_EXAMPLE_TEXTS", str(guide))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
-    client.execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    printed = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
+    printed = execute(path, tmp_path)
     assert re.search(EXPECTED[path.stem], printed), printed

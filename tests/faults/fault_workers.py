@@ -1,5 +1,6 @@
 """What the child processes of the fault tests do, and the fork server that starts them with everything imported."""
 
+import gc
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -22,6 +23,7 @@ from conftest import tiny_config
 
 
 torch.set_num_threads(1)
+gc.freeze()  # the collector of a fork that looked through what was imported would copy it all
 
 
 def model_with(seed: int) -> BltForCausalLM:

@@ -7,6 +7,7 @@ a fork for each order. Prints one JSON line for each order: `{"order": ..., "err
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -123,6 +124,7 @@ def main() -> None:
             importlib.import_module(name)
     for name in LIBRARIES:
         assert name not in sys.modules, f"{name} is imported by a library that the orders share"
+    gc.freeze()  # a fork that looked through what is imported would copy it all
     with open(sys.argv[1]) as file:
         folders = json.load(file)
     for order in sys.argv[2:]:

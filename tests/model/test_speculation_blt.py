@@ -10,7 +10,7 @@ from transformers.generation import BaseStreamer
 
 from blt_hf.model.speculation_blt import Drafts, DraftSource, SelfSpeculation, choose
 from blt_hf.model.tokenization_blt import BltTokenizer
-from conftest import make_model, tiny_config
+from conftest import cases, make_model, tiny_config
 
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}
@@ -28,6 +28,7 @@ def count_passes(model) -> list[int]:
     return sizes
 
 
+@cases(15)
 @given(rule=rules, text=texts, window=st.integers(1, 9), schedule=st.sampled_from(["constant", "heuristic"]))
 def test_greedy_text_is_that_of_normal_decoding(rule, text, window, schedule):
     model, ids = model_for(rule), torch.tensor([text_ids(rule, text)])
@@ -36,6 +37,7 @@ def test_greedy_text_is_that_of_normal_decoding(rule, text, window, schedule):
     assert torch.equal(plain, drafted)
 
 
+@cases(8)
 @given(
     rule=rules,
     rows=st.lists(texts, min_size=2, max_size=4),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_diffusion_blt import diffusion_model, slow_decoder
 from test_exactness import RULES, encode, text_ids, texts
@@ -10,7 +10,7 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from blt_hf.model.unmasking_blt import Unmasking
-from conftest import make_model
+from conftest import cases, make_model
 
 
 PROMPT = "some text, and a bit more of it than a window holds"
@@ -121,7 +121,7 @@ def test_unmasking_rules_on_a_few_bytes():
     assert kept(rule="entropy", entropy_budget=3.0) == [True, True, True, False]
 
 
-@settings(max_examples=12)
+@cases(8)
 @given(
     rule=st.sampled_from(sorted(set(RULES) - {"documents"})),
     text=texts,

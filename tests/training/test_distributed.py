@@ -5,7 +5,6 @@ The file is also the script that the launched processes run.
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from test_training import assert_same_losses, make_trainer, step_losses
 from transformers import AutoModelForCausalLM
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
+import new_process
 from conftest import make_model, tiny_config
 
 
@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> None:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    result = subprocess.run(
+    result = new_process.run(
         [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]

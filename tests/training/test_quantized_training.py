@@ -21,7 +21,8 @@ from conftest import make_model, tiny_config
 
 BITSANDBYTES = ("nf4", "int8")
 QUANTO = ("quanto8", "quanto4")
-KINDS = (*BITSANDBYTES, "torchao", *QUANTO)
+# quanto compiles its code for 4 bits when that is first used, for a minute; the default run has its 8 bits.
+KINDS = (*BITSANDBYTES, "torchao", "quanto8", pytest.param("quanto4", marks=pytest.mark.slow))
 SAVED = (*BITSANDBYTES, "torchao")  # transformers does not write what quanto has quantized
 LOSES = {"nf4": 0.3, "quanto4": 0.5}  # error of logits relative to their spread, at most; 8 bits: 0.05
 
