@@ -397,6 +397,10 @@ class BltSuite(
             given.start()
             self.addCleanup(given.stop)
 
+    @pytest.mark.slow  # it loads every class in every type; the default run asks it of the patcher, by the same code
+    def test_bc_torch_dtype(self):
+        super().test_bc_torch_dtype()
+
     def test_sliding_window_mask(self):
         # The encoder's and the decoder's window is one field, which means "no window" where it is None.
         self.check_windows(

@@ -85,7 +85,7 @@ def test_truncated_json(model, tmp_path):
     assert BltForCausalLM.from_pretrained(tmp_path).generation_config.max_new_tokens == 7
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
+@pytest.mark.parametrize("count", [24, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
 def test_flipped_bits_in_the_description_of_the_weights(model, tmp_path, count):
     """An error, a report of what does not fit, or no change in any weight. (Flips in the numbers cannot be seen.)"""
     model.save_pretrained(tmp_path)
@@ -197,7 +197,7 @@ def run_until_call(model, cache: BltCache, last: int) -> int:
     return calls
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(400, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("count", [8, pytest.param(400, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_an_interrupt_in_the_middle_of_a_pass(model, count):
     """In any module of any pass: the cache goes on from the last pass that was whole."""
     num_calls = run_until_call(model, BltCache(model.config), -1)

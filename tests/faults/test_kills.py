@@ -12,7 +12,7 @@ from blt_hf import BltForCausalLM, BltTokenizer
 
 
 # Kills in the default run, and in the slow one
-KILLS = [6, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+KILLS = [4, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 TRAINER_KILLS = [2, pytest.param(40, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 
 
