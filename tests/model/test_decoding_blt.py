@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from test_exactness import RULES, alone, assert_same, model_for, pad
@@ -10,6 +11,7 @@ from transformers.generation import BaseStreamer
 
 from blt_hf.model import cache_blt
 from blt_hf.model.cache_blt import BltCache
+from blt_hf.model.compiling_blt import ModuleState
 from conftest import make_model, tiny_config
 
 
@@ -231,8 +233,126 @@ def test_compiled_code_belongs_to_the_model():
     other = copy.deepcopy(model)
     assert len(model.model.compiled_steps) == 1 and not other.model.compiled_steps
     other.generate(ids, **settings)
-    ours, theirs = (next(iter(m.model.compiled_steps.values())) for m in (model, other))
-    assert ours.read_bytes is not theirs.read_bytes
+    (_, ours), (_, theirs) = (next(iter(m.model.compiled_steps.values())) for m in (model, other))
+    assert not set(ours) & set(theirs)
+
+
+def _double(module, inputs, output):
+    return output * 2
+
+
+def _change_weights(model):
+    model.model.local_decoder.layers[0].mlp.up_proj.weight.data.mul_(-1.5)
+
+
+def _change_a_tensor(model):
+    layer = model.model.global_transformer.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * -1.5)
+
+
+def _change_a_module(model):
+    attention = model.model.local_encoder.layers[0].self_attn
+    attention.v_proj, attention.k_proj = attention.k_proj, attention.v_proj
+
+
+def _add_a_hook(model):
+    model.model.local_decoder.layers[0].self_attn.o_proj.register_forward_hook(_double)
+
+
+def _change_precision(model):
+    model.model.local_decoder.to(torch.float64)
+    model.model.local_encoder.to(torch.float64)
+    model.model.global_transformer.to(torch.float64)
+    model.model.encoder_hash_tok_embedding.to(torch.float64)
+    model.lm_head.to(torch.float64)
+
+
+def _change_the_head(model):
+    model.lm_head.register_forward_hook(_double)
+
+
+def _change_the_threshold(model):
+    model.config.patching_threshold = model.config.patching_threshold / 2
+
+
+def _change_the_attention(model):
+    model.set_attn_implementation("eager")
+
+
+_CHANGES = [
+    _change_weights, _change_a_tensor, _change_a_module, _add_a_hook, _change_precision, _change_the_head,
+    _change_the_threshold, _change_the_attention,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, window",
+    [(_add_a_hook, None)]
+    + [
+        pytest.param(change, window, marks=pytest.mark.slow)
+        for change in _CHANGES
+        for window in (None, 4)
+        if (change, window) != (_add_a_hook, None)
+    ],
+)
+def test_compiled_steps_notice_changes(change, window):
+    """torch asks little about the modules at each byte, and yet nothing decodes with a model of the past."""
+    model = make_model(tiny_config(patching_mode="entropy"), seed=3)
+    ids = torch.tensor([rows_of("space", 12)[0]])
+    settings = {
+        "max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "self_speculation_window": window,
+        "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    static = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", mode=None)}
+    before = model.generate(ids, **settings, **static)
+    change(model)
+    after, plain = model.generate(ids, **settings, **static), model.generate(ids, **settings)
+    for logits, expected in zip(after.logits, plain.logits):
+        assert_same(logits, expected)
+    is_same = all(a.equal(b) for a, b in zip(before.logits, after.logits))
+    assert not is_same or change in (_change_the_threshold, _change_the_attention)
+
+
+def test_what_compiled_code_takes_for_granted():
+    model = make_model(tiny_config(patching_mode="entropy"), seed=3)
+    for change in (_change_a_tensor, _change_a_module, _add_a_hook, _change_precision, _change_the_head):
+        state = ModuleState(model)
+        assert state.is_whole and state.holds()
+        change(model)
+        assert not state.holds(), change
+    state = ModuleState(model)
+    _change_weights(model)
+    assert state.holds(), "weights that change where they are need no new code"
+    model.train()
+    assert not state.holds()
+    adapted = peft.get_peft_model(model, peft.LoraConfig())
+    assert not ModuleState(adapted.base_model.model).is_whole, "adapters have settings of their own, which torch sees to"
+
+
+@pytest.mark.slow
+def test_compiled_steps_notice_adapters():
+    model = make_model(tiny_config(patching_mode="entropy"), seed=3)
+    ids = torch.tensor([rows_of("space", 12)[0]])
+    settings = {
+        "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "output_logits": True,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    static = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", mode=None)}
+
+    def check():
+        both = model.generate(ids, **settings, **static), model.generate(ids, **settings)
+        for logits, expected in zip(both[0].logits, both[1].logits):
+            assert_same(logits, expected)
+        return both[0].logits[0]
+
+    base = check()
+    model = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False)).eval()
+    adapted = check()
+    assert not adapted.allclose(base, atol=1e-3)
+    with model.disable_adapter():
+        assert_same(check(), base)
+    model.merge_adapter()
+    assert_same(check(), adapted)
 
 
 @pytest.mark.slow

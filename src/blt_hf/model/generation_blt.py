@@ -6,9 +6,9 @@ from transformers.generation import CompileConfig, ContinuousBatchingConfig, Gen
 from .cache_blt import BltCache
 from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_tensor
+from .compiling_blt import round_up_bytes
 from .decoding_blt import RaggedText
 from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
-from .step_blt import round_up_bytes
 from .unmasking_blt import UNMASKING_RULES, BlockDrafts, Unmasking, decode_blocks
 
 

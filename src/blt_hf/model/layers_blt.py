@@ -14,9 +14,10 @@ from .cache_blt import SlotAccess
 from .tracing_blt import is_exporting
 
 
-_MOST_FEW_ROWS = 12  # a verification of 8 drafts has 9
-_LEAST_WEIGHTS = 131_072  # below this, the call costs more than the product
+_MOST_FEW_ROWS = 16
+_LEAST_WEIGHTS = 65_536  # below this, the call costs more than the product
 _LEAST_WEIGHTS_COMPILED = 32_768
+_PARTS = 4  # of a weight matrix, which processors share
 
 
 def _is_amd() -> bool:
@@ -43,24 +44,29 @@ def _is_plain(linear: nn.Module) -> bool:
 def project(linear: nn.Module, states: Tensor) -> Tensor:
     """`linear(states)`, for `states` `(B, S, W)`, in a faster way for the few rows of a decoding step on a CPU.
 
-    A compiled step reads the weights once for a row, in a loop that is fused with what comes before and after. A few
-    rows MKL on AMD's processors multiplies slowly by a transposed matrix, and the matrix fast by a few columns.
+    A compiled step reads the weights once for a row, in a loop that is fused with what comes before and after. MKL
+    multiplies few rows slowly on AMD's processors, and one row on one core alone: the weights as a batch of matrices,
+    times the rows as columns, take half the time or less.
     """
     if is_exporting():  # for any number of rows
         return linear(states)
     rows, is_compiled = states.shape[0] * states.shape[1], torch.compiler.is_dynamo_compiling()
-    if rows > _MOST_FEW_ROWS or (rows == 1 and not is_compiled) or states.device.type != "cpu":
+    if rows > _MOST_FEW_ROWS or states.device.type != "cpu" or states.dtype != torch.float32:
         return linear(states)
-    if torch.is_grad_enabled() or not _is_plain(linear):
+    if torch.is_grad_enabled() or not _is_plain(linear) or torch.is_autocast_enabled("cpu"):
         return linear(states)
     weight = linear.weight
-    if weight.dtype != torch.float32 or states.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if weight.dtype != torch.float32:
         return linear(states)
-    if rows == 1:
+    if rows == 1 and is_compiled:
         return (states * weight).sum(dim=-1)[:, None]
     if weight.numel() < (_LEAST_WEIGHTS_COMPILED if is_compiled else _LEAST_WEIGHTS) or not _IS_AMD:
         return linear(states)
-    return nn.functional.linear(weight, states.flatten(0, 1)).t().contiguous().view(*states.shape[:2], -1)
+    if weight.shape[0] % _PARTS or not weight.is_contiguous():
+        return linear(states)
+    columns = states.reshape(rows, -1).t().expand(_PARTS, -1, -1)
+    product = torch.bmm(weight.view(_PARTS, -1, weight.shape[1]), columns)
+    return product.view(-1, rows).t().contiguous().view(*states.shape[:2], -1)
 
 
 class BltRMSNorm(nn.Module):

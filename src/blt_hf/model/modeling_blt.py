@@ -12,6 +12,7 @@ from .cache_blt import BltCache, SlotAccess
 from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_inputs, check_labels, check_row_labels
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, make_chunk, number_patches
+from .compiling_blt import CompiledSteps
 from .configuration_blt import BltConfig
 from .diffusion_blt import BlockNoise, TwoStreamSpan, corrupt_blocks, make_noise, masked_loss
 from .embedding_blt import BltHashEmbedding, ngram_hashes
@@ -34,7 +35,7 @@ from .patching_blt import (
 )
 from .peft_blt import asked_by_peft
 from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder
-from .step_blt import CompiledSteps, run_small, take_draft, take_step
+from .step_blt import run_small, take_draft, take_step
 
 
 _BOS_TOKEN_ID = 1

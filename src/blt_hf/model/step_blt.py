@@ -6,7 +6,6 @@ be compiled once for any length of text. Drafting is the first and the last part
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess, round_up_columns
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, next_bytes, number_patches
+from .compiling_blt import is_compiled, round_up_bytes
 from .layers_blt import StateTrace, project
 
 
-_STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so that few shapes are compiled
 _STEP_PATCHES = 4  # patches that they close, unless more end
 _HELD = 16  # bytes of open patches are read in multiples of this, so that few shapes occur
 
@@ -117,87 +116,32 @@ class StepParts:
     close_patches: Callable = close_patches
     predict_bytes: Callable = predict_bytes
 
-    @classmethod
-    def compiled(cls, settings: dict) -> "StepParts":
-        return cls(*(torch.compile(_copy(part), **settings) for part in vars(cls()).values()))
-
-
-def _copy(function: Callable) -> Callable:
-    """A function with code of its own: compiled code, and the limit of how often, hang on the code."""
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
-
-
-class CompiledSteps(dict):
-    """What a model has compiled, by the settings it was compiled with; a copy of the model starts anew.
-
-    Compiled is what one row runs: for a byte, or for a verification that is filled up to one of a few lengths, each part
-    is one graph in which no shape varies but the number of patches so far. Several rows come in many shapes; a graph for
-    all of them takes minutes to compile, and the work of each byte outweighs there what compiling saves.
-    """
-
-    def __deepcopy__(self, memo) -> "CompiledSteps":
-        return CompiledSteps()
-
-    def __reduce__(self):
-        return CompiledSteps, ()
-
 
 _PLAIN = StepParts()
 
 
 def _parts(model, cache: BltCache, shape: tuple[int, int]) -> StepParts:
     """The parts for a step of `(B, S)` bytes."""
-    if not _is_compiled(model, cache, shape[0]) or shape[1] != round_up_bytes(shape[1]):
+    if shape[1] != round_up_bytes(shape[1]) or not is_compiled(model, cache, shape[0]):
         return _PLAIN
-    key = f"{shape[1]} {cache.compile_key}"
-    if key not in model.compiled_steps:
-        model.compiled_steps[key] = StepParts.compiled(cache.compile_settings)
-    return model.compiled_steps[key]
-
-
-def _is_compiled(model, cache: BltCache, num_rows: int) -> bool:
-    return num_rows == 1 and cache.compile_config is not None and _can_compile(model)
-
-
-def round_up_bytes(count: int) -> int:
-    """Bytes of a compiled step that reads `count` of one row."""
-    return 1 if count == 1 else -(-count // _STEP_BYTES) * _STEP_BYTES
-
-
-def compiled_part(model, cache: BltCache, part: Callable) -> Callable:
-    """`part`, a function of tensors of one row and of fixed shape, compiled as the steps of `cache` are."""
-    if not _is_compiled(model, cache, len(cache.row_bytes)):
-        return part
-    key = f"{part.__name__} {cache.compile_key}"
-    if key not in model.compiled_steps:
-        model.compiled_steps[key] = torch.compile(_copy(part), **cache.compile_settings)
-    return model.compiled_steps[key]
-
-
-def _can_compile(model) -> bool:
-    parts = (model, model.patcher, model.local_encoder, model.global_transformer, model.local_decoder)
-    return (
-        model.config._attn_implementation in ("eager", "sdpa")
-        and not torch.is_grad_enabled()
-        and not any(hasattr(part, "_hf_hook") for part in parts)  # a model spread over devices
-    )
+    return StepParts(*model.compiled_steps.find(str(shape[1]), list(vars(_PLAIN).values()), model, cache))
 
 
 def _close(model, cache: BltCache, read: BytesRead, counts: PatchCounts, close: Callable, *arguments) -> None:
     """Closes patches, in shapes of which few exist where they are compiled."""
     device, num_columns, max_new = read.chunk.num_bytes.device, read.chunk.num_columns, counts.max_new
-    is_compiled = close is not close_patches
-    if is_compiled and num_columns > 1:
+    is_fixed = close is not close_patches
+    if is_fixed and num_columns > 1:
         if max_new > _STEP_PATCHES:
-            is_compiled, close = False, close_patches
+            is_fixed, close = False, close_patches
         else:
             max_new = _STEP_PATCHES
     cache.reserve_patches(max_new)
     size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
-    back = torch.arange(-size if is_compiled else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
+    back = torch.arange(-size if is_fixed else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
     seen = round_up_columns(max(counts.old) + max_new)
     new, columns = torch.arange(max_new, device=device), torch.arange(seen, device=device)
-    if is_compiled:
+    if is_fixed:
         torch._dynamo.maybe_mark_dynamic(columns, 0)
     close(model, cache, read, new, columns, back, _closing_rows(model, counts, device), *arguments)
 
@@ -237,7 +181,7 @@ def take_step(
 ) -> Tensor:
     """The three parts for plain bytes; see [`BltModel.step`]."""
     rows, columns = input_ids.shape
-    if columns > 1 and _is_compiled(model, cache, rows):
+    if columns > 1 and is_compiled(model, cache, rows):
         lengths, length = [columns] if lengths is None else lengths, round_up_bytes(columns)
         if columns < length <= cache.slack:  # bytes that do not count are written behind the others, and over later
             filled = nn.functional.pad(input_ids, (0, length - columns))
@@ -274,10 +218,7 @@ def read_last_byte(model, cache: BltCache, input_ids: Tensor) -> Tensor:
 
 
 __all__ = [
-    "CompiledSteps",
-    "compiled_part",
     "read_last_byte",
-    "round_up_bytes",
     "run_small",
     "take_draft",
     "take_step",

@@ -21,10 +21,11 @@ from torch import Tensor
 from .attention_blt import SlotSpan
 from .cache_blt import BltCache, BltCacheLayer
 from .chunk_blt import next_bytes
+from .compiling_blt import is_compiled
 from .decoding_blt import RaggedText
 from .layers_blt import PatchReads
 from .speculation_blt import Drafts, DraftSource, finish_rows
-from .step_blt import compiled_part, read_last_byte
+from .step_blt import read_last_byte
 
 
 UNMASKING_RULES = ("confidence", "entropy")
@@ -171,7 +172,9 @@ def fill_block(
         choose: which masked bytes to keep, from scores and what is masked, as [`Unmasking.choose`]. None: all.
     """
     last, rows = text.last_ids(), len(needed)
-    read = compiled_part(model.model, cache, read_block)
+    read = read_block
+    if is_compiled(model.model, cache, rows):
+        (read,) = model.model.compiled_steps.find("read_block", [read_block], model, cache)
     last_state = read_last_byte(model.model, cache, last)
     ids = last.new_full((rows, block_size - 1), text.pad_token_id)
     is_masked = torch.ones_like(ids, dtype=torch.bool)

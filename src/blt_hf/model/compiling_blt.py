@@ -1,0 +1,125 @@
+"""Compiled decoding: what is compiled, and how long it holds.
+
+Before each call of compiled code torch asks again whatever it took for granted about the model, some 400 questions a
+millisecond and 4,000 a byte. Here the same is asked of all modules at once, and torch asks about the rest alone.
+"""
+
+from collections.abc import Callable
+from types import FunctionType
+
+import torch
+from torch import nn
+
+
+_STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so that few shapes are compiled
+
+
+def round_up_bytes(count: int) -> int:
+    """Bytes of a compiled step that reads `count` of one row."""
+    return 1 if count == 1 else -(-count // _STEP_BYTES) * _STEP_BYTES
+
+
+def is_compiled(model, cache, num_rows: int) -> bool:
+    """Whether a step of so many rows is compiled."""
+    return num_rows == 1 and cache.compile_config is not None and _can_compile(model)
+
+
+def _can_compile(model) -> bool:
+    parts = (model, model.patcher, model.local_encoder, model.global_transformer, model.local_decoder)
+    return (
+        model.config._attn_implementation in ("eager", "sdpa")
+        and not torch.is_grad_enabled()
+        and not any(hasattr(part, "_hf_hook") for part in parts)  # a model spread over devices
+    )
+
+
+class ModuleState:
+    """What compiled code takes for granted about the modules of a model.
+
+    Args:
+        root: all modules below it are looked at.
+    """
+
+    def __init__(self, root: nn.Module):
+        self.modules = list(root.modules())
+        self.facts = self._read()
+        # Other libraries' modules (adapters, quantized layers) have settings of their own, and some rotary embeddings
+        # change with the length.
+        self.is_whole = all(_is_known(module) for module in self.modules)
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        return self.facts == self._read()
+
+    def _read(self) -> list:
+        facts: list = []
+        for module in self.modules:
+            facts.append(module.training)
+            facts.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
+            facts.extend(map(id, module._modules.values()))
+            for tensors in (module._parameters, module._buffers):
+                for tensor in tensors.values():
+                    facts.append(id(tensor))
+                    if tensor is not None:
+                        facts += (tensor.dtype, tensor.device)
+        return facts
+
+
+def _is_known(module: nn.Module) -> bool:
+    name = type(module).__module__
+    is_ours = name.rpartition(".")[0] == __name__.rpartition(".")[0]
+    rope_type = getattr(module, "rope_type", "default")
+    is_fixed = not isinstance(rope_type, str) or not ("dynamic" in rope_type or "longrope" in rope_type)
+    return is_fixed and (is_ours or name.partition(".")[0] in ("torch", "transformers"))
+
+
+def _guards(entries) -> list[bool]:
+    """Which of torch's questions are asked: not those that [`ModuleState`] answers, and not whether code has changed."""
+    return [_is_asked(entry) for entry in entries]
+
+
+def _is_asked(entry) -> bool:
+    name = entry.name
+    is_about_code = name.startswith(("type(", "dict(type(", "G['__import_"))
+    is_about_modules = name.startswith("model") and ".config" not in name
+    return not (is_about_code or is_about_modules or entry.guard_type == "NOT_PRESENT_IN_GENERIC_DICT")
+
+
+class CompiledSteps(dict):
+    """What a model has compiled, by what it does and the settings it was compiled with; a copy of the model starts anew.
+
+    Compiled is what one row runs: for a byte, or for a verification that is filled up to one of a few lengths, each part
+    is one graph in which no shape varies but the number of patches so far. Several rows come in many shapes; a graph for
+    all of them takes minutes to compile, and the work of each byte outweighs there what compiling saves.
+    """
+
+    def __deepcopy__(self, memo) -> "CompiledSteps":
+        return CompiledSteps()
+
+    def __reduce__(self):
+        return CompiledSteps, ()
+
+    def find(self, key: str, functions: list[Callable], root: nn.Module, cache) -> list[Callable]:
+        """`functions`, whose argument `model` is `root`, compiled as `cache` says; anew if the modules have changed."""
+        key = f"{key} {cache.compile_key}"
+        state, compiled = self.get(key, (None, None))
+        if state is None or not state.holds():
+            state = ModuleState(root)
+            compiled = [_compile(function, cache.compile_settings, state.is_whole) for function in functions]
+            self[key] = state, compiled
+        return compiled
+
+
+def _compile(function: Callable, settings: dict, is_whole: bool) -> Callable:
+    settings, is_inductor = dict(settings), settings.get("backend") == "inductor"
+    if is_whole and (is_inductor or settings.get("mode") is None):
+        mode, options = settings.pop("mode", None), dict(settings.get("options") or {})
+        if mode is not None:  # torch takes a mode or options
+            options = {**torch._inductor.list_mode_options(mode, settings.get("dynamic")), **options}
+        settings["options"] = {"guard_filter_fn": _guards, **options}
+    # A function with code of its own: compiled code, and the limit of how often, hang on the code.
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    return torch.compile(own, **settings)
+
+
+__all__ = ["CompiledSteps", "ModuleState", "is_compiled", "round_up_bytes"]
