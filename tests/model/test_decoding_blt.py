@@ -326,7 +326,9 @@ def test_what_compiled_code_takes_for_granted():
     model.train()
     assert not state.holds()
     adapted = peft.get_peft_model(model, peft.LoraConfig())
-    assert not ModuleState(adapted.base_model.model).is_whole, "adapters have settings of their own, which torch sees to"
+    assert not ModuleState(adapted.base_model.model).is_whole, (
+        "adapters have settings of their own, which torch sees to"
+    )
 
 
 @pytest.mark.slow
