@@ -64,8 +64,10 @@ def project(linear: nn.Module, states: Tensor) -> Tensor:
         return linear(states)
     if weight.shape[0] % _PARTS or not weight.is_contiguous():
         return linear(states)
-    columns = states.reshape(rows, -1).t().expand(_PARTS, -1, -1)
-    product = torch.bmm(weight.view(_PARTS, -1, weight.shape[1]), columns)
+    parts = weight.view(_PARTS, -1, weight.shape[1])
+    if rows == 1:
+        return torch.bmm(parts, states.reshape(1, -1, 1).expand(_PARTS, -1, -1)).view(1, 1, -1)
+    product = torch.bmm(parts, states.reshape(rows, -1).t().expand(_PARTS, -1, -1))
     return product.view(-1, rows).t().contiguous().view(*states.shape[:2], -1)
 
 
