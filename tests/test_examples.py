@@ -99,6 +99,7 @@ def test_a_blt_learns_to_fill_in_blocks(tmp_path):
     for part in ("train", "heldout"):
         (tmp_path / f"{part}.jsonl").write_text(json.dumps({"source": "Python code", "text": text}) + "\n")
     options = ("--steps", 2, "--context", 64, "--rows", 1, "--corpus", tmp_path, "--output", tmp_path / "fast")
+    options += ("--blend", 0.5)
     facts = json.loads(run_example("fast_blt.py", *options).splitlines()[-1])
     assert set(facts["bits of a block's byte"]) == {"4", "8", "16"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "fast")
