@@ -99,9 +99,7 @@ def main() -> None:
 
     one_by_one(model, [(ids, 8) for ids, _ in requests[:2]], settings)  # the warm-up
     count = sum(count for _, count in requests)
-    contestants = [
-        Contestant(name, timed_way(name, way), count, arguments.repeats) for name, way in ways.items()
-    ]
+    contestants = [Contestant(name, timed_way(name, way), count, arguments.repeats) for name, way in ways.items()]
     rows = interleave(contestants, arguments.device, warm_up=False)
     for name, given in texts.items():
         if given != texts["one after another"]:
