@@ -158,8 +158,8 @@ def test_two_at_once(client):
 
 
 def test_lists_models(client):
-    """What is in the Hub's cache; a model that was given as a folder is not."""
-    assert list(client.models.list()) == []
+    """What is in the Hub's cache; a model that was given as a folder is not, or is listed because it is loaded (5.24)."""
+    assert {model.id for model in client.models.list()} <= {chatter_folder()}
 
 
 def test_another_model_is_refused(client):
