@@ -34,7 +34,13 @@ def name_of(page: Path) -> str:
 
 # `converting.md` has a test of its own, which makes the checkpoints that it converts. `troubleshooting.md` raises errors.
 WITH_TESTS_OF_THEIR_OWN = ("converting.md", "troubleshooting.md")
-PAGES_THAT_RUN = [page for page in PAGES if snippets(page) and page.name not in WITH_TESTS_OF_THEIR_OWN]
+# `export.md` records the model three times, which takes minutes; `tests/model/test_export.py` does so with smaller ones.
+LONG = ("export.md",)
+PAGES_THAT_RUN = [
+    pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page.name in LONG else [])
+    for page in PAGES
+    if snippets(page) and page.name not in WITH_TESTS_OF_THEIR_OWN
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=name_of)
+@pytest.mark.parametrize("page", PAGES_THAT_RUN)
 def test_snippets_run(page, clone, monkeypatch):
     """From top to bottom, each page in a namespace of its own."""
     monkeypatch.chdir(clone)
