@@ -2,6 +2,7 @@
 
 python benchmarks/speculation.py                    # the pretrained model of this repository
 python benchmarks/speculation.py --model some/blt --device cuda --dtype bfloat16
+python benchmarks/speculation.py --only parts       # what byte, draft and verification cost: the most to win
 
 Everything is timed in `generate()`, compiled, in turns: plain decoding, windows of drafts, eight rows at once, and a
 Llama of the global transformer's shape at 4.4 bytes a token. No model with the proportions of the released 1B is trained
@@ -10,6 +11,7 @@ says little, and how little is set by the acceptance.
 """
 
 import argparse
+import statistics
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -24,10 +26,11 @@ from common import (
     llama_of,
     random_ids,
     report,
+    timed,
 )
-from transformers import set_seed
+from transformers import CompileConfig, set_seed
 
-from blt_hf import BltForCausalLM, BltTokenizer
+from blt_hf import BltCache, BltForCausalLM, BltTokenizer
 
 
 PROMPTS = ["with", "import", "class", "exceptions", "while", "lambda", "numbers", "strings"]
@@ -142,6 +145,38 @@ def measure_llama(model, arguments) -> dict:
     return {"bytes/s": result["units_per_s"], "spread": result["spread"]}
 
 
+@torch.no_grad()
+def measure_parts(arguments, turns: int = 20) -> dict:
+    """Milliseconds of a compiled byte, draft, and verification of 8 bytes, and what they would give at best."""
+    local = ROOT / arguments.model
+    model = BltForCausalLM.from_pretrained(local if local.is_dir() else arguments.model)
+    model = model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
+    ids = BltTokenizer()(topics["with"] * 2, return_tensors="pt").input_ids[:, :1024].to(arguments.device)
+    cache = BltCache(model.config)
+    cache.compile_steps(CompileConfig(mode=None), 1024)
+    model(ids[:, :PROMPT_BYTES], use_cache=True, past_key_values=cache)
+
+    def read(count: int) -> float:
+        start = cache.get_seq_length()
+        return timed(lambda: model.step_logits(ids[:, start : start + count], cache), arguments.device)
+
+    def draft() -> float:
+        start = cache.get_seq_length()
+        seconds = timed(lambda: model.draft_logits(ids[:, start : start + 1], cache), arguments.device)
+        cache.crop(-1)
+        return seconds
+
+    parts = {"byte": lambda: read(1), "draft": draft, "verification of 8": lambda: read(8)}
+    seconds = {name: [] for name in parts}
+    for turn in range(turns + 3):
+        for name, part in parts.items():
+            new = [part() for _ in range(1 if name == "verification of 8" else 8)]
+            seconds[name] += new if turn >= 3 else []  # the first ones compile
+    cost = {name: 1000 * statistics.mean(values) for name, values in seconds.items()}  # only some bytes end a patch
+    best = 8 * cost["byte"] / (7 * cost["draft"] + cost["verification of 8"])
+    return {**{f"ms a {name}": value for name, value in cost.items()}, "speed with all drafts right": best}
+
+
 def measure_proportions(arguments, trained: list[dict]) -> list[dict]:
     """The same, on a random model whose drafts are accepted about as often as the trained model's."""
     model = build_blt("1b-proportions", arguments.patch_bytes, arguments.device, arguments.dtype)
@@ -177,10 +212,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-compile", action="store_true", help="decode without torch.compile")
-    parser.add_argument("--only", choices=["trained", "proportions"], help="one of the two tables")
+    parser.add_argument("--only", choices=["trained", "proportions", "parts"], help="one of the tables")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.only == "parts":
+        report("speculation: what the parts cost", [measure_parts(arguments)], arguments)
+        return
     if arguments.only != "proportions":
         trained, llama = measure_trained(arguments)
         report("speculation: a trained model", trained, arguments, llama_of_equal_shape=llama)

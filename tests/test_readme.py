@@ -36,11 +36,7 @@ def name_of(page: Path) -> str:
 WITH_TESTS_OF_THEIR_OWN = ("converting.md", "troubleshooting.md")
 # `export.md` records the model three times, which takes minutes; `tests/model/test_export.py` does so with smaller ones.
 LONG = ("export.md",)
-PAGES_THAT_RUN = [
-    pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page.name in LONG else [])
-    for page in PAGES
-    if snippets(page) and page.name not in WITH_TESTS_OF_THEIR_OWN
-]
+PAGES_THAT_RUN = [page for page in PAGES if snippets(page) and page.name not in WITH_TESTS_OF_THEIR_OWN]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,10 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES_THAT_RUN)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (page.name in LONG)) for page in PAGES_THAT_RUN],
+)
 def test_snippets_run(page, clone, monkeypatch):
     """From top to bottom, each page in a namespace of its own."""
     monkeypatch.chdir(clone)
