@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from test_exactness import RULES, alone, assert_same, model_for, pad
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import CompileConfig, GenerationMixin, StoppingCriteria
 from transformers.generation import BaseStreamer
 
@@ -323,6 +324,10 @@ def test_what_compiled_code_takes_for_granted():
     state = ModuleState(model)
     _change_weights(model)
     assert state.holds(), "weights that change where they are need no new code"
+    hook = register_module_forward_hook(_double)
+    assert not state.holds()
+    hook.remove()
+    assert state.holds()
     model.train()
     assert not state.holds()
     adapted = peft.get_peft_model(model, peft.LoraConfig())

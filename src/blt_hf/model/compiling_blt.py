@@ -9,6 +9,7 @@ from types import FunctionType
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 
 _STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so that few shapes are compiled
@@ -52,7 +53,7 @@ class ModuleState:
         return self.facts == self._read()
 
     def _read(self) -> list:
-        facts: list = []
+        facts: list = [len(_global_forward_hooks), len(_global_forward_pre_hooks)]
         for module in self.modules:
             facts.append(module.training)
             facts.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
@@ -101,7 +102,7 @@ class CompiledSteps(dict):
 
     def find(self, key: str, functions: list[Callable], root: nn.Module, cache) -> list[Callable]:
         """`functions`, whose argument `model` is `root`, compiled as `cache` says; anew if the modules have changed."""
-        key = f"{key} {cache.compile_key}"
+        key = f"{key} {id(root)} {cache.compile_key}"
         state, compiled = self.get(key, (None, None))
         if state is None or not state.holds():
             state = ModuleState(root)
