@@ -59,7 +59,8 @@ class SlotAccess:
 
     def on(self, device: torch.device) -> "SlotAccess":
         """The same on the device of a layer (they differ where a model is spread over several)."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        named = {"index": self.index, "source": self.source, "past": self.past, "rows": self.rows}
+        tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
         if all(tensor.device == device for tensor in tensors.values()):
             return self
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})

@@ -112,15 +112,39 @@ class CompiledSteps(dict):
 
 
 def _compile(function: Callable, settings: dict, is_whole: bool) -> Callable:
-    settings, is_inductor = dict(settings), settings.get("backend") == "inductor"
-    if is_whole and (is_inductor or settings.get("mode") is None):
-        mode, options = settings.pop("mode", None), dict(settings.get("options") or {})
-        if mode is not None:  # torch takes a mode or options
-            options = {**torch._inductor.list_mode_options(mode, settings.get("dynamic")), **options}
-        settings["options"] = {"guard_filter_fn": _guards, **options}
-    # A function with code of its own: compiled code, and the limit of how often, hang on the code.
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
-    return torch.compile(own, **settings)
+    plain = torch.compile(_own(function), **settings)
+    if not is_whole or (settings.get("backend") != "inductor" and settings.get("mode") is not None):
+        return plain
+    more = {name: value for name, value in settings.items() if name != "mode"}
+    options = dict(settings.get("options") or {})
+    if settings.get("mode") is not None:  # torch takes a mode or options
+        options = {**torch._inductor.list_mode_options(settings["mode"], settings.get("dynamic")), **options}
+    # In one graph or not at all: pieces of it would be shared with other models that nobody asked about.
+    more.update(fullgraph=True, options={"guard_filter_fn": _guards, **options})
+    return _WholeGraph(torch.compile(_own(function), **more), plain)
+
+
+def _own(function: Callable) -> Callable:
+    """A function with code of its own: compiled code, and the limit of how often, hang on the code."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+
+
+class _WholeGraph:
+    """Code that is compiled as one graph, and where torch cannot do that (with a rule of one's own, say), in pieces."""
+
+    def __init__(self, whole: Callable, plain: Callable):
+        self.whole, self.plain = whole, plain
+
+    def __call__(self, *arguments):
+        if self.whole is not None:
+            try:
+                return self.whole(*arguments)
+            except Exception as error:
+                refusals = torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
+                if not isinstance(error, refusals):
+                    raise
+                self.whole = None  # it was being recorded, so nothing has run
+        return self.plain(*arguments)
 
 
 __all__ = ["CompiledSteps", "ModuleState", "is_compiled", "round_up_bytes"]
