@@ -1,7 +1,7 @@
 """Compiled decoding: what is compiled, and how long it holds.
 
-Before each call of compiled code torch asks again whatever it took for granted about the model, some 400 questions a
-millisecond and 4,000 a byte. Here the same is asked of all modules at once, and torch asks about the rest alone.
+Before each call of compiled code torch asks again whatever it took for granted about the model, more than a thousand
+questions for each part of a byte. Here all modules are looked at once, and torch asks about the rest alone.
 """
 
 from collections.abc import Callable
@@ -112,7 +112,10 @@ class CompiledSteps(dict):
 
 
 def _compile(function: Callable, settings: dict, is_whole: bool) -> Callable:
-    plain = torch.compile(_own(function), **settings)
+    # A copy: torch takes what it knows out of the options.
+    plain = torch.compile(
+        _own(function), **{**settings, "options": settings.get("options") and {**settings["options"]}}
+    )
     if not is_whole or (settings.get("backend") != "inductor" and settings.get("mode") is not None):
         return plain
     more = {name: value for name, value in settings.items() if name != "mode"}
