@@ -13,9 +13,11 @@ import threading
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from hub_server import HubServer, Refused, metadata_errors, metadata_of
+from packaging.version import Version
 from safetensors.torch import load
 
 import new_process
@@ -269,17 +271,24 @@ def test_adapters_are_small(hub, published):
 def test_loading_with_the_package(hub, published, clients):
     """By name: every revision, the private one with the token of the environment, the adapter with its base.
 
-    The first two downloads of large files break off in the middle: the client asks for the rest.
+    The first two downloads of large files break off in the middle: the client asks for the rest, by itself or, before
+    huggingface_hub 1.20, when it is called again.
     """
     hub.cut_downloads = 2
     seen = clients.run(
         """
+import httpx
 from huggingface_hub import snapshot_download
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 load = AutoModelForCausalLM.from_pretrained
-model = load("ada/blt")
+model, seen["errors"] = None, 0
+while model is None:
+    try:
+        model = load("ada/blt")
+    except httpx.RemoteProtocolError:
+        seen["errors"] += 1
 seen["class"] = type(model).__module__
 seen["main"] = difference(model)
 seen["tokenizer"] = AutoTokenizer.from_pretrained("ada/blt")("Some text, with naïve words: 速い").input_ids
@@ -298,6 +307,7 @@ seen["incomplete"] = [str(path) for path in Path(os.environ["HF_HOME"]).rglob("*
         token="hf_writer",
     )
     assert hub.cut_downloads == 0, "two downloads did break off"
+    assert seen.pop("errors") == 0 or Version(huggingface_hub.__version__) < Version("1.20")
     assert not seen.pop("incomplete")
     assert seen.pop("class") == "blt_hf.model.modeling_blt"
     assert seen.pop("tokenizer") == BltTokenizer()(TEXT).input_ids

@@ -236,6 +236,7 @@ def test_every_attention_implementation_sees_the_same_keys():
 def double_precision(model, monkeypatch):
     """The model computes a few softmaxes in fp32 whatever its dtype; here everything is fp64."""
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double())
+    monkeypatch.setattr(torch, "float", torch.float64)  # what transformers' rotations ask `Tensor.to` for
     return model.double()
 
 

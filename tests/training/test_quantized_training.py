@@ -36,7 +36,7 @@ def quantization(kind: str, skip: list[str] | None = None):
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     if kind in QUANTO:
         return QuantoConfig(weights=f"int{kind[-1]}", modules_to_not_convert=skip)
-    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skip)
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2), modules_to_not_convert=skip)
 
 
 def quantized_modules(model: nn.Module) -> list[str]:
