@@ -1,6 +1,5 @@
-"""`accelerate launch` with DeepSpeed on CPUs: ZeRO-2 and ZeRO-3 train as one process does."""
+"""`accelerate launch` with DeepSpeed on CPUs: ZeRO-2 and ZeRO-3 train as one process does. `make test-slow` installs it."""
 
-import importlib.util
 import json
 import socket
 from pathlib import Path
@@ -51,7 +50,6 @@ def one_process(tmp_path_factory):
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow  # DeepSpeed compiles its communication for CPUs when it is first used
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="not installed: `pip install deepspeed`")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero(stage, one_process, tmp_path):
     expected, weights = one_process
