@@ -1,4 +1,4 @@
-"""`accelerate launch` with DeepSpeed on CPUs: ZeRO-2 and ZeRO-3 train as one process does. `make test-slow` installs it."""
+"""`accelerate launch` with DeepSpeed on CPUs: ZeRO-2 and ZeRO-3 train as one process. `make test-slow` installs it."""
 
 import json
 import socket
