@@ -143,7 +143,11 @@ def test_workflow_runs_what_every_change_must_pass():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     job = workflow["jobs"]["test"]
     assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
-    versions = job["strategy"]["matrix"]["python"]
+    runs = job["strategy"]["matrix"]["include"]
+    versions = [run["python"] for run in runs]
     assert {f"Programming Language :: Python :: {version}" for version in versions} <= set(PROJECT["classifiers"])
     assert PROJECT["requires-python"] == f">={versions[0]}"
+    # the tools for the site that the whole run was made with ask for Python 3.11
+    assert (runs[0]["constraints"], runs[-1]["constraints"]) == ("constraints/lowest.txt", "")
+    assert all((ROOT / run["constraints"]).exists() for run in runs)
     assert workflow["permissions"] == {"contents": "read"}
