@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_exactness import alone, assert_same, encode, model_for, rules, text_ids, texts
 from transformers import DynamicCache, StaticCache
@@ -406,6 +406,11 @@ def test_rows_leave_and_join_while_others_go_on(model, ids):
         ),
         max_size=8,
     ),
+)
+@example(  # a row without a byte, whose columns have no patch to read
+    rule="wide_cross",
+    rows=["2", "2"],
+    plan=[("reset", [1], 0), ("read", [0, 0, 0], 2), ("read", [0, 1, 0], 1)],
 )
 @settings(max_examples=max(60, settings().max_examples))
 @torch.no_grad()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
@@ -188,6 +188,7 @@ def test_special_tokens_in_a_text(text):
     st.booleans(),
     st.sampled_from([None, 6, 20]),
 )
+@example([b"</s>", "</s>"], "left", None, False, None)  # the name of a token, once as bytes
 def test_batches_against_the_oracle(rows, side, multiple, eos, max_length):
     tokenizer = BltTokenizer(add_eos_token=eos, padding_side=side)
     room = None if max_length is None else max_length - 1 - eos

@@ -156,7 +156,10 @@ def encode_rows(
     size = 4 if has_high_bytes or max([*sum(ends, []), *ids.values()], default=0) > 255 else 1
     if ids:
         symbols = {name: to_symbol(index, size) for name, index in ids.items()}
-        data = [b"".join([symbols[p] if p in symbols else _widen(p, size) for p in row]) for row in pieces]
+        data = [
+            b"".join([symbols[p] if i % 2 and p in symbols else _widen(p, size) for i, p in enumerate(row)])
+            for row in pieces
+        ]
     elif size > 1:
         data = [_widen(row, size) for row in data]
     before, after = (b"".join(to_symbol(index, size) for index in end) for end in ends)

@@ -285,8 +285,10 @@ class BltModel(BltPreTrainedModel):
         entries = (before + numbers.read)[..., None]
         hidden = None
         if (window := self._cross_windows[1]) > 1:
-            entries = entries - torch.arange(window, device=entries.device)
-            hidden = entries < 0
+            back = torch.arange(window, device=entries.device)
+            entries = entries - back
+            # Columns of a row without a patch read what is there: of no keys at all, softmax would make NaN
+            hidden = (entries < 0) & (back > 0)
         if chunk.cached_bytes is None:
             access = None if cache is None else SlotAccess(source=cache.latent_slots.held(numbers.num_new))
             return PatchReads(entries.clamp_min(0), hidden, access, is_first=True)
