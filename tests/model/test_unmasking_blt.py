@@ -9,7 +9,8 @@ from test_exactness import RULES, encode, text_ids, texts
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from blt_hf.model.unmasking_blt import Unmasking
+from blt_hf.model.step_blt import read_last_byte
+from blt_hf.model.unmasking_blt import Unmasking, read_block
 from conftest import cases, make_model
 
 
@@ -262,6 +263,19 @@ def test_the_cache_goes_on_from_there():
     cache = first["past_key_values" if "past_key_values" in first else "cache"]
     second = model.generate(first.sequences, past_key_values=cache, **GREEDY)
     assert torch.equal(second, model.generate(first.sequences, **GREEDY))
+
+
+@pytest.mark.parametrize("rule", ["entropy", "wide_cross"])
+@torch.no_grad()
+def test_a_row_without_a_byte_gives_numbers(rule):
+    """It waits beside another, has no patch to read, and probabilities are drawn for all rows together."""
+    model = model_with_blocks(rule)
+    cache = model(torch.tensor([encode(PROMPT)] * 2), use_cache=True).past_key_values
+    cache.reset_rows([1])
+    last = torch.tensor([[100], [100]])
+    state = read_last_byte(model.model, cache, last)
+    ids, is_masked = last.expand(2, 4), torch.tensor([False, True, True, True]).expand(2, 4)
+    assert read_block(model, cache, state, ids, is_masked).isfinite().all()
 
 
 def test_sampling_from_one_candidate_is_greedy_decoding():

@@ -262,6 +262,18 @@ class PatchReads:
     access: SlotAccess | None = None
     is_first: bool = False
 
+    @staticmethod
+    def find(last: Tensor, window: int) -> tuple[Tensor, Tensor | None]:
+        """Numbers `(B, S, window)` of the patches up to `last` `(B, S)`, that one first, and which are `hidden`.
+
+        Columns of a row that has no patch read what lies there, as with a window of 1: of no keys softmax makes NaN.
+        """
+        if window == 1:
+            return last[..., None], None
+        back = torch.arange(window, device=last.device)
+        patches = last[..., None] - back
+        return patches, (patches < 0) & (back > 0)
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """`index` and `hidden` on the device of a layer."""
         return self.index.to(device), None if self.hidden is None else self.hidden.to(device)

@@ -282,13 +282,7 @@ class BltModel(BltPreTrainedModel):
     ) -> PatchReads:
         """Where the latents that each byte reads lie: in the cache, or behind those (`has_new`, in a large chunk)."""
         before = chunk.previous["num_patches"][:, None]
-        entries = (before + numbers.read)[..., None]
-        hidden = None
-        if (window := self._cross_windows[1]) > 1:
-            back = torch.arange(window, device=entries.device)
-            entries = entries - back
-            # Columns of a row without a patch read what is there: of no keys at all, softmax would make NaN
-            hidden = (entries < 0) & (back > 0)
+        entries, hidden = PatchReads.find(before + numbers.read, self._cross_windows[1])
         if chunk.cached_bytes is None:
             access = None if cache is None else SlotAccess(source=cache.latent_slots.held(numbers.num_new))
             return PatchReads(entries.clamp_min(0), hidden, access, is_first=True)

@@ -121,10 +121,9 @@ def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_maske
     chunk = next_bytes(ids, None, cache, **blt._document_rules)
     embeds = torch.where(is_masked[..., None], model.mask_embedding.weight[0], blt.local_encoder.embed_tokens(ids))
     states = torch.cat([last_state, embeds[:, 1:].to(last_state.dtype)], dim=1)
-    window = blt._cross_windows[1]
-    back = torch.arange(window, device=ids.device)
-    patches = (chunk.previous["num_patches"][:, None, None] - 1 - back).expand(-1, ids.shape[1], -1)
-    reads = PatchReads(patches % cache.latent_slots.size, (patches < 0) & (back > 0) if window > 1 else None)
+    last = (chunk.previous["num_patches"][:, None] - 1).expand_as(ids)
+    patches, hidden = PatchReads.find(last, blt._cross_windows[1])
+    reads = PatchReads(patches % cache.latent_slots.size, hidden)
     start = None if chunk.document_start is None else chunk.document_start[:, :1].expand_as(ids)
     span = BlockSpan(
         cache.local_slots.held(chunk.cached_bytes), chunk.row_positions, blt.config.local_attention_window_len, start,
