@@ -321,6 +321,20 @@ def test_training_compiles_whole(inputs):
     assert graphs == 1 or (inputs == "packed" and graphs <= len(LONG))  # packed rows are compiled for each length
 
 
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_one_row_compiles_whole(is_trained):
+    """Its patches alone say how many rows a layer multiplies, and no graph may ask how many those are."""
+    model, names = make_small(), ("attention_mask",)
+    if is_trained:
+        assert compare_training(model, names, [(1, 90)], "eager") == 1
+        return
+    inputs = make_inputs(model.eval(), 1, 90, names)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        expected, got = (module(**inputs, use_cache=False).logits for module in (model, compiled))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_code_trains(backend):

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_blt import AttentionSpan, gathered_attention, repeat_kv_heads, segment_attention
 from .cache_blt import SlotAccess
-from .tracing_blt import is_exporting
+from .tracing_blt import is_exporting, may_be_more
 
 
 _MOST_FEW_ROWS = 16
@@ -51,9 +51,11 @@ def project(linear: nn.Module, states: Tensor) -> Tensor:
     if is_exporting():  # for any number of rows
         return linear(states)
     rows, is_compiled = states.shape[0] * states.shape[1], torch.compiler.is_dynamo_compiling()
-    if rows > _MOST_FEW_ROWS or states.device.type != "cpu" or states.dtype != torch.float32:
+    if (may_be_more(rows, _MOST_FEW_ROWS) if is_compiled else rows > _MOST_FEW_ROWS) or torch.is_grad_enabled():
         return linear(states)
-    if torch.is_grad_enabled() or not _is_plain(linear) or torch.is_autocast_enabled("cpu"):
+    if states.device.type != "cpu" or states.dtype != torch.float32:
+        return linear(states)
+    if not _is_plain(linear) or torch.is_autocast_enabled("cpu"):
         return linear(states)
     weight = linear.weight
     if weight.dtype != torch.float32:
