@@ -59,9 +59,11 @@ class BlockNoise:
     def draw(self, num_rows: int, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """First a mask probability for each block, uniform `(B, N)`, then a uniform number for each byte `(B, N, K)`."""
         shape = (num_rows, num_blocks)
-        place = device if self.generator is None else self.generator.device
-        probability = torch.rand(shape, generator=self.generator, device=place)
-        level = torch.rand((*shape, self.block_size), generator=self.generator, device=place)
+        options: dict = {"device": device}
+        if self.generator is not None:  # torch takes no symbol for a size where it is given None
+            options = {"device": self.generator.device, "generator": self.generator}
+        probability = torch.rand(shape, **options)
+        level = torch.rand((*shape, self.block_size), **options)
         return probability.clamp_min(MIN_MASK_PROBABILITY).to(device), level.to(device)
 
 

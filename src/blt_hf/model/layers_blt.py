@@ -48,10 +48,10 @@ def project(linear: nn.Module, states: Tensor) -> Tensor:
     multiplies few rows slowly on AMD's processors, and one row on one core alone: the weights as a batch of matrices,
     times the rows as columns, take half the time or less.
     """
-    if is_exporting():  # for any number of rows
+    if torch.is_grad_enabled() or is_exporting():  # for any number of rows
         return linear(states)
     rows, is_compiled = states.shape[0] * states.shape[1], torch.compiler.is_dynamo_compiling()
-    if (may_be_more(rows, _MOST_FEW_ROWS) if is_compiled else rows > _MOST_FEW_ROWS) or torch.is_grad_enabled():
+    if may_be_more(rows, _MOST_FEW_ROWS) if is_compiled else rows > _MOST_FEW_ROWS:
         return linear(states)
     if states.device.type != "cpu" or states.dtype != torch.float32:
         return linear(states)
