@@ -14,7 +14,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from blt_hf import BltForCausalLM, BltTokenizer
@@ -50,6 +51,13 @@ def convert(started, source: Path, target: Path, limit: int | None = None) -> No
     convert_meta_checkpoint(source, target, overwrite=True)
 
 
+def whole_run(checkpoint: str | None, num_steps: int) -> TrainerState | None:
+    """The state of a run that was killed after its last step; transformers' `Trainer` would make one step more."""
+    path = Path(checkpoint or "", TRAINER_STATE_NAME)
+    state = TrainerState.load_from_json(path) if checkpoint and path.is_file() else None
+    return state if state is not None and state.global_step >= num_steps else None
+
+
 def train(started, folder: Path, report: Path, num_steps: int = 8) -> None:
     """Trains, or goes on from the newest checkpoint that can be read; the losses of all steps go to `report`."""
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +72,9 @@ def train(started, folder: Path, report: Path, num_steps: int = 8) -> None:
         last = get_last_checkpoint(folder) if folder.is_dir() else None
         started.set()
         try:
-            trainer.train(resume_from_checkpoint=last)
+            if (state := whole_run(last, num_steps)) is None:
+                trainer.train(resume_from_checkpoint=last)
+                state = trainer.state
             break
         except Exception as error:
             if last is None:
@@ -72,8 +82,8 @@ def train(started, folder: Path, report: Path, num_steps: int = 8) -> None:
             # The newest folder is half written; it says so, and the one before it is whole
             print(f"{last} cannot be read: {error}")
             Path(last).rename(Path(last).with_name(f"broken-{time.time_ns()}"))
-    history = trainer.state.log_history
-    report.write_text(json.dumps({entry["step"]: entry["loss"] for entry in history if "loss" in entry}))
+    losses = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
+    report.write_text(json.dumps(losses))
 
 
 class Children:

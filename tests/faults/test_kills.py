@@ -87,6 +87,9 @@ def test_trainer(children, tmp_path, kills):
     assert code == 0
     expected = json.loads((tmp_path / "alone.json").read_text())
     assert len(expected) == 8 and len(set(expected.values())) > 4
+    (tmp_path / "alone.json").unlink()  # as if killed between the last checkpoint and the report
+    assert children.run(train, tmp_path / "alone", tmp_path / "alone.json")[0] == 0
+    assert json.loads((tmp_path / "alone.json").read_text()) == expected
     left, number = kills, 0
     while left:
         folder, report = tmp_path / str(number), tmp_path / f"{number}.json"
