@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` set up what they need; the scripts say which variables they read.
-.PHONY: coverage links quickstart quality style test test-lowest test-properties test-slow
+.PHONY: coverage links quickstart quality style test test-gpu test-lowest test-properties test-slow
 
 bin = $(or $(BLT_VENV),.venv)/bin
 
@@ -13,6 +13,11 @@ test:
 # imports, is installed for these alone.
 test-slow:
 	BLT_EXTRAS="dev deepspeed" BLT_TEST_WORKERS=0 bash scripts/test.sh -m slow --timeout 1800
+
+# On a machine with an NVIDIA GPU, with a torch for it in the environment: what only a GPU shows, and the tests of the model there.
+test-gpu:
+	BLT_TEST_DEVICE=cuda bash scripts/test.sh -m "not slow and not hub" tests/gpu tests/conformance/test_generation_suite.py \
+		tests/conformance/test_transformers_suites.py $(wildcard tests/model/test_[!elt]*_blt.py) tests/model/test_exactness.py
 
 # The oldest versions that are supported, in an environment of their own (some GB).
 test-lowest:

@@ -14,12 +14,12 @@ from common import (
     add_arguments,
     bandwidth,
     build_blt,
-    build_in_tree,
     build_llama,
-    check_equal,
+    build_pair,
     interleave,
     random_ids,
     report,
+    set_up,
     timed,
     weight_bytes_a_byte,
 )
@@ -72,15 +72,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also with torch.compile (its time is not counted)")
     parser.add_argument("--skip-in-tree", action="store_true", help="leave out the two contestants without a cache")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     device = arguments.device
-    model = build_blt(arguments.shape, arguments.patch_bytes, device, arguments.dtype)
+    if arguments.skip_in_tree:
+        difference, in_tree = None, None
+        model = build_blt(arguments.shape, arguments.patch_bytes, device, arguments.dtype)
+    else:
+        model, in_tree, difference = build_pair(arguments)
     llama = build_llama(arguments.shape, device, arguments.dtype)
-    difference, in_tree = None, None
-    if not arguments.skip_in_tree:
-        in_tree = build_in_tree(model)
-        difference = check_equal(model, in_tree)
     # CUDA graphs take over what is left of the overhead on a GPU.
     compile_config = CompileConfig(mode="reduce-overhead" if device.startswith("cuda") else None)
     rows, first_call = [], None

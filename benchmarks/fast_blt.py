@@ -19,7 +19,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from common import SHAPES, Contestant, add_arguments, build_blt, interleave, random_ids, report, timed
+from common import SHAPES, Contestant, add_arguments, build_blt, interleave, random_ids, report, set_up, timed
 
 from blt_hf import BltForCausalLM, BltTokenizer
 from blt_hf.model import unmasking_blt
@@ -218,8 +218,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     trained = measure_trained(arguments)
     report("Fast BLT: a trained model", trained, arguments)
     report("Fast BLT: proportions of the 1B", measure_proportions(arguments, trained), arguments)

@@ -6,7 +6,6 @@ python benchmarks/hash_tables.py --only rows        # peak memory of one contest
 
 import argparse
 
-import torch
 from common import (
     SHAPES,
     Contestant,
@@ -18,6 +17,7 @@ from common import (
     peak_memory_mb,
     random_ids,
     report,
+    set_up,
 )
 
 from blt_hf.training.optimization import BltAdamW, split_parameters
@@ -31,8 +31,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=["dense", "rows"])
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     SHAPES["tables"] = (*SHAPES[arguments.shape][:5], arguments.rows)
     ids = random_ids(1, arguments.bytes, arguments.device, seed=4)
     contestants, facts = [], []

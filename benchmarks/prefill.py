@@ -10,13 +10,12 @@ from common import (
     BYTES_PER_TOKEN,
     Contestant,
     add_arguments,
-    build_blt,
-    build_in_tree,
     build_llama,
-    check_equal,
+    build_pair,
     interleave,
     random_ids,
     report,
+    set_up,
 )
 
 
@@ -26,12 +25,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     device = arguments.device
-    model = build_blt(arguments.shape, arguments.patch_bytes, device, arguments.dtype)
-    in_tree = build_in_tree(model)
-    difference = check_equal(model, in_tree)
+    model, in_tree, difference = build_pair(arguments)
     llama = build_llama(arguments.shape, device, arguments.dtype)
     rows = []
     for length in arguments.lengths:

@@ -7,7 +7,7 @@ import argparse
 from collections import defaultdict
 
 import torch
-from common import adamw, add_arguments, build_blt, make_step, random_ids, report
+from common import adamw, add_arguments, build_blt, make_step, random_ids, report, set_up
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -46,8 +46,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="bytes before those that are decoded")
     parser.add_argument("--new-bytes", type=int, default=96)
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     device = arguments.device
     is_cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from common import Contestant, add_arguments, build_blt, interleave, report
+from common import Contestant, add_arguments, build_blt, interleave, report, set_up
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from blt_hf import BltForCausalLM, BltTokenizer
@@ -74,8 +74,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     if arguments.shape is None:
         local = ROOT / arguments.model
         model = BltForCausalLM.from_pretrained(local if local.is_dir() else arguments.model)

@@ -26,6 +26,7 @@ from common import (
     llama_of,
     random_ids,
     report,
+    set_up,
     timed,
 )
 from transformers import CompileConfig, set_seed
@@ -214,8 +215,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="decode without torch.compile")
     parser.add_argument("--only", choices=["trained", "proportions", "parts"], help="one of the tables")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     if arguments.only == "parts":
         report("speculation: what the parts cost", [measure_parts(arguments)], arguments)
         return

@@ -11,15 +11,14 @@ from common import (
     Contestant,
     adamw,
     add_arguments,
-    build_blt,
-    build_in_tree,
-    check_equal,
+    build_pair,
     interleave,
     make_step,
     matmul_peak,
     peak_memory_mb,
     random_ids,
     report,
+    set_up,
 )
 
 from blt_hf.evaluation.flops import flops_per_byte
@@ -33,14 +32,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=["blt_hf", "in-tree"], help="one contestant, for its peak memory")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    set_up(arguments)
     device = arguments.device
-    model = build_blt(arguments.shape, arguments.patch_bytes, device, arguments.dtype)
-    in_tree = build_in_tree(model)
-    difference = check_equal(model, in_tree)
+    model, in_tree, difference = build_pair(arguments)
     model.train()
     in_tree.train()
+    optimizer = adamw(model, 1e-5)
     rows, peak = [], matmul_peak(device, arguments.dtype)
     for length in arguments.lengths:
         ids = random_ids(1, length, device, seed=4)
@@ -50,10 +47,10 @@ def main() -> None:
         patch_lengths = compute_patch_lengths(rule, ids, found.entropies)
         repeats = 1 if length > 8192 else arguments.repeats
         contestants = [
-            Contestant("blt_hf", make_step(model, ids, adamw(model, 1e-5)), 1, repeats),
+            Contestant("blt_hf", make_step(model, ids, optimizer), 1, repeats),
             Contestant(
                 "blt_hf, precomputed patches",
-                make_step(model, ids, adamw(model, 1e-5), patch_lengths=patch_lengths),
+                make_step(model, ids, optimizer, patch_lengths=patch_lengths),
                 1,
                 repeats,
             ),

@@ -1,6 +1,9 @@
 """Small random models that every test module builds on."""
 
 import os
+import sys
+import types
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,6 +30,37 @@ settings.register_profile(
     print_blob=True,
 )
 settings.load_profile("many" if "BLT_PROPERTY_CASES" in os.environ else "default")
+
+
+# `make test-gpu`: where the tests' own tensors and random models lie
+DEVICE = torch.device(os.environ.get("BLT_TEST_DEVICE", "cpu"))
+FACTORIES = ("tensor", "zeros", "ones", "full", "empty", "arange", "linspace", "rand", "randn", "randint", "randperm")
+
+
+class TorchOnDevice(types.ModuleType):
+    """`torch` as a test module sees it: new tensors lie on `DEVICE`. The package's own code sees torch as it is."""
+
+    def __getattr__(self, name: str):
+        found = getattr(torch, name)
+        if name not in FACTORIES:
+            return found
+
+        def make(*args, device=None, **kwargs):
+            if "generator" not in kwargs:
+                return found(*args, device=device or DEVICE, **kwargs)
+            return found(*args, device=device, **kwargs).to(device or DEVICE)  # the numbers of a CPU's generator
+
+        return make
+
+
+def pytest_collection_finish() -> None:
+    if torch.device("cpu") == DEVICE:
+        return
+    tests, on_device = Path(__file__).parent, TorchOnDevice("torch")
+    for name, module in sys.modules.items():
+        is_test = tests in Path(getattr(module, "__file__", None) or "/").parents
+        if is_test and name != __name__ and getattr(module, "torch", None) is torch:
+            module.torch = on_device
 
 
 def cases(count: int):
@@ -80,7 +114,7 @@ def tiny_config(**overrides) -> BltConfig:
 def make_model(config: BltConfig | None = None, model_class=BltForCausalLM, seed: int = 0):
     """A model in eval mode whose norms and entropies vary as those of a trained one."""
     torch.manual_seed(seed)
-    model = model_class(config or tiny_config()).eval()
+    model = model_class(config or tiny_config()).eval().to(DEVICE)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:
@@ -96,7 +130,8 @@ def _calibrate(model) -> None:
     """Thresholds in the widest gap near a quantile, so that patches hold a few bytes and no start hangs by a hair."""
     config, text = model.config, "some text, with 2 lines\nand words of many lengths; é速 ab\n" * 2
     with torch.no_grad():
-        entropies = model(torch.tensor([[1] + [b + 4 for b in text.encode()]]), output_patches=True).entropies[0]
+        ids = torch.tensor([[1] + [b + 4 for b in text.encode()]], device=DEVICE)
+        entropies = model(ids, output_patches=True).entropies[0]
 
     def threshold(scores: torch.Tensor, quantile: float) -> float:
         scores = scores.sort().values
@@ -124,4 +159,4 @@ def byte_ids() -> torch.Tensor:
     """Two rows of text with a BOS, long enough to leave every window."""
     texts = ["The quick brown fox, jumps over 13 lazy dogs!", "Zażółć gęślą jaźń — naïve café über 速い狐."]
     rows = [[1] + [b + 4 for b in text.encode()][:43] for text in texts]
-    return torch.tensor([row[:44] for row in rows])
+    return torch.tensor([row[:44] for row in rows], device=DEVICE)

@@ -17,6 +17,7 @@ from transformers.models.blt import modeling_blt as in_tree
 
 from blt_hf import BltForCausalLM
 from blt_hf.conversion import convert_meta_checkpoint, export_meta_checkpoint
+from conftest import DEVICE
 
 
 REFERENCE = Path(
@@ -50,8 +51,8 @@ class Case:
     def __init__(self, name: str, folder: Path):
         self.name, self.folder = name, folder
         self.inputs = json.loads((REFERENCE / name / "vectors.json").read_text())["inputs"]
-        self.tensors = load_file(REFERENCE / name / "vectors.safetensors")
-        self.model = BltForCausalLM.from_pretrained(folder).eval()
+        self.tensors = load_file(REFERENCE / name / "vectors.safetensors", device=str(DEVICE))
+        self.model = BltForCausalLM.from_pretrained(folder).eval().to(DEVICE)
         # The recorded loop does not stop at eos.
         self.model.generation_config.eos_token_id = None
 

@@ -1,0 +1,275 @@
+"""What only a GPU can show: its numbers are a CPU's, how often the host waits for it, half precision, CUDA graphs, memory.
+
+`make test-gpu` runs these, and the tests of the model with their tensors and models on the GPU.
+"""
+
+import copy
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from test_diffusion_blt import diffusion_model
+from test_exactness import RULES, encode, model_for, pad, text_ids
+from transformers import AutoModelForCausalLM, CompileConfig, Trainer, TrainingArguments, pipeline
+
+from blt_hf import BltForCausalLM, BltTokenizer
+from blt_hf.training.data import BltDataCollator
+from conftest import DEVICE, make_model, tiny_config
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE.type == "cpu", reason="BLT_TEST_DEVICE names no GPU; `make test-gpu` sets it"),
+]
+
+TEXT = "some text, with 2 lines\nand words of many lengths; é速 ab"
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 24}
+
+
+def on_both(rule: str) -> tuple[BltForCausalLM, BltForCausalLM]:
+    """A model on a CPU, and the same on the GPU."""
+    model = model_for(rule)
+    return copy.deepcopy(model).to("cpu"), model
+
+
+def mid_model(**overrides) -> BltForCausalLM:
+    """8 layers of 512 and 9 local ones of 256: enough for a GPU to be busy, with heads that its kernels take."""
+    local = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 704}
+    config = tiny_config(
+        patcher_config={**local, "num_hidden_layers": 4, "sliding_window": 512},
+        encoder_config=local,
+        decoder_config={**local, "num_hidden_layers": 4, "hidden_size_global": 512},
+        global_config={
+            "hidden_size": 512,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "intermediate_size": 1408,
+        },
+        encoder_hash_byte_group_vocab=5003,
+        local_attention_window_len=512,
+        **overrides,
+    )
+    return make_model(config)
+
+
+@contextmanager
+def waits():
+    """A list that gets an entry each time the host waits for the GPU."""
+    seen = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield seen
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            seen += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+
+
+# ---- One answer ----
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_numbers_and_gradients_of_a_cpu(rule):
+    rows = [text_ids(rule, TEXT), text_ids(rule, "a short one")]
+    ids, mask = pad(rows, "left")
+    found = []
+    for model in on_both(rule):
+        where = model.device
+        labels = torch.where(mask == 0, -100, ids).to(where)
+        out = model(ids.to(where), attention_mask=mask.to(where), labels=labels, output_patches=True)
+        model.zero_grad()
+        out.loss.backward()
+        gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        text = model.generate(ids.to(where), attention_mask=mask.to(where), **GREEDY)
+        found.append((out.logits.detach().cpu()[mask.cpu() > 0], out.patch_lengths.cpu(), gradients, text.cpu()))
+    (logits, lengths, gradients, text), (logits2, lengths2, gradients2, text2) = found
+    assert torch.equal(lengths, lengths2)
+    torch.testing.assert_close(logits2, logits, atol=1e-4, rtol=1e-4)
+    assert gradients.keys() == gradients2.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients2[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+    assert torch.equal(text, text2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, tmp_path):
+    exact = mid_model()
+    exact.save_pretrained(tmp_path)
+    half = BltForCausalLM.from_pretrained(tmp_path, dtype=dtype).to(DEVICE)
+    ids = torch.tensor([encode(TEXT * 30)])
+    starts = []
+    with torch.no_grad():
+        one = exact(ids, output_patches=True)
+        lengths = one.patch_lengths
+        for model, is_cast in ((half, False), (exact, True)):
+            with torch.autocast(DEVICE.type, dtype, enabled=is_cast):
+                given = model(ids, patch_lengths=lengths).logits.float()
+                starts.append(model(ids, output_patches=True).patch_lengths[0].cumsum(0).tolist())
+            error = (given - one.logits).norm() / one.logits.norm()
+            assert error < 3e-2, error
+    for found in starts:  # few comparisons are so near to the threshold
+        expected = set(lengths[0].cumsum(0).tolist())
+        assert len(expected & set(found)) > 0.9 * len(expected | set(found))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_decodes(dtype):
+    """What the cache chose is what the whole text would choose, or nearly."""
+    half = mid_model(patching_mode="space").to(dtype)
+    ids, mask = pad([encode(TEXT * 30)[:700], encode(TEXT * 10)[:300]], "left")
+    text = half.generate(ids, attention_mask=mask, **GREEDY)
+    with torch.no_grad():
+        logits = half(text[:, :-1], attention_mask=torch.cat([mask, torch.ones_like(mask[:, :23])], 1)).logits[:, 699:]
+    chosen = logits.gather(2, text[:, 700:, None])[..., 0]
+    assert (logits.max(dim=-1).values - chosen).max() < 0.1
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.parametrize("length", [300, 1700])
+def test_attention_implementations(implementation, length):
+    model = mid_model()
+    ids, mask = pad([encode(TEXT * 40)[:length], encode(TEXT * 20)[: length // 2]], "right")
+    found = []
+    for name in ("sdpa", implementation):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, labels=torch.where(mask == 0, -100, ids))
+        out.loss.backward()
+        found.append((out.logits.detach()[mask > 0], model.model.local_encoder.embed_tokens.weight.grad.clone()))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(found[1][1], found[0][1], atol=2e-3, rtol=2e-2)
+
+
+# ---- How often the host waits ----
+
+
+def test_waits_of_a_forward_and_of_a_byte():
+    """Laws of the house: checks of values cost nothing on a GPU, and the host asks once what the patcher decided."""
+    model = mid_model()
+    ids, mask = pad([encode(TEXT * 4), encode(TEXT * 3)], "left")
+    lengths = model(ids[:1], output_patches=True).patch_lengths
+    byte = ids[:1, -1:]
+    with torch.no_grad():
+        cache = model(ids[:1], use_cache=True).past_key_values
+        model(byte, past_key_values=cache)
+        for arguments, most in [
+            ({"input_ids": ids[:1], "use_cache": False}, 1),
+            ({"input_ids": ids[:1], "labels": ids[:1], "use_cache": False}, 1),
+            ({"input_ids": ids, "attention_mask": mask, "use_cache": False}, 2),
+            ({"input_ids": ids[:1], "patch_lengths": lengths, "use_cache": False}, 2),
+            ({"input_ids": byte, "past_key_values": cache}, 1),
+        ]:
+            torch.cuda.synchronize()
+            with waits() as seen:
+                model(**arguments)
+            assert len(seen) <= most, (list(arguments), seen)
+
+
+# ---- Decoding ----
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_cuda_graphs_write_the_same_text(rows):
+    model = mid_model()
+    ids, mask = pad([encode(TEXT)[: 40 - 7 * row] for row in range(rows)], "left")
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    static = {"cache_implementation": "static", "compile_config": CompileConfig(mode="reduce-overhead")}
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **static), expected)
+
+
+@pytest.mark.parametrize("settings", [{"self_speculation_window": 4}, {"diffusion_block_size": 4, "verify": True}])
+def test_drafts_and_blocks(settings):
+    model = diffusion_model(seed=1)
+    ids, mask = pad([encode(TEXT)[:40], encode(TEXT)[:33]], "left")
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **settings), expected)
+
+
+def test_the_pipeline(tmp_path):
+    mid_model().save_pretrained(tmp_path)
+    BltTokenizer().save_pretrained(tmp_path)
+    pipe = pipeline("text-generation", model=str(tmp_path), device=0, dtype=torch.bfloat16)
+    (found,) = pipe(TEXT, max_new_tokens=8, do_sample=False)
+    assert found["generated_text"].startswith(TEXT) and pipe.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("room", ["8GB", "60MB"])
+def test_device_maps(tmp_path, room):
+    """Where the GPU has no room for all, some layers wait in the memory of the host."""
+    model = mid_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", max_memory={0: room, "cpu": "8GB"})
+    assert ("cpu" in map(str, loaded.hf_device_map.values())) == (room == "60MB"), loaded.hf_device_map
+    ids = torch.tensor([encode(TEXT)])
+    assert torch.equal(loaded.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+
+
+# ---- Training ----
+
+
+def test_trainer_in_half_precision(tmp_path):
+    model = mid_model().train()
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": row} for row in torch.randint(4, 20, (64, 96), generator=generator).tolist()]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=30, per_device_train_batch_size=8, learning_rate=1e-3, bf16=True, logging_steps=10,
+        report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=BltDataCollator())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 3.3 < losses[0]  # nearly the 2.8 nats of 16 kinds of bytes
+    assert all(p.grad is None for p in model.model.patcher.parameters())
+
+
+def test_compiled_training_has_the_same_gradients():
+    model = mid_model().train()
+    ids = torch.tensor([encode(TEXT * 10)])
+    found = []
+    for call in (model, torch.compile(model, dynamic=True)):
+        model.zero_grad()
+        loss = call(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-4)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-4, rtol=2e-2, msg=name)
+
+
+# ---- Memory ----
+
+
+def test_long_texts_need_no_square():
+    """A mask of 65,536 x 65,536 alone would take 4 GB, and scores of 4 heads 69 GB in fp32."""
+    model = mid_model().to(torch.bfloat16)
+    ids = torch.tensor([encode(TEXT * 1200)[:65536]])
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        out = model.model(ids, use_cache=False)
+    assert out.last_hidden_state.isfinite().all()
+    taken = (torch.cuda.max_memory_allocated() - before) / 2**30
+    assert taken < 4, taken
+
+
+def test_quantized_weights(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    model = mid_model()
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=DEVICE, quantization_config=config)
+    ids = torch.tensor([encode(TEXT * 4)])
+    with torch.no_grad():
+        one, other = model(ids, output_patches=True), loaded(ids, output_patches=True)
+    kept = [type(layer.mlp.up_proj.weight) for layer in loaded.model.global_transformer.layers]
+    assert all(kind is not torch.nn.Parameter for kind in kept), kept
+    assert torch.equal(one.patch_lengths, other.patch_lengths)
+    error = (one.logits - other.logits).norm() / one.logits.norm()
+    assert 0 < error < 0.1
