@@ -106,7 +106,7 @@ def check_attention_mask(attention_mask: Tensor, rows: int, columns: int, past: 
 
 def check_position_ids(position_ids: Tensor, rows: int, columns: int) -> Tensor:
     """`position_ids` for all rows, `(B, S)`; their values are the business of [`find_text_starts`]."""
-    check_tensor("position_ids", position_ids, f"int64 ({rows} or 1, {columns})")
+    check_tensor("position_ids", position_ids, "int64 (rows or 1, bytes)")  # a number in this text has to be known
     # Rows are compared one by one, because torch.compile finds no symbol in a tuple.
     fits = position_ids.dim() == 2 and position_ids.shape[1] == columns
     if not fits or (position_ids.shape[0] != rows and position_ids.shape[0] != 1):

@@ -175,8 +175,7 @@ def find_block_starts(chunk: ByteChunk, ends: Tensor, labels: Tensor, block_size
     starts = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], dim=1) & (chunk.text_positions > 0)
     if chunk.is_text is not None:
         starts = starts & chunk.is_text
-    learned = nn.functional.pad((labels != -100).long().cumsum(dim=1), (1, block_size))
-    learned[:, ends.shape[1] + 1 :] = learned[:, ends.shape[1], None]
+    learned = nn.functional.pad((labels != -100).long(), (1, block_size)).cumsum(dim=1)
     starts = starts & (learned[:, block_size:-1] > learned[:, : -block_size - 1])
     # A stable sort moves the starts of each row to its beginning.
     order = torch.argsort((~starts).to(torch.uint8), dim=1, stable=True)
