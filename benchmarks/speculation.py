@@ -154,7 +154,7 @@ def measure_parts(arguments, turns: int = 20) -> dict:
     model = model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
     ids = BltTokenizer()(topics["with"] * 2, return_tensors="pt").input_ids[:, :1024].to(arguments.device)
     cache = BltCache(model.config)
-    cache.compile_steps(CompileConfig(mode=None), 1024)
+    cache.fix_steps(CompileConfig(mode=None), 1024)
     model(ids[:, :PROMPT_BYTES], use_cache=True, past_key_values=cache)
 
     def read(count: int) -> float:

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     CompileConfig,
+    GenerationConfig,
     TorchAoConfig,
     Trainer,
     TrainingArguments,
@@ -180,14 +181,56 @@ def test_waits_of_a_forward_and_of_a_byte():
 # ---- Decoding ----
 
 
+STATIC = {"cache_implementation": "static"}
+
+
 @pytest.mark.parametrize("rows", [1, 3])
-def test_cuda_graphs_write_the_same_text(rows):
-    model = mid_model()
+@pytest.mark.parametrize("rule", ["entropy", "space", "wide_cross"])
+def test_recorded_steps_write_the_same_text(rule, rows):
+    model = make_model(tiny_config(**RULES[rule]))
+    ids, mask = pad([encode(TEXT)[: 40 - 7 * row] for row in range(rows)], "left")
+    settings = {**GREEDY, "attention_mask": mask, "max_new_tokens": 60}
+    expected = model.generate(ids, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what cannot be recorded warns
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, **settings, **STATIC, disable_compile=True), expected)
+    found = model.generate(ids, **settings, **STATIC, disable_compile=True, return_dict_in_generate=True)
+    assert sum(part is not None for part in found.past_key_values.recorder._parts.values()) >= 3
+
+
+def test_recorded_steps_in_half_precision_wait_for_nobody():
+    """A byte is two graphs, one question between them, and the byte that was chosen."""
+    model = mid_model().to(torch.bfloat16)
+    ids = torch.tensor([encode(TEXT)])
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, **GREEDY, **STATIC, disable_compile=True), expected)
+    with waits() as seen:
+        model.generate(ids, **{**GREEDY, "max_new_tokens": 40}, **STATIC, disable_compile=True)
+    short = len(seen)
+    with waits() as seen:
+        model.generate(ids, **{**GREEDY, "max_new_tokens": 60}, **STATIC, disable_compile=True)
+    assert len(seen) - short <= 2 * 20 + 4, (short, len(seen), seen[-6:])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_compiled_and_recorded_steps_write_the_same_text(rows):
+    model = make_model(tiny_config())
     ids, mask = pad([encode(TEXT)[: 40 - 7 * row] for row in range(rows)], "left")
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
-    static = {"cache_implementation": "static", "compile_config": CompileConfig(mode="reduce-overhead")}
+    static = {**STATIC, "compile_config": CompileConfig(mode="reduce-overhead")}
     for _ in range(2):
         assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **static), expected)
+
+
+def test_continuous_batching_with_recorded_steps():
+    model = make_model()
+    texts = [encode(TEXT)[:length] for length in (5, 30, 12, 44, 21)]
+    expected = [model.generate(torch.tensor([ids]), **GREEDY)[0, len(ids) :].tolist() for ids in texts]
+    settings = GenerationConfig(**GREEDY, **STATIC, disable_compile=True)
+    settings.eos_token_id = -1
+    found = model.generate_batch(texts, generation_config=settings)
+    assert [output.generated_tokens for output in found.values()] == expected
 
 
 @pytest.mark.parametrize("settings", [{"self_speculation_window": 4}, {"diffusion_block_size": 4, "verify": True}])
@@ -195,7 +238,8 @@ def test_drafts_and_blocks(settings):
     model = diffusion_model(seed=1)
     ids, mask = pad([encode(TEXT)[:40], encode(TEXT)[:33]], "left")
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
-    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **settings), expected)
+    for static in ({}, {**STATIC, "disable_compile": True}):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **settings, **static), expected)
 
 
 def test_the_pipeline(tmp_path):

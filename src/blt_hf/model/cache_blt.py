@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .checks_blt import cache_facts
 from .patching_blt import PATCHING_MODES, PatchingRule
+from .recording_blt import Recorder
 
 
 _BLOCK = 32  # numbers of slots are multiples of this, so that few shapes occur
@@ -66,13 +67,6 @@ class SlotAccess:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def mark_static(tensor: Tensor, grows: bool = False) -> None:
-    """Tells `torch.compile` that a tensor stays where it is and is written to there (CUDA graphs ask for that)."""
-    torch._dynamo.mark_static_address(tensor)
-    if grows:
-        torch._dynamo.maybe_mark_dynamic(tensor, 1)
-
-
 class Slots:
     """The slots of one kind: how many there are, and the tensors that have them.
 
@@ -82,7 +76,8 @@ class Slots:
 
     def __init__(self, keep: int | None):
         self.keep, self.size, self.least = keep, 0, 0
-        self.is_static = False  # for compiled steps: the tensors stay where they are
+        self.is_static = False  # the tensors stay where they are as long as there is room
+        self.moves = 0  # how often a tensor was made anew
         self.tensors: list[SlotTensor] = []
 
     def held(self, counts: Tensor) -> Tensor:
@@ -140,8 +135,9 @@ class SlotTensor:
 
     def _set(self, values: Tensor) -> None:
         self.values = values
-        if self.slots.is_static:
-            mark_static(values, grows=self.slots.keep is None)
+        self.slots.moves += 1
+        if self.slots.is_static and self.slots.keep is None:
+            torch._dynamo.maybe_mark_dynamic(values, 1)
 
     def write(self, new: Tensor, access: SlotAccess, num_rows: int | None = None) -> None:
         """Writes `new` `(R, S, ...)`."""
@@ -378,7 +374,8 @@ class BltCache(Cache):
                 self.num_rule_entropies = max(rule.window - 1, 1)
         self.config, self.made_for = config, cache_facts(config)
         self._first_slack = slack
-        self.compile_config = None  # see `compile_steps`
+        self.compile_config = self.recorder = None  # see `fix_steps`
+        self._starts = 0
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
         self.local_slots = Slots(None if local_window is None else local_window - 1)
         self.recent_slots, self.latent_slots, self.patch_slots = Slots(0), Slots(0), Slots(None)
@@ -496,27 +493,33 @@ class BltCache(Cache):
         self._clear()
         self.num_bytes = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.num_patches = torch.zeros_like(self.num_bytes)
-        if self.compile_config is not None:
-            mark_static(self.num_bytes)
-            mark_static(self.num_patches)
+        self._starts += 1
         self.row_bytes, self.row_patches, self._row_stale = [0] * num_rows, [0] * num_rows, [0] * num_rows
 
-    def compile_steps(self, compile_config, max_length: int | None = None) -> None:
-        """Decodes with compiled steps from now on, in an empty cache.
+    def fix_steps(self, compile_config=None, max_length: int | None = None) -> None:
+        """From now on decodes in tensors that stay where they are, in an empty cache: with compiled steps, and on a GPU
+        with recorded ones.
 
         Args:
-            compile_config: a `transformers.CompileConfig`, what `torch.compile` is told.
+            compile_config: a `transformers.CompileConfig`, what `torch.compile` is told; None: nothing is compiled.
             max_length: bytes to make room for at once, so that no shape changes as the text grows.
         """
-        self.compile_config = compile_config
-        self.compile_settings = compile_config.to_dict()
-        self.compile_key = repr(self.compile_settings)
+        self.recorder = Recorder()
+        if compile_config is not None:
+            self.compile_config = compile_config
+            self.compile_settings = compile_config.to_dict()
+            self.compile_key = repr(self.compile_settings)
         for slots in self._kinds():
             slots.is_static = True
             slots.least = (max_length or 0) if slots.keep is None else slots.keep + self.slack
         self.patch_slots.least = (max_length or 0) // 2
         self.recent_slots.least = _OPEN_BYTES
         self.latent_slots.least = self.decoder_window + 2 * self.slack
+
+    @property
+    def layout(self) -> tuple:
+        """Another value whenever a tensor has moved, or the rows hold documents for the first time."""
+        return (self._starts, self.has_documents, *(slots.moves for slots in self._kinds()))
 
     def is_small(self, num_columns: int) -> bool:
         """Whether a chunk of so many columns is written first and then reads all slots."""
@@ -706,6 +709,7 @@ class BltCache(Cache):
             for tensor in slots.tensors:
                 tensor.select_rows(index)
         on_device = index.to(self.num_bytes.device)
+        self._starts += 1
         self.num_bytes, self.num_patches = (c.index_select(0, on_device) for c in (self.num_bytes, self.num_patches))
         rows = index.tolist()
         for name in ("row_bytes", "row_patches", "_row_stale"):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 
+_WITH_ADDRESS = (torch.Tensor, nn.Parameter)  # subclasses may keep their values anywhere
 _STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so that few shapes are compiled
 
 
@@ -35,14 +36,21 @@ def _can_compile(model) -> bool:
 
 
 class ModuleState:
-    """What compiled code takes for granted about the modules of a model.
+    """What compiled or recorded code takes for granted about the modules of a model.
 
     Args:
-        root: all modules below it are looked at.
+        roots: all modules below them are looked at.
     """
 
-    def __init__(self, root: nn.Module):
-        self.modules = list(root.modules())
+    def __init__(self, *roots: nn.Module):
+        self.modules = [module for root in roots for module in root.modules()]
+        # Its dictionaries stay those of a module; looking at them takes a third of asking the modules.
+        self._fields = [vars(module) for module in self.modules]
+        self._hooks = [f[name] for f in self._fields for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self._children, self._tensors = (
+            [f[name] for f in self._fields for name in names if f[name]]
+            for names in (("_modules",), ("_parameters", "_buffers"))
+        )
         self.facts = self._read()
         # Other libraries' modules (adapters, quantized layers) have settings of their own, and some rotary embeddings
         # change with the length.
@@ -52,18 +60,18 @@ class ModuleState:
         """Whether nothing has changed."""
         return self.facts == self._read()
 
-    def _read(self) -> list:
-        facts: list = [len(_global_forward_hooks), len(_global_forward_pre_hooks)]
-        for module in self.modules:
-            facts.append(module.training)
-            facts.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
-            facts.extend(map(id, module._modules.values()))
-            for tensors in (module._parameters, module._buffers):
-                for tensor in tensors.values():
-                    facts.append(id(tensor))
-                    if tensor is not None:
-                        facts += (tensor.dtype, tensor.device)
-        return facts
+    def _read(self) -> tuple:
+        tensors = [tensor for held in self._tensors for tensor in held.values()]
+        plain = [tensor for tensor in tensors if type(tensor) in _WITH_ADDRESS]
+        return (
+            len(_global_forward_hooks) + len(_global_forward_pre_hooks),
+            list(map(len, self._hooks)),
+            [fields["training"] for fields in self._fields],
+            [id(child) for children in self._children for child in children.values()],
+            list(map(id, tensors)),
+            [tensor.dtype for tensor in plain],
+            [tensor.data_ptr() for tensor in plain],
+        )
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -112,19 +120,18 @@ class CompiledSteps(dict):
 
 
 def _compile(function: Callable, settings: dict, is_whole: bool) -> Callable:
-    # A copy: torch takes what it knows out of the options.
-    plain = torch.compile(
-        _own(function), **{**settings, "options": settings.get("options") and {**settings["options"]}}
-    )
-    if not is_whole or (settings.get("backend") != "inductor" and settings.get("mode") is not None):
+    settings, options = {**settings}, dict(settings.get("options") or {})
+    if settings.get("backend", "inductor") == "inductor":
+        if (mode := settings.pop("mode", None)) is not None:  # torch takes a mode or options
+            options = {**torch._inductor.list_mode_options(mode, settings.get("dynamic")), **options}
+        # `recording_blt.py` records what runs, compiled or not.
+        options["triton.cudagraphs"] = False
+    plain = torch.compile(_own(function), **{**settings, "options": {**options} or None})
+    if not is_whole or settings.get("mode") is not None:
         return plain
-    more = {name: value for name, value in settings.items() if name != "mode"}
-    options = dict(settings.get("options") or {})
-    if settings.get("mode") is not None:  # torch takes a mode or options
-        options = {**torch._inductor.list_mode_options(settings["mode"], settings.get("dynamic")), **options}
     # In one graph or not at all: pieces of it would be shared with other models that nobody asked about.
-    more.update(fullgraph=True, options={"guard_filter_fn": _guards, **options})
-    return _WholeGraph(torch.compile(_own(function), **more), plain)
+    settings.update(fullgraph=True, options={"guard_filter_fn": _guards, **options})
+    return _WholeGraph(torch.compile(_own(function), **settings), plain)
 
 
 def _own(function: Callable) -> Callable:

@@ -128,6 +128,8 @@ class RunningBatch:
         max_memory: bytes that caches may take, at worst (every byte a patch). A request that does not fit waits.
         max_text: bytes of text, prompts and what they may become, that may run at once; None: no limit but memory.
         prefill_bytes: bytes of a prompt that are read between two steps of the running rows.
+        is_static: the rows' cache stays where it is, so that a GPU records its steps.
+        compile_config: a `CompileConfig`, by which the steps of a single row are compiled then.
     """
 
     def __init__(
@@ -139,7 +141,10 @@ class RunningBatch:
         max_text: int | None = None,
         prefill_bytes: int = _PREFILL_BYTES,
         return_logprobs: bool = False,
+        compile_config=None,
+        is_static: bool = False,
     ):
+        self.compile_config, self.is_static = compile_config, is_static
         self.model, self.generation_config = model, generation_config
         self.max_rows, self.max_text, self.prefill_bytes = max_rows, max_text, prefill_bytes
         self.max_memory = int(_MEMORY_SHARE * free_memory(model.device)) if max_memory is None else max_memory
@@ -314,6 +319,8 @@ class RunningBatch:
         cache = None
         if count:
             cache = BltCache(self.model.config)
+            if self.is_static:
+                cache.fix_steps(self.compile_config, max((r.max_bytes for r in requests if r), default=0))
             cache.start(count, device)
             if kept:
                 index = torch.tensor(kept, device=device)
@@ -385,6 +392,10 @@ class BltContinuousBatchingManager(ContinuousBatchingManager):
         self._use_prefix_sharing = False
         share = config.max_memory_percent or _MEMORY_SHARE
         page_size = getattr(config, "page_size", None) or getattr(config, "block_size", 1)
+        compile_config = config.decode_compile_config
+        is_static = compile_config is not None or generation_config.cache_implementation == "static"
+        if compile_config is None and is_static and not generation_config.disable_compile:
+            compile_config = generation_config.compile_config or CompileConfig()
         self.batch_processor = self._batch = RunningBatch(
             model,
             generation_config,
@@ -393,12 +404,9 @@ class BltContinuousBatchingManager(ContinuousBatchingManager):
             max_text=None if config.num_blocks is None else config.num_blocks * page_size,
             prefill_bytes=config.max_batch_tokens or _PREFILL_BYTES,
             return_logprobs=config.return_logprobs,
+            is_static=is_static,
+            compile_config=compile_config,
         )
-        compile_config = config.decode_compile_config
-        if compile_config is None and generation_config.cache_implementation == "static":
-            compile_config = generation_config.compile_config or CompileConfig()
-        if compile_config is not None:
-            model.compile_steps(compile_config)
 
     def warmup(self) -> None:
         """Makes two bytes of a text of one byte, which builds what the first request would wait for."""

@@ -227,8 +227,9 @@ class BltGenerationMixin(GenerationMixin):
             # An assistant of a model with other tokens is taken back to wherever the two texts part.
             slack = {"slack": max(max_cache_length, 256)} if generation_config.is_assistant else {}
             cache = model_kwargs[CACHE_NAME] = BltCache(self.config, **slack)
-            if implementation == "static" and not generation_config.disable_compile:
-                cache.compile_steps(generation_config.compile_config or CompileConfig(), max_cache_length)
+            if implementation == "static":
+                compile_config = generation_config.compile_config or CompileConfig()
+                cache.fix_steps(None if generation_config.disable_compile else compile_config, max_cache_length)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             return

@@ -15,6 +15,7 @@ from .cache_blt import BltCache, SlotAccess, round_up_columns
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, next_bytes, number_patches
 from .compiling_blt import is_compiled, round_up_bytes
 from .layers_blt import StateTrace, project
+from .recording_blt import can_record
 
 
 _STEP_PATCHES = 4  # patches that they close, unless more end
@@ -120,17 +121,56 @@ class StepParts:
 _PLAIN = StepParts()
 
 
-def _parts(model, cache: BltCache, shape: tuple[int, int]) -> StepParts:
-    """The parts for a step of `(B, S)` bytes."""
-    if shape[1] != round_up_bytes(shape[1]) or not is_compiled(model, cache, shape[0]):
-        return _PLAIN
-    return StepParts(*model.compiled_steps.find(str(shape[1]), list(vars(_PLAIN).values()), model, cache))
+class _Step:
+    """The parts of a step of `(B, S)` bytes, in a cache that has room for them: plain or compiled, and recorded or not."""
+
+    def __init__(self, model, cache: BltCache, input_ids: Tensor, head: nn.Module | None = None):
+        rows, columns = input_ids.shape
+        self.model, self.cache, self.parts = model, cache, _PLAIN
+        if columns == round_up_bytes(columns) and is_compiled(model, cache, rows):
+            functions = list(vars(_PLAIN).values())
+            self.parts = StepParts(*model.compiled_steps.find(str(columns), functions, model, cache))
+        device = input_ids.device
+        self.is_recorded = cache.recorder is not None and can_record(device) and _is_plain(model, device)
+        if self.is_recorded:
+            cache.recorder.begin(model, head)
+
+    def first(self, part: Callable, *inputs: Tensor | None):
+        """What reads the bytes, with all it takes in as tensors."""
+        return self._run(part, True, lambda *given: part(self.model, self.cache, *given), *inputs)
+
+    def then(self, part: Callable, function: Callable, *inputs: Tensor | None):
+        """`function`, which runs `part` on what was read, and takes in other tensors as `inputs`."""
+        return self._run(part, False, function, *inputs)
+
+    def _run(self, part: Callable, is_first: bool, function: Callable, *inputs: Tensor | None):
+        if not self.is_recorded:
+            return function(*inputs)
+        return self.cache.recorder.run(self.cache, (part,), is_first, function, *inputs)
+
+    def keep(self, result: Tensor) -> Tensor:
+        """A result for the caller: what was recorded is written over by the next step."""
+        return result.clone() if self.is_recorded else result
 
 
-def _close(model, cache: BltCache, read: BytesRead, counts: PatchCounts, close: Callable, *arguments) -> None:
-    """Closes patches, in shapes of which few exist where they are compiled."""
+def _is_plain(model, device: torch.device) -> bool:
+    """Whether nothing around the model does more with its tensors than its modules say."""
+    is_spread = any(hasattr(part, "_hf_hook") for part in (model, *model.children()))
+    return not (is_spread or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type))
+
+
+def _close(
+    model,
+    cache: BltCache,
+    read: BytesRead,
+    counts: PatchCounts,
+    step: _Step | None = None,
+    trace: StateTrace | None = None,
+) -> None:
+    """Closes patches, in shapes of which few exist where they are compiled or recorded."""
+    close = close_patches if step is None else step.parts.close_patches
     device, num_columns, max_new = read.chunk.num_bytes.device, read.chunk.num_columns, counts.max_new
-    is_fixed = close is not close_patches
+    is_fixed = close is not close_patches or (step is not None and step.is_recorded)
     if is_fixed and num_columns > 1:
         if max_new > _STEP_PATCHES:
             is_fixed, close = False, close_patches
@@ -141,9 +181,13 @@ def _close(model, cache: BltCache, read: BytesRead, counts: PatchCounts, close: 
     back = torch.arange(-size if is_fixed else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
     seen = round_up_columns(max(counts.old) + max_new)
     new, columns = torch.arange(max_new, device=device), torch.arange(seen, device=device)
-    if is_fixed:
+    if close is not close_patches:
         torch._dynamo.maybe_mark_dynamic(columns, 0)
-    close(model, cache, read, new, columns, back, _closing_rows(model, counts, device), *arguments)
+    rows = _closing_rows(model, counts, device)
+    if step is None:
+        close(model, cache, read, new, columns, back, rows, trace)
+    else:
+        step.then(close, lambda *given: close(model, cache, read, *given), new, columns, back, rows)
 
 
 def _closing_rows(model, counts: PatchCounts, device: torch.device) -> Tensor | None:
@@ -170,7 +214,7 @@ def run_small(
     read, entropies = _read(model, cache, chunk, embeds, given_ends, traces[0])
     counts = PatchCounts.of(read.numbers)
     if counts.max_new:
-        _close(model, cache, read, counts, close_patches, traces[1])
+        _close(model, cache, read, counts, trace=traces[1])
     hidden_states = predict_bytes(model, cache, read, None, traces[2])
     cache.count_chunk(chunk, counts)
     return hidden_states, entropies, read.numbers
@@ -188,13 +232,14 @@ def take_step(
             return take_step(model, cache, filled, lengths, head)[:, :columns]
     cache.begin(rows, columns, True, input_ids.device)
     on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
-    parts = _parts(model, cache, input_ids.shape)
+    step = _Step(model, cache, input_ids, head)
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)  # one stride, whatever it was cut from
-    read = parts.read_bytes(model, cache, input_ids, on_device)
+    read = step.first(step.parts.read_bytes, input_ids, on_device)
     counts = PatchCounts.of(read.numbers)
     if counts.max_new:
-        _close(model, cache, read, counts, parts.close_patches)
-    result = parts.predict_bytes(model, cache, read, head)
+        _close(model, cache, read, counts, step)
+    predict = step.parts.predict_bytes
+    result = step.keep(step.then(predict, lambda: predict(model, cache, read, head)))
     cache.count(columns, [columns] * rows if lengths is None else lengths, counts)
     return result
 
@@ -203,9 +248,10 @@ def take_draft(model, cache: BltCache, input_ids: Tensor, head: nn.Module | None
     """Drafting, one byte or more of each row; see [`BltModel.draft`]."""
     rows, columns = input_ids.shape
     cache.begin(rows, columns, True, input_ids.device)
-    parts = _parts(model, cache, input_ids.shape)
+    step = _Step(model, cache, input_ids, head)
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)
-    result = parts.draft_bytes(model, cache, input_ids, head)
+    draft = step.parts.draft_bytes
+    result = step.keep(step._run(draft, True, lambda ids: draft(model, cache, ids, head), input_ids))
     cache.count(columns, [columns] * rows)
     return result
 
@@ -213,8 +259,9 @@ def take_draft(model, cache: BltCache, input_ids: Tensor, head: nn.Module | None
 def read_last_byte(model, cache: BltCache, input_ids: Tensor) -> Tensor:
     """Encoder states `(B, 1, W)` of one more byte of each row, `(B, 1)`, that is not counted as read."""
     cache.begin(*input_ids.shape, True, input_ids.device)
+    step = _Step(model, cache, input_ids)
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)
-    return _parts(model, cache, input_ids.shape).read_drafts(model, cache, input_ids).hidden_states
+    return step.keep(step.first(step.parts.read_drafts, input_ids).hidden_states)
 
 
 __all__ = [

@@ -1,0 +1,1 @@
+../../src/blt_hf/model/recording_blt.py
