@@ -340,6 +340,7 @@ def test_inference_of_one_row_compiles_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_code_trains(backend):
     """Three graphs: of long texts, of short ones (one block of attention), and of one row."""
