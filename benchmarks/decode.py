@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 2048, 4096])
     parser.add_argument("--new-bytes", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--compile", action="store_true", help="also with torch.compile (its time is not counted)")
     parser.add_argument("--skip-in-tree", action="store_true", help="leave out the two contestants without a cache")
     arguments = parser.parse_args()
