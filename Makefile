@@ -14,10 +14,11 @@ test:
 test-slow:
 	BLT_EXTRAS="dev deepspeed" BLT_TEST_WORKERS=0 bash scripts/test.sh -m slow --timeout 1800
 
-# On a machine with an NVIDIA GPU, with a torch for it in the environment: what only a GPU shows, and the tests of the model there.
+# On a machine with an NVIDIA GPU, with a torch for it in the environment: what only a GPU shows, and tests of the model there.
 test-gpu:
-	BLT_TEST_DEVICE=cuda bash scripts/test.sh -m "not slow and not hub" tests/gpu tests/conformance/test_generation_suite.py \
-		tests/conformance/test_transformers_suites.py $(wildcard tests/model/test_[!elt]*_blt.py) tests/model/test_exactness.py
+	BLT_TEST_DEVICE=cuda bash scripts/test.sh -m "not slow and not hub" tests/gpu tests/model/test_exactness.py \
+		$(patsubst %,tests/model/test_%_blt.py,cache continuous decoding generation patching speculation) \
+		tests/conformance/test_generation_suite.py tests/conformance/test_meta_reference.py
 
 # The oldest versions that are supported, in an environment of their own (some GB).
 test-lowest:

@@ -218,6 +218,7 @@ def test_converted_checkpoint_in_plain_transformers(cases, case):
     case = cases(case)
     model, report = in_tree.BltForCausalLM.from_pretrained(case.folder, output_loading_info=True)
     assert not any(report.values())
+    model.to(DEVICE)
     for name in case.inputs:
         if case.inputs[name]["has_logits"]:
             with torch.no_grad():

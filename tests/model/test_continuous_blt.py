@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from blt_hf.model.continuous_blt import RunningBatch, row_memory
@@ -308,3 +308,21 @@ def test_many_threads_add_requests(tiny_model, manager):
         results[output.request_id] = output.generated_tokens
     for text, tokens in results.items():
         assert tokens == alone(tiny_model, ids_of(text), 12)
+
+
+def test_a_static_cache_and_compiled_steps(tiny_model):
+    """Both ways to ask for them write the same texts."""
+    inputs = [ids_of(text) for text in TEXTS[:3]]
+    compiled = CompileConfig(backend="eager", mode=None)
+    for config, more in (
+        (greedy(cache_implementation="static", compile_config=compiled), {"max_requests_per_batch": 1}),
+        (greedy(), {"decode_compile_config": compiled}),
+        (greedy(cache_implementation="static", disable_compile=True), {}),
+    ):
+        config.max_new_tokens, config.eos_token_id = 9, -1
+        outputs = tiny_model.generate_batch(
+            inputs, generation_config=config, continuous_batching_config=ContinuousBatchingConfig(**more)
+        )
+        assert [output.generated_tokens for output in outputs.values()] == [
+            alone(tiny_model, ids, 9) for ids in inputs
+        ]
