@@ -288,12 +288,12 @@ _CHANGES = [
 
 @pytest.mark.parametrize(
     "change, window",
-    [(_add_a_hook, None)]
+    [(_add_a_hook, None), (_change_the_head, None)]
     + [
         pytest.param(change, window, marks=pytest.mark.slow)
         for change in _CHANGES
         for window in (None, 4)
-        if (change, window) != (_add_a_hook, None)
+        if window is not None or change not in (_add_a_hook, _change_the_head)
     ],
 )
 def test_compiled_steps_notice_changes(change, window):

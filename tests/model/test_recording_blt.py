@@ -58,7 +58,7 @@ def tapes(monkeypatch) -> list[Tape]:
     """What was recorded."""
     made = []
 
-    def record(function, pool=None):
+    def record(function, place):
         with Tape() as tape:
             result = function()
         tape.take_back()

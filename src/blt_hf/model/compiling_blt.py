@@ -108,12 +108,12 @@ class CompiledSteps(dict):
     def __reduce__(self):
         return CompiledSteps, ()
 
-    def find(self, key: str, functions: list[Callable], root: nn.Module, cache) -> list[Callable]:
-        """`functions`, whose argument `model` is `root`, compiled as `cache` says; anew if the modules have changed."""
-        key = f"{key} {id(root)} {cache.compile_key}"
+    def find(self, key: str, functions: list[Callable], cache, *roots: nn.Module) -> list[Callable]:
+        """`functions`, which run modules below `roots`, compiled as `cache` says; anew if the modules have changed."""
+        key = f"{key} {' '.join(str(id(root)) for root in roots)} {cache.compile_key}"
         state, compiled = self.get(key, (None, None))
         if state is None or not state.holds():
-            state = ModuleState(root)
+            state = ModuleState(*roots)
             compiled = [_compile(function, cache.compile_settings, state.is_whole) for function in functions]
             self[key] = state, compiled
         return compiled

@@ -19,14 +19,24 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def record(function: Callable, pool=None) -> tuple[object, Callable[[], None]]:
+def make_place(device: torch.device) -> tuple | None:
+    """Where the graphs of one cache are recorded: memory and a stream of their own."""
+    return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else None
+
+
+def record(function: Callable, place: tuple) -> tuple[object, Callable[[], None]]:
     """What `function` returns, in tensors that get their values each time that the second result is called.
 
+    Args:
+        place: of [`make_place`].
     Raises:
         RuntimeError: it asks the device for a value, or does something else that cannot be recorded.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    graph, (pool, stream) = torch.cuda.CUDAGraph(), place
+    with (
+        torch.cuda.device(stream.device),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
         result = function()
     return result, graph.replay
 
@@ -34,9 +44,9 @@ def record(function: Callable, pool=None) -> tuple[object, Callable[[], None]]:
 class _Recorded:
     """A part that was recorded: where it reads its inputs, what it gave, and how to run it again."""
 
-    def __init__(self, function: Callable, inputs: tuple[Tensor | None, ...], pool):
+    def __init__(self, function: Callable, inputs: tuple[Tensor | None, ...], place):
         self.inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
-        self.result, self.replay = record(lambda: function(*self.inputs), pool)
+        self.result, self.replay = record(lambda: function(*self.inputs), place)
 
     def run(self, inputs: tuple[Tensor | None, ...]):
         for held, tensor in zip(self.inputs, inputs):
@@ -56,7 +66,7 @@ class Recorder:
 
     def __init__(self):
         self._parts: dict[tuple, _Recorded | None] = {}
-        self._facts = self._state = self._head = self._layout = self._pool = None
+        self._facts = self._state = self._head = self._layout = self._place = None
         self._refused = False
         self._first: tuple | None = None  # the first part of this step, if it was recorded
 
@@ -66,7 +76,7 @@ class Recorder:
     def __reduce__(self):
         return Recorder, ()
 
-    def begin(self, model: nn.Module, head: nn.Module | None) -> None:
+    def begin(self, model: nn.Module, head: nn.Module | None, device: torch.device) -> None:
         """Looks for changes, at the start of each step; `head`: None where the step needs none."""
         self._head = self._head if head is None else head
         roots = (model,) if self._head is None else (model, self._head)
@@ -77,8 +87,7 @@ class Recorder:
             self._parts.clear()
             self._facts, self._state = facts, ModuleState(*roots)
             self._refused = not self._state.is_whole
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+            self._place = self._place or make_place(device)
         self._first = None
 
     def run(self, cache, name: tuple, is_first: bool, function: Callable, *inputs: Tensor | None):
@@ -100,7 +109,7 @@ class Recorder:
             return function(*inputs)
         if self._parts[key] is None:
             try:
-                self._parts[key] = _Recorded(function, inputs, self._pool)
+                self._parts[key] = _Recorded(function, inputs, self._place)
             except RuntimeError as error:
                 warnings.warn(
                     f"this model's steps cannot be recorded as CUDA graphs and run as they are: {error}", stacklevel=2
@@ -112,4 +121,4 @@ class Recorder:
         return self._parts[key].run(inputs)
 
 
-__all__ = ["Recorder", "can_record", "record"]
+__all__ = ["Recorder", "can_record", "make_place", "record"]

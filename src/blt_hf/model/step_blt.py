@@ -129,11 +129,12 @@ class _Step:
         self.model, self.cache, self.parts = model, cache, _PLAIN
         if columns == round_up_bytes(columns) and is_compiled(model, cache, rows):
             functions = list(vars(_PLAIN).values())
-            self.parts = StepParts(*model.compiled_steps.find(str(columns), functions, model, cache))
+            roots = (model,) if head is None else (model, head)
+            self.parts = StepParts(*model.compiled_steps.find(str(columns), functions, cache, *roots))
         device = input_ids.device
         self.is_recorded = cache.recorder is not None and can_record(device) and _is_plain(model, device)
         if self.is_recorded:
-            cache.recorder.begin(model, head)
+            cache.recorder.begin(model, head, device)
 
     def first(self, part: Callable, *inputs: Tensor | None):
         """What reads the bytes, with all it takes in as tensors."""

@@ -173,7 +173,7 @@ def fill_block(
     last, rows = text.last_ids(), len(needed)
     read = read_block
     if is_compiled(model.model, cache, rows):
-        (read,) = model.model.compiled_steps.find("read_block", [read_block], model, cache)
+        (read,) = model.model.compiled_steps.find("read_block", [read_block], cache, model)
     last_state = read_last_byte(model.model, cache, last)
     ids = last.new_full((rows, block_size - 1), text.pad_token_id)
     is_masked = torch.ones_like(ids, dtype=torch.bool)
