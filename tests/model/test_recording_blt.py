@@ -165,6 +165,29 @@ def test_tensors_that_move(rule, tapes):
     assert replays(tapes) > 200
 
 
+@torch.no_grad()
+def test_with_and_without_the_head(tapes):
+    """`forward` asks for states and applies the head itself, `generate` asks for logits; a cache serves both."""
+    model, row = model_for("entropy"), text_ids("entropy", "some text, with 2 lines\nand words " * 2)
+    caches = [BltCache(model.config), BltCache(model.config)]
+    caches[0].fix_steps(None, 100)
+    for index, byte in enumerate(torch.tensor(row)[:, None, None]):
+        found = []
+        for cache in caches:
+            if index and index % 3:
+                found.append(model.step_logits(byte, cache))
+            elif index % 2:
+                found.append(model.model(byte, past_key_values=cache).last_hidden_state)
+            else:
+                found.append(model(byte, past_key_values=cache).logits)
+            if index > 9:
+                drafts = model.model.draft(byte, cache), model.draft_logits(byte, cache)
+                cache.crop_rows([2])
+                found[-1] = torch.cat([found[-1].flatten(), *(draft.flatten() for draft in drafts)])
+        assert_same(found[0], found[1])
+    assert replays(tapes) > 60
+
+
 class Constant(LogitsProcessor):
     """Changes the model while it writes."""
 

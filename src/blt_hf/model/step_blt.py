@@ -126,7 +126,7 @@ class _Step:
 
     def __init__(self, model, cache: BltCache, input_ids: Tensor, head: nn.Module | None = None):
         rows, columns = input_ids.shape
-        self.model, self.cache, self.parts = model, cache, _PLAIN
+        self.model, self.cache, self.head, self.parts = model, cache, head, _PLAIN
         if columns == round_up_bytes(columns) and is_compiled(model, cache, rows):
             functions = list(vars(_PLAIN).values())
             roots = (model,) if head is None else (model, head)
@@ -136,9 +136,9 @@ class _Step:
         if self.is_recorded:
             cache.recorder.begin(model, head, device)
 
-    def first(self, part: Callable, *inputs: Tensor | None):
-        """What reads the bytes, with all it takes in as tensors."""
-        return self._run(part, True, lambda *given: part(self.model, self.cache, *given), *inputs)
+    def first(self, part: Callable, *inputs: Tensor | None, more: tuple = ()):
+        """`part`, which reads the bytes: all tensors that it takes in, and `more` behind them."""
+        return self._run(part, True, lambda *given: part(self.model, self.cache, *given, *more), *inputs)
 
     def then(self, part: Callable, function: Callable, *inputs: Tensor | None):
         """`function`, which runs `part` on what was read, and takes in other tensors as `inputs`."""
@@ -147,7 +147,7 @@ class _Step:
     def _run(self, part: Callable, is_first: bool, function: Callable, *inputs: Tensor | None):
         if not self.is_recorded:
             return function(*inputs)
-        return self.cache.recorder.run(self.cache, (part,), is_first, function, *inputs)
+        return self.cache.recorder.run(self.cache, (part, self.head), is_first, function, *inputs)
 
     def keep(self, result: Tensor) -> Tensor:
         """A result for the caller: what was recorded is written over by the next step."""
@@ -251,8 +251,7 @@ def take_draft(model, cache: BltCache, input_ids: Tensor, head: nn.Module | None
     cache.begin(rows, columns, True, input_ids.device)
     step = _Step(model, cache, input_ids, head)
     input_ids = input_ids.clone(memory_format=torch.contiguous_format)
-    draft = step.parts.draft_bytes
-    result = step.keep(step._run(draft, True, lambda ids: draft(model, cache, ids, head), input_ids))
+    result = step.keep(step.first(step.parts.draft_bytes, input_ids, more=(head,)))
     cache.count(columns, [columns] * rows)
     return result
 
