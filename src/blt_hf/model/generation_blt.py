@@ -41,7 +41,8 @@ class BltGenerationMixin(GenerationMixin):
             decoding, and sampling keeps its distribution. Without it the text depends on block size and thresholds.
 
     `cache_implementation="static"` compiles the decoding step with `torch.compile`, on any device, as `compile_config`
-    says; `disable_compile=True` leaves it as it is. The first bytes then take as long as compiling does.
+    says; the first bytes then take as long as compiling does. `disable_compile=True` compiles nothing. On a GPU the
+    steps are recorded as CUDA graphs either way.
     """
 
     def _prepare_model_inputs(self, inputs=None, *args, **kwargs):
