@@ -312,7 +312,6 @@ def test_long_texts_need_no_square():
 
 
 def quantization(kind: str):
-    pytest.importorskip("torchao" if kind == "int8wo" else "bitsandbytes")
     if kind == "int8wo":
         from torchao.quantization import Int8WeightOnlyConfig
 

@@ -26,13 +26,14 @@ def is_compiled(model, cache, num_rows: int) -> bool:
     return num_rows == 1 and cache.compile_config is not None and _can_compile(model)
 
 
+def is_spread(model) -> bool:
+    """Whether accelerate has spread a model over devices."""
+    return any(hasattr(part, "_hf_hook") for part in (model, *model.children()))
+
+
 def _can_compile(model) -> bool:
-    parts = (model, model.patcher, model.local_encoder, model.global_transformer, model.local_decoder)
-    return (
-        model.config._attn_implementation in ("eager", "sdpa")
-        and not torch.is_grad_enabled()
-        and not any(hasattr(part, "_hf_hook") for part in parts)  # a model spread over devices
-    )
+    attention = model.config._attn_implementation
+    return attention in ("eager", "sdpa") and not torch.is_grad_enabled() and not is_spread(model)
 
 
 class ModuleState:
@@ -157,4 +158,4 @@ class _WholeGraph:
         return self.plain(*arguments)
 
 
-__all__ = ["CompiledSteps", "ModuleState", "is_compiled", "round_up_bytes"]
+__all__ = ["CompiledSteps", "ModuleState", "is_compiled", "is_spread", "round_up_bytes"]

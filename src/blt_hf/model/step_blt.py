@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess, round_up_columns
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, next_bytes, number_patches
-from .compiling_blt import is_compiled, round_up_bytes
+from .compiling_blt import is_compiled, is_spread, round_up_bytes
 from .layers_blt import StateTrace, project
 from .recording_blt import can_record
 
@@ -132,7 +132,7 @@ class _Step:
             roots = (model,) if head is None else (model, head)
             self.parts = StepParts(*model.compiled_steps.find(str(columns), functions, cache, *roots))
         device = input_ids.device
-        self.is_recorded = cache.recorder is not None and can_record(device) and _is_plain(model, device)
+        self.is_recorded = cache.recorder is not None and can_record(device) and _may_record(model, device)
         if self.is_recorded:
             cache.recorder.begin(model, head, device)
 
@@ -154,10 +154,9 @@ class _Step:
         return result.clone() if self.is_recorded else result
 
 
-def _is_plain(model, device: torch.device) -> bool:
+def _may_record(model, device: torch.device) -> bool:
     """Whether nothing around the model does more with its tensors than its modules say."""
-    is_spread = any(hasattr(part, "_hf_hook") for part in (model, *model.children()))
-    return not (is_spread or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type))
+    return not (is_spread(model) or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type))
 
 
 def _close(
