@@ -1,63 +1,72 @@
-"""Building blocks: products of few rows."""
+"""Building blocks: a projection is called as a module, so whoever changes what calling it does is honoured."""
 
+from pathlib import Path
+
+import accelerate
 import pytest
 import torch
-from torch import nn
-
-from blt_hf.model import layers_blt
-from blt_hf.model.layers_blt import project
+from transformers import AutoModelForCausalLM
 
 
-@pytest.fixture(autouse=True)
-def products_in_parts(monkeypatch):
-    """As on an AMD processor, with no matrix too small; counts them."""
-    calls, bmm = [], torch.bmm
-
-    def counted(*arguments):
-        calls.append(arguments)
-        return bmm(*arguments)
-
-    monkeypatch.setattr(layers_blt, "_IS_AMD", True)
-    monkeypatch.setattr(layers_blt, "_LEAST_WEIGHTS", 0)
-    monkeypatch.setattr(torch, "bmm", counted)
-    return calls
+BUNDLED = Path(__file__).parents[2] / "pretrained" / "blt-5m"
+IDS = torch.randint(4, 260, (1, 40), generator=torch.Generator().manual_seed(0))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (3, 4), (16, 1)])
-def test_few_rows_in_parts(shape, products_in_parts):
-    torch.manual_seed(0)
-    linear = nn.Linear(24, 40, bias=False)
-    states = torch.randn(*shape, 24)
-    output = project(linear, states)
-    assert len(products_in_parts) == 1
-    torch.testing.assert_close(output, linear(states))
-    assert output.is_contiguous()
-    torch.testing.assert_close(project(linear, states.transpose(0, 1)), output.transpose(0, 1))
+def _logits(model, ids=IDS):
+    """Logits of a whole forward, and of the last byte read by itself."""
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        output = model(ids[:, :-1], use_cache=True)
+        last = model(ids[:, -1:], past_key_values=output.past_key_values, use_cache=True).logits
+    return whole, last
 
 
-@torch.no_grad()
-def test_everything_else_is_the_layer_itself(products_in_parts):
-    """A bias, adapters' hooks, other types, weights that cannot be cut, many rows."""
-    torch.manual_seed(0)
-    row = torch.randn(1, 1, 24)
-    hooked, transposed = nn.Linear(24, 40, bias=False), nn.Linear(24, 40, bias=False)
-    hooked.register_forward_hook(lambda module, inputs, output: output * 2)
-    transposed.weight = nn.Parameter(torch.randn(24, 40).t())
-    cases = [
-        (nn.Linear(24, 40), row),
-        (hooked, row),
-        (transposed, row),
-        (nn.Linear(24, 41, bias=False), row),
-        (nn.Linear(24, 40, bias=False, dtype=torch.bfloat16), row.bfloat16()),
-        (nn.Linear(24, 40, bias=False, dtype=torch.float64), row.double()),
-        (nn.Linear(24, 40, bias=False), torch.randn(17, 1, 24)),
-        (nn.Sequential(nn.Linear(24, 40)), row),
-    ]
-    for linear, states in cases:
-        assert project(linear, states).equal(linear(states))
-    with torch.enable_grad():
-        assert project(nn.Linear(24, 40, bias=False), row).requires_grad
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert project(nn.Linear(24, 40, bias=False), row).dtype is torch.bfloat16
-    assert not products_in_parts
+@pytest.mark.parametrize("offload", ["cpu", "disk", "device_map"])
+def test_offloaded_weights_give_the_same_logits(offload, tmp_path):
+    """accelerate keeps the weights of an offloaded module on `meta`, and loads them when the module is called."""
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    expected, text = _logits(model), model.generate(IDS, max_new_tokens=8, do_sample=False)
+    if offload == "cpu":
+        accelerate.cpu_offload(model)
+    elif offload == "disk":
+        accelerate.disk_offload(model, tmp_path / "offload")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            BUNDLED, device_map="auto", max_memory={"cpu": "12MB"}, offload_folder=tmp_path / "offload"
+        )
+        assert any(parameter.is_meta for parameter in model.parameters())
+    for _ in range(3):
+        for found, logits in zip(_logits(model), expected):
+            torch.testing.assert_close(found, logits)
+    assert model.generate(IDS, max_new_tokens=8, do_sample=False).equal(text)
+
+
+_PROJECTIONS = [
+    "lm_head",
+    "model.patcher.lm_head",
+    "model.patcher.layers.0.self_attn.q_proj",
+    "model.local_encoder.layers.0.mlp.down_proj",
+    "model.local_encoder.patch_embedding_projection",
+    "model.local_encoder.cross_attn_layers.0.q_proj",
+    "model.global_transformer.layers.0.self_attn.o_proj",
+    "model.local_decoder.patch_embedding_projection",
+    "model.local_decoder.cross_attn_layers.0.k_proj",
+    "model.local_decoder.layers.0.self_attn.v_proj",
+]
+
+
+@pytest.mark.parametrize("how", ["forward", "hook"])
+@pytest.mark.parametrize("name", _PROJECTIONS)
+def test_a_replaced_forward_and_a_hook_are_honoured(name, how):
+    """By a whole forward and by a single byte alike."""
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    plain = _logits(model)[0]
+    module = model.get_submodule(name)
+    if how == "forward":
+        forward = module.forward
+        module.forward = lambda states: 3 * forward(states) + 0.5
+    else:
+        module.register_forward_hook(lambda module, inputs, output: 3 * output + 0.5)
+    whole, last = _logits(model)
+    assert not torch.allclose(whole, plain, atol=1e-3)
+    torch.testing.assert_close(last, whole[:, -1:], atol=1e-4, rtol=1e-4)

@@ -11,66 +11,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_blt import AttentionSpan, gathered_attention, repeat_kv_heads, segment_attention
 from .cache_blt import SlotAccess
-from .tracing_blt import is_exporting, may_be_more
-
-
-_MOST_FEW_ROWS = 16
-_LEAST_WEIGHTS = 65_536  # below this, the call costs more than the product
-_LEAST_WEIGHTS_COMPILED = 32_768
-_PARTS = 4  # of a weight matrix, which processors share
-
-
-def _is_amd() -> bool:
-    try:
-        with open("/proc/cpuinfo") as info:
-            return "AuthenticAMD" in info.read(400)
-    except OSError:
-        return False
-
-
-_IS_AMD = _is_amd()
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling a module is multiplying by its weight and nothing else: no adapter, quantizer or hook."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and linear.bias is None
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-    )
-
-
-def project(linear: nn.Module, states: Tensor) -> Tensor:
-    """`linear(states)`, for `states` `(B, S, W)`, in a faster way for the few rows of a decoding step on a CPU.
-
-    A compiled step reads the weights once for a row, in a loop that is fused with what comes before and after. MKL
-    multiplies few rows slowly on AMD's processors, and one row on one core alone: the weights as a batch of matrices,
-    times the rows as columns, take half the time or less.
-    """
-    if torch.is_grad_enabled() or is_exporting():  # for any number of rows
-        return linear(states)
-    rows, is_compiled = states.shape[0] * states.shape[1], torch.compiler.is_dynamo_compiling()
-    if may_be_more(rows, _MOST_FEW_ROWS) if is_compiled else rows > _MOST_FEW_ROWS:
-        return linear(states)
-    if states.device.type != "cpu" or states.dtype != torch.float32:
-        return linear(states)
-    if not _is_plain(linear) or torch.is_autocast_enabled("cpu"):
-        return linear(states)
-    weight = linear.weight
-    if weight.dtype != torch.float32:
-        return linear(states)
-    if rows == 1 and is_compiled:
-        return (states * weight).sum(dim=-1)[:, None]
-    if weight.numel() < (_LEAST_WEIGHTS_COMPILED if is_compiled else _LEAST_WEIGHTS) or not _IS_AMD:
-        return linear(states)
-    if weight.shape[0] % _PARTS or not weight.is_contiguous():
-        return linear(states)
-    parts = weight.view(_PARTS, -1, weight.shape[1])
-    if rows == 1:
-        return torch.bmm(parts, states.reshape(1, -1, 1).expand(_PARTS, -1, -1)).view(1, 1, -1)
-    product = torch.bmm(parts, states.reshape(rows, -1).t().expand(_PARTS, -1, -1))
-    return product.view(-1, rows).t().contiguous().view(*states.shape[:2], -1)
 
 
 class BltRMSNorm(nn.Module):
@@ -101,8 +41,8 @@ class BltMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate = self.act_fn(project(self.gate_proj, hidden_states))
-        return project(self.down_proj, gate * project(self.up_proj, hidden_states))
+        gate = self.act_fn(self.gate_proj(hidden_states))
+        return self.down_proj(gate * self.up_proj(hidden_states))
 
 
 class BltRotaryEmbedding(LlamaRotaryEmbedding):
@@ -157,14 +97,14 @@ class BltSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attends `(B, S, W)` -> `(B, S, W)`, and weights `(B, H, S, T)` where the implementation gives them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = rotate_pairs(project(self.q_proj, hidden_states).view(shape), *position_embeddings).transpose(1, 2)
-        key = rotate_pairs(project(self.k_proj, hidden_states).view(shape), *position_embeddings).transpose(1, 2)
-        value = project(self.v_proj, hidden_states).view(shape).transpose(1, 2)
+        query = rotate_pairs(self.q_proj(hidden_states).view(shape), *position_embeddings).transpose(1, 2)
+        key = rotate_pairs(self.k_proj(hidden_states).view(shape), *position_embeddings).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, span.access)
         dropout = self.dropout if self.training else 0.0
         output, weights = span.attend(self, query, key, value, dropout)
-        return project(self.o_proj, output.flatten(2).contiguous()), weights
+        return self.o_proj(output.flatten(2).contiguous()), weights
 
 
 class BltTransformerLayer(GradientCheckpointingLayer):
@@ -233,7 +173,7 @@ class BltPatchCrossAttention(_BltCrossAttention):
         """
         num_patches, latents = patch_states.shape[1:3]
         # Linear layers get three dimensions: PEFT's OFT takes four for a convolution's.
-        query = project(self.q_proj, self.q_norm(patch_states).flatten(1, 2))
+        query = self.q_proj(self.q_norm(patch_states).flatten(1, 2))
         query = self._split(query.unflatten(1, (num_patches, latents)))
         byte_states = self.k_norm(byte_states)
         key = repeat_kv_heads(self._split(self.k_proj(byte_states)), self.num_key_value_groups, dim=2)
@@ -244,7 +184,7 @@ class BltPatchCrossAttention(_BltCrossAttention):
             key, value = key.repeat(1, self.window, 1, 1), value.repeat(1, self.window, 1, 1)
         is_read = is_read & (segment >= 0) & (segment < num_patches)
         output = segment_attention(query, key, value, segment.clamp(0, num_patches - 1), is_read, self.scaling)
-        output = project(self.o_proj, output.flatten(-2).flatten(1, 2)).unflatten(1, (num_patches, latents))
+        output = self.o_proj(output.flatten(-2).flatten(1, 2)).unflatten(1, (num_patches, latents))
         return output + patch_states
 
 
@@ -304,16 +244,16 @@ class BltByteCrossAttention(_BltCrossAttention):
         """
         if latents is not None:
             return self._project(latents)
-        query = self._split(project(self.q_proj, self.q_norm(hidden_states)))
+        query = self._split(self.q_proj(self.q_norm(hidden_states)))
         shape = (*keys.shape[:2], self.num_latents, -1, self.head_dim)
         index, hidden = reads.on(query.device)
         output = gathered_attention(query, keys.view(shape), values.view(shape), index, hidden, self.scaling)
-        return project(self.o_proj, output.flatten(2)) + hidden_states
+        return self.o_proj(output.flatten(2)) + hidden_states
 
     def _project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of latents `(B, P, K, W)`, `(B, P, K*H_kv*D)` each."""
         normed = self.k_norm(latents).flatten(1, 2)
-        return tuple(project(proj, normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
+        return tuple(proj(normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
 
 
 def run_layers(
@@ -376,7 +316,6 @@ __all__ = [
     "BltTransformerLayer",
     "PatchReads",
     "StateTrace",
-    "project",
     "rotate_pairs",
     "run_layers",
 ]

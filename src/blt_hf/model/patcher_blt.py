@@ -16,7 +16,6 @@ from .layers_blt import (
     BltSelfAttention,
     BltTransformerLayer,
     StateTrace,
-    project,
     run_layers,
 )
 from .modeling_base_blt import (
@@ -70,7 +69,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
 
         The cache gets the keys and values; the caller counts the bytes.
         """
-        return entropy_from_logits(project(self.lm_head, self._run(self.embed_tokens(input_ids), chunk, cache)))
+        return entropy_from_logits(self.lm_head(self._run(self.embed_tokens(input_ids), chunk, cache)))
 
     def _run(
         self, hidden_states: Tensor, chunk: ByteChunk, cache: BltCache | None, trace: StateTrace | None = None

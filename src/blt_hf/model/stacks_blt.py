@@ -15,7 +15,6 @@ from .layers_blt import (
     BltTransformerLayer,
     PatchReads,
     StateTrace,
-    project,
     run_layers,
 )
 from .modeling_base_blt import BltPreTrainedModel
@@ -152,7 +151,7 @@ class BltLocalEncoder(BltPreTrainedModel):
             else:
                 pooled = pooled.scatter_reduce(1, index, byte_states, mode, include_self=False)
             pooled = take_columns(pooled, 0, num_patches)
-        queries = project(self.patch_embedding_projection, pooled)
+        queries = self.patch_embedding_projection(pooled)
         return queries.view(rows, num_patches, self.config.cross_attn_k, width)
 
     def _pool_one(self, byte_states: Tensor, is_read: Tensor) -> Tensor:
@@ -218,7 +217,7 @@ class BltGlobalTransformer(BltPreTrainedModel):
             span = AttentionSpan(0, new.shape[0], None, first_patch, implementation, wants_weights, access)
         else:
             span = SlotSpan(columns[None], positions, None, first_patch, implementation, access)
-        hidden_states = self.dropout(project(self.token_embedding_projection, inputs_embeds))
+        hidden_states = self.dropout(self.token_embedding_projection(inputs_embeds))
         if trace is not None:
             trace.add(hidden_states)
         position_embeddings = self.rotary_emb.for_heads(hidden_states, positions)
@@ -314,7 +313,7 @@ class BltLocalDecoder(BltPreTrainedModel):
 
     def split_latents(self, global_states: Tensor) -> Tensor:
         """What bytes read of a patch: `(B, P, W_global)` to `(B, P, K, W)`."""
-        latents = project(self.patch_embedding_projection, global_states)
+        latents = self.patch_embedding_projection(global_states)
         return latents.unflatten(-1, (self.config.cross_attn_k, -1))
 
 

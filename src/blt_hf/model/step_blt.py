@@ -14,7 +14,7 @@ from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess, round_up_columns
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, next_bytes, number_patches
 from .compiling_blt import is_compiled, is_spread, round_up_bytes
-from .layers_blt import StateTrace, project
+from .layers_blt import StateTrace
 from .recording_blt import can_record
 
 
@@ -101,7 +101,7 @@ def predict_bytes(
     chunk = read.chunk
     reads = model._reads(chunk, read.numbers, cache)
     hidden_states = model.local_decoder(read.hidden_states, None, chunk, reads, read.span, cache, trace)
-    result = hidden_states if head is None else project(head, hidden_states).float()
+    result = hidden_states if head is None else head(hidden_states).float()
     # Last, so that an interrupt in the middle of a step leaves a cache that has not read it
     cache.commit(chunk, None if is_draft else read.numbers)
     return result

@@ -50,18 +50,10 @@ def take_columns(values: Tensor, start: int, stop: int) -> Tensor:
     return values.index_select(1, torch.arange(start, stop, device=values.device))
 
 
-def may_be_more(count: int, limit: int) -> bool:
-    """While a graph is recorded, whether `count` is above `limit` or not known, as the number of patches is."""
-    from torch.fx.experimental.symbolic_shapes import guard_or_true
-
-    return guard_or_true(count > limit)
-
-
 __all__ = [
     "is_compiling",
     "is_exporting",
     "largest_count",
-    "may_be_more",
     "running_max",
     "sliding_windows",
     "take_columns",
