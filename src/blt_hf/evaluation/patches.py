@@ -120,7 +120,7 @@ def plot_patches(
 
     A bar for each byte, on a ground in the colour of its patch; a patch starts where a bar crosses the dashed line.
     Below stand whole characters, those of several bytes above a bracket, each in an installed font that has it (or as
-    `U+1F600`, if none does). Needs matplotlib (`pip install "blt-hf[plot]"`).
+    `U+1F600`, if none does; a control code as ``\\n``). Needs matplotlib (`pip install "blt-hf[plot]"`).
 
     Args:
         patches: what `model.get_patches` gives, for one text or several.
@@ -220,6 +220,9 @@ def _draw_limits(axes, patches: BltPatches, start: int, stop: int) -> None:
 def _draw_label(axes, glyph: Glyph, colour: str) -> None:
     label = "␣" if glyph.kind == "space" else glyph.label
     font = font_with(label)
+    if font is None and glyph.kind in ("newline", "code"):  # few fonts have signs for control codes
+        label = _escaped_sign(label)
+        font = font_with(label)
     if font is None:
         label = " ".join(f"U+{ord(character):04X}" for character in label[:1])
         font = font_with(label)
@@ -233,6 +236,14 @@ def _draw_label(axes, glyph: Glyph, colour: str) -> None:
         middle, -0.05, label, transform=transform, ha="center", va="top", rotation=90 if is_small else 0, color="#1c2430",
         font=font, fontsize=6 if is_small else 10, parse_math=False,
     )  # fmt: skip
+
+
+def _escaped_sign(label: str) -> str:
+    """The control code that a sign of Unicode's control pictures stands for, as Python writes it: `"␊"` is ``\\n``."""
+    code = ord(label[0])
+    if len(label) > 1 or not 0x2400 <= code <= 0x2421:
+        return label
+    return repr("\x7f" if code == 0x2421 else chr(code - 0x2400))[1:-1]
 
 
 _PREFERRED_FONTS = ("DejaVu Sans Mono", "DejaVu Sans", "Noto Sans")
