@@ -1,11 +1,13 @@
 """Converted checkpoints against recorded numbers of Meta's code, and the published expectations of a released one.
 
-The vectors (format and tolerances: `README.md` beside them) lie in the folder named by `BLT_REFERENCE_DIR`; default:
-`../shared/reference` seen from the repository.
+`meta_reference/` holds a selection of the vectors, which every clone is asked. The whole recording is taken where
+`BLT_REFERENCE_DIR` names its folder, or where it lies in `shared/reference` beside the repository.
 """
 
+import importlib.util
 import json
 import os
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -20,9 +22,12 @@ from blt_hf.conversion import convert_meta_checkpoint, export_meta_checkpoint
 from conftest import DEVICE
 
 
-REFERENCE = Path(
-    os.environ.get("BLT_REFERENCE_DIR", Path(__file__).resolve().parents[2].parent / "shared" / "reference")
-)
+ROOT = Path(__file__).resolve().parents[2]
+SELECTION = Path(__file__).parent / "meta_reference"
+BESIDE = ROOT.parent / "shared" / "reference"
+REFERENCE = Path(os.environ.get("BLT_REFERENCE_DIR", BESIDE if BESIDE.is_dir() else SELECTION))
+IS_WHOLE = not any(REFERENCE.glob("*.tar.xz"))
+NOT_SELECTED = () if IS_WHOLE else ("entropy_small",)
 CASES = (
     "all_layers_encoder",
     "byte",
@@ -38,23 +43,24 @@ CASES = (
     "static",
     "threshold_add",
 )
-needs_reference = pytest.mark.skipif(
-    not REFERENCE.is_dir(), reason=f"no recorded vectors at {REFERENCE}; set BLT_REFERENCE_DIR"
-)
-in_every_case = pytest.mark.parametrize("case", CASES)
+in_every_case = pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_SELECTED])
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 class Case:
     """One recorded case: its inputs and tensors, and its checkpoint, converted."""
 
-    def __init__(self, name: str, folder: Path):
-        self.name, self.folder = name, folder
-        self.inputs = json.loads((REFERENCE / name / "vectors.json").read_text())["inputs"]
-        self.tensors = load_file(REFERENCE / name / "vectors.safetensors", device=str(DEVICE))
+    def __init__(self, name: str, recorded: Path, folder: Path):
+        self.name, self.recorded, self.folder = name, recorded, folder
+        self.inputs = json.loads((recorded / "vectors.json").read_text())["inputs"]
+        self.tensors = load_file(recorded / "vectors.safetensors", device=str(DEVICE))
         self.model = BltForCausalLM.from_pretrained(folder).eval().to(DEVICE)
         # The recorded loop does not stop at eos.
         self.model.generation_config.eos_token_id = None
+
+    @property
+    def has_logits(self) -> bool:
+        return any(value["has_logits"] for value in self.inputs.values())
 
     def ids(self, name: str) -> torch.Tensor:
         return torch.tensor([self.inputs[name]["ids"]])
@@ -70,7 +76,12 @@ class Case:
         if self.name != "static":
             assert patch_lengths[patch_lengths > 0].tolist() == self.inputs[name]["patch_lengths"], name
         if self.inputs[name]["has_logits"]:
-            torch.testing.assert_close(logits, self.tensors[f"{name}/logits"], **TOLERANCE)
+            self.check_logits(name, logits)
+
+    def check_logits(self, name: str, logits: torch.Tensor):
+        """The selection has the logits of some positions, among them the last."""
+        positions = self.tensors.get(f"{name}/positions", slice(None))
+        torch.testing.assert_close(logits[positions], self.tensors[f"{name}/logits"], **TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +90,50 @@ def cases(tmp_path_factory):
 
     def open_case(name: str) -> Case:
         if name not in opened:
-            folder = tmp_path_factory.mktemp("converted") / name
+            recorded, folder = REFERENCE / name, tmp_path_factory.mktemp("converted") / name
+            if not IS_WHOLE:
+                recorded = tmp_path_factory.mktemp("recorded") / name
+                unpack(REFERENCE / f"{name}.tar.xz", recorded)
             with warnings.catch_warnings():
                 # Static patching is the one case with a note; `test_static_lengths` says why.
                 warnings.simplefilter("ignore" if name == "static" else "error")
-                convert_meta_checkpoint(REFERENCE / name, folder)
-            opened[name] = Case(name, folder)
+                convert_meta_checkpoint(recorded, folder)
+            opened[name] = Case(name, recorded, folder)
         return opened[name]
 
     return open_case
 
 
-@needs_reference
+def unpack(archive: Path, folder: Path):
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+
+
 def test_no_case_is_left_out():
-    assert sorted(path.name for path in REFERENCE.iterdir() if path.is_dir()) == sorted(CASES)
+    found = {path.name.removesuffix(".tar.xz") for path in REFERENCE.iterdir() if path.name != "README.md"}
+    assert found == set(CASES) - set(NOT_SELECTED)
 
 
-@needs_reference
+def test_selection_is_small():
+    assert sum(path.stat().st_size for path in SELECTION.iterdir()) <= 4_000_000
+
+
+@pytest.mark.skipif(not IS_WHOLE, reason="the whole recording is not here (`BLT_REFERENCE_DIR`)")
+def test_selection_is_what_its_script_makes(tmp_path):
+    spec = importlib.util.spec_from_file_location("select_reference", ROOT / "scripts" / "select_reference.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for case in set(CASES) - set(script.LEFT_OUT):
+        unpack(SELECTION / f"{case}.tar.xz", tmp_path / case)
+        files = script.select_case(REFERENCE / case)
+        assert {str(path.relative_to(tmp_path / case)) for path in (tmp_path / case).rglob("*.*")} == files.keys()
+        weights = "entropy_model/consolidated.pth"  # a zip file, which says when it was made
+        assert all((tmp_path / case / name).read_bytes() == data for name, data in files.items() if name != weights)
+        (tmp_path / "again.pth").write_bytes(files[weights])
+        ours, again = (_tensors(path) for path in (tmp_path / case / weights, tmp_path / "again.pth"))
+        assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
+
+
 @in_every_case
 def test_each_input_alone(cases, case):
     case = cases(case)
@@ -105,7 +143,6 @@ def test_each_input_alone(cases, case):
         case.check(name, output.logits[0], entropies, output.patch_lengths[0])
 
 
-@needs_reference
 @pytest.mark.parametrize("side", ["left", "right"])
 @in_every_case
 def test_all_inputs_as_one_padded_batch(cases, case, side):
@@ -123,12 +160,11 @@ def test_all_inputs_as_one_padded_batch(cases, case, side):
         case.check(name, output.logits[row, span], entropies, output.patch_lengths[row])
 
 
-@needs_reference
 @in_every_case
 def test_greedy_continuation_through_the_cache(cases, case):
     case = cases(case)
     recorded = {name: value["greedy"] for name, value in case.inputs.items() if "greedy" in value}
-    assert recorded or case.name == "static"
+    assert recorded or case.name == "static" or not case.has_logits
     for name, greedy in recorded.items():
         ids = case.ids(name)
         output = case.model.generate(ids, max_new_tokens=24, do_sample=False)
@@ -138,13 +174,15 @@ def test_greedy_continuation_through_the_cache(cases, case):
             assert found.tolist() == patch_lengths, (name, step)
 
 
-@needs_reference
 @in_every_case
 def test_greedy_continuation_in_a_batch(cases, case):
     """The same beside a longer and a shorter text, left-padded."""
     case = cases(case)
     if "greedy" not in case.inputs["ascii"]:
-        pytest.skip("the reference model rejects static patches, so it has no continuation")
+        reason = (
+            "the reference model rejects static patches" if case.name == "static" else "the selection has none here"
+        )
+        pytest.skip(f"no continuation: {reason}")
     rows = [case.inputs[name]["ids"] for name in ("utf8", "ascii", "one_byte")]
     width = max(map(len, rows))
     input_ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -153,7 +191,6 @@ def test_greedy_continuation_in_a_batch(cases, case):
     assert output[1, width:].tolist() == case.inputs["ascii"]["greedy"]["new_ids"]
 
 
-@needs_reference
 @in_every_case
 def test_states_inside(cases, case):
     case = cases(case)
@@ -172,7 +209,6 @@ def test_states_inside(cases, case):
             torch.testing.assert_close(states[0], recorded[: states.shape[1]], **TOLERANCE)
 
 
-@needs_reference
 def test_static_lengths(cases):
     """Where we differ on purpose: the recorded patches are 4, 4, 4, ... from position 0, ours 1, 4, 4, ...
 
@@ -190,16 +226,16 @@ def _split(num_bytes: int) -> list[int]:
     return [4] * (num_bytes // 4) + [num_bytes % 4] * (num_bytes % 4 > 0)
 
 
-@needs_reference
 @in_every_case
 def test_round_trip(cases, case, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`patcher_config.sliding_window` is 8")  # `short_window`
         back = export_meta_checkpoint(cases(case).folder, tmp_path / "back")
+    recorded = cases(case).recorded
     for file in ("config.json", "train_args.json", "entropy_model/params.json"):
-        assert json.loads((back / file).read_text()) == json.loads((REFERENCE / case / file).read_text())
+        assert json.loads((back / file).read_text()) == json.loads((recorded / file).read_text())
     for file in ("model.safetensors", "entropy_model/consolidated.pth"):
-        ours, theirs = (_tensors(folder / file) for folder in (back, REFERENCE / case))
+        ours, theirs = (_tensors(folder / file) for folder in (back, recorded))
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
@@ -209,8 +245,9 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)["model"]
 
 
-@needs_reference
-@pytest.mark.parametrize("case", ["byte", "entropy_small", "short_window"])
+@pytest.mark.parametrize(
+    "case", [case for case in ("byte", "entropy_small", "short_window") if case not in NOT_SELECTED]
+)
 def test_converted_checkpoint_in_plain_transformers(cases, case):
     """Cases that the in-tree class can express; the others need fields that it does not have."""
     if case == "short_window" and not hasattr(in_tree, "create_sliding_window_causal_mask"):
@@ -223,7 +260,7 @@ def test_converted_checkpoint_in_plain_transformers(cases, case):
         if case.inputs[name]["has_logits"]:
             with torch.no_grad():
                 logits = model(case.ids(name), use_cache=False).logits[0]
-            torch.testing.assert_close(logits, case.tensors[f"{name}/logits"], **TOLERANCE)
+            case.check_logits(name, logits)
 
 
 @pytest.mark.hub
