@@ -44,6 +44,18 @@ class OurTokenizer(PreTrainedTokenizerFast):
 AutoTokenizer.register(BltConfig, fast_tokenizer_class=OurTokenizer, exist_ok=True)
 facts["auto_tokenizer_believes_the_files"] = type(AutoTokenizer.from_pretrained(folder)) is not OurTokenizer
 
+from transformers.pipelines import TokenClassificationPipeline
+tagger = object.__new__(TokenClassificationPipeline)  # a word of one letter of two bytes, without a model
+tagger.tokenizer = AutoTokenizer.from_pretrained(folder)
+batch = tagger.tokenizer("é", return_offsets_mapping=True, return_special_tokens_mask=True)
+columns = batch["offset_mapping"], batch["special_tokens_mask"]
+_, second = tagger.gather_pre_entities("é", batch["input_ids"], [[1.0]] * 3, *columns, "simple")
+facts["pipelines_cut_letters"] = not second["is_subword"]
+word = tagger.tokenizer.convert_tokens_to_string(tagger.tokenizer.tokenize("é"))
+facts["pipelines_decode_words_twice"] = tagger.group_sub_entities(
+    [{"word": word, "entity": "I-A", "score": 1.0, "start": 0, "end": 1}]
+)["word"] != "é"
+
 before = set(sys.modules)
 import peft
 facts["importing_peft_is_slow"] = len(set(sys.modules) - before) > 100  # modules, as a measure that does not vary
@@ -95,6 +107,8 @@ NAMES = [
     "peft_accepts_prompts",
     "peft_has_no_defaults",
     "peft_looks_up_single_rows",
+    "pipelines_cut_letters",
+    "pipelines_decode_words_twice",
     "processing_utils_runs_transformers_again",
 ]
 

@@ -3,6 +3,7 @@
 from .auto import register_auto_classes
 from .names import take_over_names
 from .peft import teach_peft_when_imported
+from .pipelines import keep_characters_whole
 
 
 def register() -> None:
@@ -10,6 +11,7 @@ def register() -> None:
     register_auto_classes()
     take_over_names()
     teach_peft_when_imported()
+    keep_characters_whole()
 
 
 __all__ = ["register"]
