@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, load_from_disk
+from datasets.fingerprint import Hasher
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -24,6 +27,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast, 
 from blt_hf import BltConfig
 from blt_hf.model.encoding_blt import BYTE_SYMBOLS
 from blt_hf.model.tokenization_blt import BltTokenizer
+from conftest import make_model
 from new_process import run
 
 
@@ -319,6 +323,44 @@ def test_decoding_any_ids(ids):
     assert tokenizer.decode_bytes(ids) == bytes(i - 4 for i in ids if 4 <= i < 260)
 
 
+@given(st.lists(st.integers(0, 400) | st.just(10**6), max_size=40))
+def test_ids_beyond_the_tokenizer_are_skipped(ids):
+    """A model whose embedding has more rows than there are tokens can write them; the library skips them too."""
+    tokenizer = BltTokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    known = [i for i in ids if i < len(tokenizer)]
+    for skip in (False, True):
+        text = tokenizer.decode(ids, skip_special_tokens=skip)
+        assert text == tokenizer.decode(known, skip_special_tokens=skip)
+        assert text == rust(tokenizer).decode(ids, skip_special_tokens=skip)
+        assert tokenizer.decode(torch.tensor([ids], dtype=torch.int64), skip_special_tokens=skip) == [text]
+    assert tokenizer.decode_bytes(np.array(ids, dtype=np.int64)) == tokenizer.decode_bytes(known)
+
+
+def test_a_model_with_more_rows_than_tokens_writes_a_text(tokenizer):
+    model = make_model()
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    assert model.config.vocab_size == 320
+    prompt = tokenizer("Hé", return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer)
+
+    def write_beyond(ids, scores):  # every second byte of the text is an id without a token
+        ids = ids.shape[1] + 60 if ids.shape[1] % 2 else 300
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor(ids), 0.0)
+
+    ids = model.generate(**prompt, max_new_tokens=8, logits_processor=[write_beyond], streamer=streamer)
+    assert (ids == 300).sum() == 4
+    text = tokenizer.decode(ids[0])
+    assert text.startswith("<s>Hé") and len(text) == 9 and "".join(streamer) == text
+
+
+def test_arguments_of_every_tokenizer(tokenizer):
+    """What clients pass to `decode` and `batch_decode` of any tokenizer; none of it changes the text."""
+    arguments = {"clean_up_tokenization_spaces": False, "use_source_tokenizer": False}
+    assert tokenizer.decode([69, 2], skip_special_tokens=True, **arguments) == "A"
+    assert tokenizer.batch_decode([[69], [70]], **arguments) == ["A", "B"]
+
+
 def test_forms_of_ids(tokenizer):
     assert tokenizer.decode(69) == tokenizer.decode(torch.tensor(69)) == tokenizer.decode(np.int64(69)) == "A"
     assert tokenizer.decode([]) == "" and tokenizer.decode([[], [69]]) == ["", "A"]
@@ -417,6 +459,32 @@ def test_added_tokens(tokenizer):
     ]
 
 
+names = st.text(alphabet="ab<é>", min_size=2, max_size=5)
+
+
+@settings(max_examples=max(300, settings().max_examples))
+@given(
+    st.dictionaries(names, st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=4),
+    st.lists(st.text(alphabet="ab<é>", max_size=3), max_size=4),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+@example({"<|im_end|>": (True, False), "<|im": (False, True)}, ["x"], True, random.Random(0))
+def test_added_tokens_that_overlap(tokens, pieces, split_special, generator):
+    """One is the beginning, the end or the middle of another: the same ids with and without offsets."""
+    tokenizer = BltTokenizer()
+    for name, (special, normalized) in tokens.items():
+        tokenizer.add_tokens([AddedToken(name, normalized=normalized, special=special)], special_tokens=special)
+    pieces = [*pieces, *tokens, *tokens]
+    generator.shuffle(pieces)
+    text = "".join(pieces)
+    options = {"split_special_tokens": split_special}
+    ids = tokenizer(text, **options).input_ids
+    assert ids == tokenizer(text, return_offsets_mapping=True, **options).input_ids
+    assert ids == tokenizer([text, "a"], padding=True, **options).input_ids[0][-len(ids) :]
+    assert tokenizer.decode(ids[1:]) == text
+
+
 def test_bos_and_eos(tokenizer):
     tokenizer.add_eos_token = True
     assert tokenizer("a").input_ids == [1, 101, 2]
@@ -513,8 +581,8 @@ def test_wrong_input_is_named(tokenizer, case):
 
 
 def test_wrong_ids_and_files_are_named(tokenizer, tmp_path):
-    for bad in ([-100], [69, 260], [10**6], torch.tensor([-1])):
-        with pytest.raises(ValueError, match="`token_ids` must be at least 0 and below 260"):
+    for bad in ([-100], [69, -1], [10**6, -1], torch.tensor([-1])):
+        with pytest.raises(ValueError, match="`token_ids` must be at least 0; got -1"):
             tokenizer.decode(bad)
     for bad in ([1.5], "abc", None, [[[69]]], torch.tensor([0.5])):
         with pytest.raises(TypeError, match="token_ids"):
@@ -724,13 +792,49 @@ def test_from_a_tokenizer_file(tokenizer, tmp_path):
     same(tokenizer, BltTokenizer(tokenizer_file=tmp_path / "tokenizer.json"))
 
 
-def test_calls_leave_no_trace_in_what_is_saved(tokenizer, tmp_path):
-    """Caches of `datasets` are found by a hash of the pickled tokenizer."""
-    before = pickle.dumps(tokenizer)
-    tokenizer(["a", "bc"], padding="max_length", truncation=True, max_length=2)
-    tokenizer.decode(tokenizer("a</s>").input_ids)
-    assert pickle.dumps(tokenizer) == before
+CALLS = {
+    "call": lambda tokenizer: tokenizer(["a", "bc"], padding="max_length", truncation=True, max_length=2),
+    "decode": lambda tokenizer: tokenizer.decode([1, 101, 2, 260]),
+    "pairs": lambda tokenizer: tokenizer("a", "b", padding="max_length", truncation=True, max_length=20),
+    "offsets": lambda tokenizer: tokenizer("a</s>", return_offsets_mapping=True, split_special_tokens=True),
+    "asked later": lambda tokenizer: tokenizer("a").word_ids(),
+    "too long": lambda tokenizer: tokenizer("abc" * 99),
+    "chat": lambda tokenizer: tokenizer.apply_chat_template([{"role": "user", "content": "a"}]),
+    "pad": lambda tokenizer: tokenizer.pad({"input_ids": [[1], [1, 101]]}),
+    "tokenize": lambda tokenizer: tokenizer.tokenize("a</s>"),
+}
+
+
+@pytest.mark.parametrize("build", [BltTokenizer, lambda: customised()])
+def test_calls_leave_no_trace_in_what_is_saved(build):
+    tokenizer = build()
+    tokenizer.model_max_length = 100
+    saved, fingerprint = pickle.dumps(tokenizer), Hasher.hash(tokenizer)
+    for name, call in CALLS.items():
+        call(tokenizer)
+        assert Hasher.hash(tokenizer) == fingerprint, name
+        if name == "too long":  # it is told once; transformers notes that
+            tokenizer.deprecation_warnings.clear()
+        assert pickle.dumps(tokenizer) == saved, name
     assert "padding_side" in inspect.signature(tokenizer).parameters
+    tokenizer.add_tokens(["<another>"])
+    assert Hasher.hash(tokenizer) != fingerprint
+
+
+def test_a_data_set_is_mapped_once(tokenizer, tmp_path):
+    """`datasets` finds what it has computed by a fingerprint of the function and all that the function uses."""
+    Dataset.from_dict({"text": ["a", "bcd"]}).save_to_disk(tmp_path)
+    texts, calls = load_from_disk(tmp_path), tmp_path / "calls"
+
+    def tokenize(rows, tokenizer=tokenizer, calls=str(calls)):
+        with open(calls, "a") as file:
+            file.write("x")
+        return tokenizer(rows["text"])
+
+    for _ in range(3):
+        rows = texts.map(tokenize, batched=True)
+        tokenizer("b</s>", return_offsets_mapping=True)
+    assert rows["input_ids"][1] == [1, 102, 103, 104] and calls.read_text() == "x"
 
 
 IN_PLAIN_TRANSFORMERS = """

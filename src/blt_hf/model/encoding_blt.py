@@ -63,6 +63,7 @@ class AddedTokens:
         self.ids = {token.content.encode(): index for index, token in decoder.items()}
         self.names = {index: name.encode() for index, name in names.items()} | {i: n for n, i in self.ids.items()}
         self.special_ids = {index for index, token in decoder.items() if token.special}
+        self.special_names = {name for name, token in tokens.items() if token.special}
         # Whether a token is its name and no more, whatever stands beside it
         self.is_literal = not any(token.lstrip or token.rstrip or token.single_word for token in tokens.values())
         self._patterns = []
@@ -74,12 +75,24 @@ class AddedTokens:
     def __contains__(self, data: bytes) -> bool:
         return any(pattern.search(data) for pattern in self._patterns)
 
-    def split(self, data: bytes) -> list[bytes]:
-        """`data` in pieces, of which every second one is the name of an added token."""
+    def split(self, data: bytes, split_special: bool = False) -> list[bytes]:
+        """Cuts `data` into pieces, of which every second one is the name of an added token.
+
+        Args:
+            split_special: special tokens are ordinary bytes. Their names still win over shorter ones of the same round,
+                as in the `tokenizers` library; the next round finds other tokens in them.
+        """
+        ignored = self.special_names if split_special else ()
         pieces = [data]
         for pattern in self._patterns:
-            parts = ([piece] if i % 2 else pattern.split(piece) for i, piece in enumerate(pieces))
-            pieces = [part for split in parts for part in split]
+            found, pieces = pieces, []
+            for index, piece in enumerate(found):
+                start = 0
+                for match in () if index % 2 else pattern.finditer(piece):
+                    if match[0] not in ignored:
+                        pieces += [piece[start : match.start()], match[0]]
+                        start = match.end()
+                pieces.append(piece[start:])
         return pieces
 
 
@@ -148,9 +161,8 @@ def encode_rows(
         parsed = [parse_bytes or isinstance(text, str) for text in texts]
         if not added.is_literal and any(parse and row in added for row, parse in zip(data, parsed)):
             return None
-        pieces = [added.split(row) if parse else [row] for row, parse in zip(data, parsed)]
+        pieces = [added.split(row, split_special) if parse else [row] for row, parse in zip(data, parsed)]
         ids = {name: added.ids[name] for row in pieces for name in row[1::2]}
-        ids = {name: i for name, i in ids.items() if not (split_special and i in added.special_ids)}
 
     has_high_bytes = not is_utf8 and any(row.translate(None, _LOW_BYTES) for row in data)
     size = 4 if has_high_bytes or max([*sum(ends, []), *ids.values()], default=0) > 255 else 1

@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import os
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -61,6 +62,10 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '\\n\\nassistant: ' -}}{%- endif -%}
 """
+
+# The added tokens of each tokenizer, with the size of its vocabulary. They are derived from the backend, so they are no
+# attribute: `datasets` takes its fingerprints from all attributes, and a first call must not change them.
+_ADDED_TOKENS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 _UNSHIFT = bytes((byte - BYTE_OFFSET) % 256 for byte in range(256))
 _SYMBOL_BYTES = {symbol: bytes([byte]) for byte, symbol in enumerate(BYTE_SYMBOLS)}
@@ -177,7 +182,6 @@ class BltTokenizer(PreTrainedTokenizerFast):
         tokenizer_file: str | os.PathLike | None = None,
         **kwargs,
     ):
-        self._added = None  # (size of the vocabulary, AddedTokens)
         self._errors = _check_errors(errors)
         backend = kwargs.pop("tokenizer_object", None)
         if kwargs.pop("merges", None):
@@ -282,18 +286,17 @@ class BltTokenizer(PreTrainedTokenizerFast):
             if token in _SYMBOL_BYTES and not token.isascii():
                 byte = _SYMBOL_BYTES[token][0]
                 raise ValueError(f"{token!r} cannot be added: it is the name of byte 0x{byte:02X} in the vocabulary.")
-        self._added = None
+        _ADDED_TOKENS.pop(self, None)
         return super()._add_tokens(new_tokens, special_tokens=special_tokens)
 
     def _added_tokens(self) -> AddedTokens:
         size = self._tokenizer.get_vocab_size()  # somebody may add to the backend
-        if self._added is None or self._added[0] != size:
+        known_size, added = _ADDED_TOKENS.get(self, (None, None))
+        if size != known_size:
             names = {index: self._tokenizer.id_to_token(index) for index in range(BYTE_OFFSET)}
-            self._added = (size, AddedTokens(self.added_tokens_decoder, names))
-        return self._added[1]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_added": None}  # a first call must not change the hash that `datasets` takes of us
+            added = AddedTokens(self.added_tokens_decoder, names)
+            _ADDED_TOKENS[self] = (size, added)
+        return added
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
         """1 for each special token, 0 for the others, in the row that these ids make (or made already)."""
@@ -470,13 +473,15 @@ class BltTokenizer(PreTrainedTokenizerFast):
             self._tokenizer.encode_special_tokens = split
 
     def decode_bytes(self, token_ids, skip_special_tokens: bool = True) -> bytes | list[bytes]:
-        """The raw bytes of one sequence of ids, or a list of them for a batch.
+        """Returns the raw bytes of one sequence of ids, or a list of them for a batch.
+
+        Ids from `len(tokenizer)` on are skipped, as fast tokenizers do: a model with padded embeddings can write them.
 
         Args:
             token_ids: an int, a list, array or tensor of ids, one- or two-dimensional, or a mapping with `input_ids`.
             skip_special_tokens: leave special tokens out; else they appear as the UTF-8 of their names.
         Raises:
-            ValueError: an id is negative or not below `len(tokenizer)`. TypeError: ids are not integers.
+            ValueError: an id is negative. TypeError: ids are not integers.
         """
         if isinstance(token_ids, Mapping):
             token_ids = token_ids["input_ids"]
@@ -501,9 +506,9 @@ class BltTokenizer(PreTrainedTokenizerFast):
             ids = np.asarray(ids)
             if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
                 raise TypeError(f"`token_ids` must be integers in one or two dimensions; got {ids!r:.80}")
-            wrong = ids[(ids < 0) | (ids >= len(self))]
-            if wrong.size:
-                raise ValueError(f"`token_ids` must be at least 0 and below {len(self)}; got {wrong[0]}.")
+            if ids.min(initial=0) < 0:
+                raise ValueError(f"`token_ids` must be at least 0; got {ids.min()}.")
+            ids = ids[ids < len(self)]  # a model may have more rows than there are tokens
             if ids.max(initial=0) > 255:
                 names = added.names | {byte + BYTE_OFFSET: bytes([byte]) for byte in range(256)}
                 return b"".join([names[index] for index in ids.tolist() if index not in skipped])
@@ -520,14 +525,18 @@ class BltTokenizer(PreTrainedTokenizerFast):
         errors: str | None = None,
         clean_up_tokenization_spaces: bool | None = None,
         spaces_between_special_tokens: bool | None = None,
+        use_source_tokenizer: bool | None = None,
         **kwargs,
     ) -> str | list[str]:
-        """The text of one sequence of ids, or a list of texts for a batch; see `decode_bytes` for what is taken.
+        """Returns the text of one sequence of ids, or a list of texts for a batch.
+
+        `decode_bytes` says which forms of ids are taken, and what becomes of ids that are no token.
 
         Args:
             skip_special_tokens: leave special tokens out.
             errors: for this call, in place of `self.errors`.
             clean_up_tokenization_spaces, spaces_between_special_tokens: taken and not used; text stays as it is.
+            use_source_tokenizer: taken and not used; there is one tokenizer.
         Raises:
             UnicodeDecodeError: `errors` is 'strict' and the bytes are no UTF-8.
         """
