@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def served(folder: Path, *options: str) -> Iterator[str]:
+def served(folder: Path, *options: str, has_package: bool = False) -> Iterator[str]:
     """`transformers serve` with the model preloaded; its output is in `folder/serve.log`. Gives its address."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -35,7 +35,8 @@ def served(folder: Path, *options: str) -> Iterator[str]:
     transformers = Path(sys.executable).with_name("transformers")
     command = [transformers, "serve", chatter_folder(), "--trust-remote-code", *options, "--port", str(port)]
     with open(folder / "serve.log", "w") as log:
-        process = subprocess.Popen(command, env=client_environment(folder), cwd=folder, stdout=log, stderr=log)
+        environment = client_environment(folder, has_package)
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
         try:
             wait_for(f"http://localhost:{port}/health", process, folder / "serve.log")
             yield f"http://localhost:{port}/v1"

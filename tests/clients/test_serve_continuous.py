@@ -1,4 +1,7 @@
-"""`transformers serve --continuous-batching` and its clients: many at once, one that cancels, one that goes away."""
+"""`transformers serve --continuous-batching` and its clients: many at once, one that cancels, one that goes away.
+
+The package is installed where the server runs, and nobody imports it.
+"""
 
 import threading
 import time
@@ -20,7 +23,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder) -> Iterator[str]:
-    with served(folder, "--continuous-batching") as url:
+    with served(folder, "--continuous-batching", has_package=True) as url:
         yield url
 
 

@@ -98,6 +98,7 @@ def check_order(order: list[str], folders: dict) -> dict:
         # What a script that imported transformers at this moment holds.
         current = sys.modules.get("transformers")
         if current is not None and all(current is not other for other in objects):
+            globals()[f"transformers_{len(objects)}"] = current  # its code looks for them where scripts keep them
             objects.append(current)
     import transformers
     from transformers.models.blt import modeling_blt as in_tree

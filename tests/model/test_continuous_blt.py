@@ -10,7 +10,7 @@ import torch
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from blt_hf.model.continuous_blt import RunningBatch, row_memory
+from blt_hf.serving.continuous import RunningBatch, row_memory
 from conftest import make_model, tiny_config
 
 
@@ -168,7 +168,7 @@ def _top(model, ids) -> tuple[list[float], list[int]]:
 
 def test_memory_that_is_short_makes_requests_wait(tiny_model):
     ids = ids_of("abcdef")
-    one = row_memory(tiny_model.config, len(ids) + 10, tiny_model.dtype)
+    one = row_memory(tiny_model, len(ids) + 10)
     batch = RunningBatch(tiny_model, greedy(), max_memory=2 * one)
     states = [RequestState(str(i), ids, max_new_tokens=10, eos_token_id=-1) for i in range(5)]
     for state in states:

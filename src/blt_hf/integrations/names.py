@@ -10,6 +10,11 @@ There are several module objects of that name to write to: `processing_utils_run
 fails when there is one.
 """
 
+import gc
+import importlib
+import sys
+from types import ModuleType
+
 from ..model.configuration_blt import (
     BltConfig,
     BltGlobalTransformerConfig,
@@ -25,7 +30,7 @@ from ..model.modeling_blt import (
     BltModel,
     BltPatcher,
 )
-from ..model.names_blt import architecture_name, transformers_modules
+from ..model.names_blt import architecture_name
 
 
 _CLASSES = (
@@ -41,6 +46,19 @@ _CLASSES = (
     BltPatcherConfig,
     BltPreTrainedModel,
 )
+
+
+def transformers_modules() -> list[ModuleType]:
+    """Finds every object that has been `sys.modules["transformers"]`.
+
+    There are two in most processes: `transformers.processing_utils` runs `transformers/__init__.py` again, and those who
+    imported transformers before that keep the first object. It is imported here, so that no third one comes later.
+    """
+    importlib.import_module("transformers.processing_utils")
+    current = sys.modules["transformers"]
+    referrers = gc.get_referrers(type(current))  # an object refers to its class; nothing else lists the modules
+    modules = [item for item in referrers if isinstance(item, ModuleType) and item.__name__ == "transformers"]
+    return [current, *(module for module in modules if module is not current)]
 
 
 def take_over_names() -> None:

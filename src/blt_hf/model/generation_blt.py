@@ -8,6 +8,7 @@ from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_tensor
 from .compiling_blt import round_up_bytes
 from .decoding_blt import RaggedText
+from .names_blt import import_serving
 from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
 from .unmasking_blt import UNMASKING_RULES, BlockDrafts, Unmasking, decode_blocks
 
@@ -215,6 +216,10 @@ class BltGenerationMixin(GenerationMixin):
                 kwargs["num_cached_columns"] = cache.get_seq_length()
         return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
+    def make_cache(self, **kwargs) -> BltCache:
+        """An empty cache for this model; arguments as [`BltCache`]."""
+        return BltCache(self.config, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
@@ -227,7 +232,7 @@ class BltGenerationMixin(GenerationMixin):
                 )
             # An assistant of a model with other tokens is taken back to wherever the two texts part.
             slack = {"slack": max(max_cache_length, 256)} if generation_config.is_assistant else {}
-            cache = model_kwargs[CACHE_NAME] = BltCache(self.config, **slack)
+            cache = model_kwargs[CACHE_NAME] = self.make_cache(**slack)
             if implementation == "static":
                 compile_config = generation_config.compile_config or CompileConfig()
                 cache.fix_steps(None if generation_config.disable_compile else compile_config, max_cache_length)
@@ -269,7 +274,7 @@ class BltGenerationMixin(GenerationMixin):
         )
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
-        """A manager that requests join and leave while others run; see [`BltContinuousBatchingManager`].
+        """A manager that requests join and leave while others run; see `blt_hf.serving.continuous`.
 
         Args:
             generation_config: settings of all requests; None: the model's.
@@ -277,15 +282,15 @@ class BltGenerationMixin(GenerationMixin):
             workload_hints: as in transformers; not used.
         Raises:
             ValueError: the model is not a [`BltForCausalLM`].
+            ImportError: this code came with a checkpoint, and `blt_hf` is not installed.
         """
-        from .continuous_blt import BltContinuousBatchingManager
-
+        manager_class = import_serving().BltContinuousBatchingManager
         manager = getattr(self, "_cached_continuous_batching_manager", None)
-        if isinstance(manager, BltContinuousBatchingManager):
+        if isinstance(manager, manager_class):
             return manager
         if not hasattr(self, "step_logits"):
             raise ValueError(f"continuous batching needs a BltForCausalLM; got {type(self).__name__}.")
-        return BltContinuousBatchingManager(
+        return manager_class(
             self,
             self.generation_config if generation_config is None else generation_config,
             ContinuousBatchingConfig() if continuous_batching_config is None else continuous_batching_config,

@@ -1,13 +1,16 @@
-"""The names under which clients find a BLT in the module `transformers`.
+"""The names under which other libraries find a BLT, and how its code finds what is in the package alone.
 
-TRL and `transformers serve` read `architectures` in config.json and take the class of that name from `transformers`. The
-names `Blt...` there are those of the in-tree classes, and code that comes with a checkpoint overrides nothing. So a
-checkpoint with code names an architecture that transformers does not have, and its code adds that name: it stands for
-the Auto class, which finds the model's own class in `auto_map`. `import blt_hf` puts the class itself there.
+TRL and `transformers serve` do `getattr(transformers, config.architectures[0])`. The names `Blt...` there are those of the
+in-tree classes, and code that comes with a checkpoint overrides nothing. So a checkpoint with code says
+`BltHfForCausalLM`, a name that transformers does not have, and its code adds that name: an alias of the Auto class, which
+finds the model's own class in `auto_map`. `import blt_hf` puts the class itself there.
 """
 
-import gc
+import functools
 import importlib
+import importlib.machinery
+import importlib.util
+import os
 import sys
 from types import ModuleType
 
@@ -23,29 +26,74 @@ AUTO_CLASSES = {
 
 
 def architecture_name(class_name: str) -> str:
-    """What `architectures` calls a class: `BltForCausalLM` is `BltHfForCausalLM`; names of other classes stay."""
+    """Returns what `architectures` calls a class: `BltForCausalLM` is `BltHfForCausalLM`; other names stay."""
     return class_name.replace("Blt", "BltHf", 1) if class_name in AUTO_CLASSES else class_name
 
 
-def transformers_modules() -> list[ModuleType]:
-    """Every object that has been `sys.modules["transformers"]`.
-
-    There are two in most processes: `transformers.processing_utils` runs `transformers/__init__.py` again, and those who
-    imported transformers before that keep the first object. It is imported here, so that no third one comes later.
-    """
-    importlib.import_module("transformers.processing_utils")
-    current = sys.modules["transformers"]
-    referrers = gc.get_referrers(type(current))  # an object refers to its class; nothing else lists the modules
-    modules = [item for item in referrers if isinstance(item, ModuleType) and item.__name__ == "transformers"]
-    return [current, *(module for module in modules if module is not current)]
-
-
 def add_architectures() -> None:
-    """Adds the names of `architectures` to `transformers`; a name that is there stays what it is."""
-    auto = importlib.import_module("transformers.models.auto")
-    for module in transformers_modules():
+    """Adds the names of `architectures` to `transformers`; a name that is there stays what it is.
+
+    `transformers.processing_utils` runs `transformers/__init__.py` again, so most processes have two module objects of
+    that name, and who imported transformers early (TRL, a script) holds the first one.
+    """
+    importlib.import_module("transformers.processing_utils")  # here, so that no other object comes later
+    auto, current = importlib.import_module("transformers.models.auto"), sys.modules["transformers"]
+    held = (value for module in list(sys.modules.values()) for value in list(getattr(module, "__dict__", {}).values()))
+    for module in (current, *(v for v in held if type(v) is type(current) and v.__name__ == "transformers")):
         for class_name, auto_class in AUTO_CLASSES.items():
             vars(module).setdefault(architecture_name(class_name), getattr(auto, auto_class))
 
 
-__all__ = ["AUTO_CLASSES", "add_architectures", "architecture_name", "transformers_modules"]
+def import_from_package(name: str, feature: str) -> ModuleType:
+    """Imports `blt_hf.<name>`, which does not travel with checkpoints.
+
+    Args:
+        name: of the module, within `blt_hf`.
+        feature: what the caller needs it for, the beginning of the error's sentence.
+    Raises:
+        ImportError: this code came with a checkpoint. The module would make objects of the package's own classes, which
+            are others than these, even where the package is installed.
+    """
+    if not __name__.startswith("blt_hf."):
+        raise ImportError(
+            f"{feature} is not part of the code that comes with a checkpoint: `pip install blt-hf`, and `import blt_hf` "
+            "before the model is loaded."
+        )
+    return importlib.import_module(f"blt_hf.{name}")
+
+
+@functools.cache
+def import_serving() -> ModuleType:
+    """Imports `blt_hf.serving.continuous`, which serves any model by the model's own classes, these ones included.
+
+    Where nobody has imported `blt_hf`, that file alone is run: the rest of the package takes over the in-tree names.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    name = "blt_hf.serving.continuous"
+    if sys.modules.get("blt_hf") is not None:
+        return importlib.import_module(name)
+    try:
+        package = importlib.util.find_spec("blt_hf")
+    except ImportError:
+        package = None
+    if package is None:
+        raise ImportError(
+            "continuous batching is not part of the code that comes with a checkpoint: `pip install blt-hf`; it need "
+            "not be imported."
+        )
+    folders = [os.path.join(folder, "serving") for folder in package.submodule_search_locations]
+    spec = importlib.machinery.PathFinder.find_spec(name, folders)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+__all__ = [
+    "AUTO_CLASSES",
+    "add_architectures",
+    "architecture_name",
+    "import_from_package",
+    "import_serving",
+]

@@ -1,9 +1,12 @@
 """Continuous batching: requests join and leave a running batch between two steps, on transformers' own interface.
 
-[`RunningBatch`] is the engine: rows of one [`BltCache`], each with a request of its own. A round makes one byte for every
+[`RunningBatch`] is the engine: rows of one cache, each with a request of its own. A round makes one byte for every
 running row and then reads a piece of one waiting prompt, in a cache of its own; a prompt that has been read whole takes
 a free row while its neighbours go on. [`BltContinuousBatchingManager`] runs rounds in a thread and speaks to the
 outside: its queues, its results and its life cycle are those of transformers' manager.
+
+A model may have come with its own copy of the classes in `blt_hf.model` (code from the Hub). So nothing is imported from
+there: the cache is the one that the model makes.
 """
 
 import copy
@@ -24,9 +27,6 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.utils import logging
 
-from .cache_blt import BltCache
-from .patching_blt import BYTE_OFFSET
-
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +34,7 @@ _MAX_ROWS = 32  # rows of a batch where nobody says how many
 _PREFILL_BYTES = 256  # bytes of a prompt between two steps of the running rows
 _NEW_BYTES = 20  # what `generate` makes where no length is given
 _MEMORY_SHARE = 0.8  # of the memory that is free at the start
+_BYTE_OFFSET = 4  # byte `b` has id `b + 4`
 
 
 def free_memory(device: torch.device) -> int:
@@ -43,12 +44,12 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def row_memory(config, num_bytes: int, dtype: torch.dtype) -> int:
-    """Bytes of memory that a row of `num_bytes` bytes of text takes in a [`BltCache`], at worst (every byte a patch).
+def row_memory(model, num_bytes: int) -> int:
+    """Bytes of memory that a row of `num_bytes` bytes of text takes in a cache, at worst (every byte a patch).
 
     Buffers grow by halves, so a row may hold one and a half times what it needs.
     """
-    cache, size = BltCache(config), torch.empty(0, dtype=dtype).element_size()
+    config, cache, size = model.config, model.make_cache(), model.dtype.itemsize
 
     def kept(slots) -> int:
         return num_bytes if slots.keep is None else min(num_bytes, slots.keep + cache.slack)
@@ -78,7 +79,7 @@ class _Request:
 
     def __init__(self, state: RequestState, config: GenerationConfig, processors: LogitsProcessorList):
         self.state, self.config, self.processors = state, config, processors
-        self.cache: BltCache | None = None
+        self.cache = None
         self.remaining = list(state.initial_tokens)
         self.stop_strings = [s.encode() for s in _as_list(config.stop_strings)]
 
@@ -107,7 +108,7 @@ class _Request:
             longest = max(map(len, self.stop_strings))
             tail = (self.state.initial_tokens + self.state.generated_tokens[-longest:])[-longest:]
             # Ids of special tokens stand for no byte, and no stop string reaches across them.
-            tail = b"".join(bytes([i - BYTE_OFFSET]) if 0 <= i - BYTE_OFFSET < 256 else b"\0" for i in tail)
+            tail = b"".join(bytes([i - _BYTE_OFFSET]) if 0 <= i - _BYTE_OFFSET < 256 else b"\0" for i in tail)
             is_complete = tail.endswith(tuple(self.stop_strings))
             if is_complete:
                 self.state.status = RequestStatus.FINISHED
@@ -152,7 +153,7 @@ class RunningBatch:
         self.waiting: deque[_Request] = deque()
         self.reading: _Request | None = None
         self.rows: list[_Request | None] = []
-        self.cache: BltCache | None = None
+        self.cache = None
         self._last_ids = torch.zeros(0, 1, dtype=torch.int64, device=model.device)
 
     @property
@@ -242,7 +243,7 @@ class RunningBatch:
                 return []
             self.reading = self.waiting.popleft()
             self.reading.state.status = RequestStatus.PREFILLING
-            self.reading.cache = BltCache(self.model.config)
+            self.reading.cache = self.model.make_cache()
         request = self.reading
         piece, request.remaining = request.remaining[: self.prefill_bytes], request.remaining[self.prefill_bytes :]
         ids = torch.tensor([piece], device=self.model.device)
@@ -289,7 +290,7 @@ class RunningBatch:
         return self._memory(_row_count(len(texts)), max(texts)) <= self.max_memory
 
     def _memory(self, rows: int, num_bytes: int) -> int:
-        return rows * row_memory(self.model.config, num_bytes, self.model.dtype)
+        return rows * row_memory(self.model, num_bytes)
 
     def _join(self, request: _Request) -> None:
         """Gives a request whose prompt has been read a row of its own."""
@@ -318,7 +319,7 @@ class RunningBatch:
         last_ids = torch.zeros(count, 1, dtype=torch.int64, device=device)
         cache = None
         if count:
-            cache = BltCache(self.model.config)
+            cache = self.model.make_cache()
             if self.is_static:
                 cache.fix_steps(self.compile_config, max((r.max_bytes for r in requests if r), default=0))
             cache.start(count, device)

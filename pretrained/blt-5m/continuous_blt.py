@@ -1,1 +1,0 @@
-../../src/blt_hf/model/continuous_blt.py
