@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 import blt_hf_cli.calibrate
-import new_process
 from blt_hf import BltConfig
 from blt_hf.evaluation import measure_bits_per_byte
 from blt_hf.evaluation.flops import flops_per_byte, preset_config
 from blt_hf.training.calibration import calibrate_threshold
 from blt_hf_cli import app
-from conftest import make_model, tiny_config
+from helpers import processes
+from helpers.cli import in_a_shell, run
+from helpers.models import make_model, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +33,6 @@ def folder(tmp_path_factory) -> Path:
     (path / "text.txt").write_text(topics["for"][:1500])
     (path / "more.jsonl").write_text(json.dumps({"text": topics["try"][:700]}))
     return path
-
-
-def run(*arguments, status: int = 0, stdin: str | bytes | None = None) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
-    assert result.exit_code == status, result.output
-    return result.stdout if status == 0 else result.stderr
 
 
 def texts(folder: Path) -> list[bytes]:
@@ -124,7 +119,6 @@ def test_evaluate_prints_what_is_measured(folder):
 
 
 def test_evaluate_token_models(folder, tmp_path):
-    from test_metrics import TEXTS
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -136,13 +130,14 @@ def test_evaluate_token_models(folder, tmp_path):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).eval()
     model.save_pretrained(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXTS[3])
+    text = "def f(x):\n    return x + 1\n" * 3
+    (tmp_path / "text.txt").write_text(text)
     assert "--tokenizer" in run("evaluate", folder / "blt", tmp_path / "text.txt", "--tokenizer", tmp_path, status=1)
     assert "cannot be loaded" in run(
         "evaluate", tmp_path, tmp_path / "text.txt", "--tokenizer", tmp_path / "no", status=1
     )
     tokenizer.save_pretrained(tmp_path)
-    expected = measure_bits_per_byte(model, TEXTS[3:], tokenizer)
+    expected = measure_bits_per_byte(model, [text], tokenizer)
     printed = run("evaluate", tmp_path, tmp_path / "text.txt", "--quiet")
     assert f"bits per byte   {expected.bits_per_byte:.3f}" in printed and "bytes a token   1.000" in printed
 
@@ -201,14 +196,6 @@ def test_errors_are_one_line(folder, arguments, message):
     assert message in told and "Traceback" not in told
 
 
-def in_a_shell(*arguments, timeout: float = 240, **environment) -> subprocess.CompletedProcess:
-    """`blt-hf` as its users start it: another process."""
-    return subprocess.run(
-        [sys.executable, "-m", "blt_hf_cli", *map(str, arguments)],
-        capture_output=True, timeout=timeout, env={**os.environ, "COLUMNS": "100", **environment},
-    )  # fmt: skip
-
-
 def test_help_and_completion_do_not_wait_for_torch():
     program = (
         "import sys; import blt_hf_cli; print([n for n in ('torch', 'transformers', 'blt_hf') if n in sys.modules])"
@@ -235,7 +222,7 @@ def test_imports_bring_no_optional_package():
         "import sys; import blt_hf.cli; names = ('evaluate', 'datasets', 'matplotlib', 'blt_hf.evaluation');"
         "before = [n for n in names if n in sys.modules]; blt_hf.plot_patches; print(before, 'matplotlib' in sys.modules)"
     )
-    done = new_process.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = processes.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "[] False"
 
 

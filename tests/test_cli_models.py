@@ -11,15 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import blt_hf_cli.train
-import new_process
 from blt_hf import BltConfig, BltForCausalLM, BltPatcher, BltTokenizer
 from blt_hf.evaluation import measure_bits_per_byte
 from blt_hf.evaluation.flops import flops_per_byte
 from blt_hf.evaluation.memory import cache_bytes
 from blt_hf_cli import app
 from blt_hf_cli.generate import ByteStreamer
-from conftest import make_model, tiny_config
-from test_cli import in_a_shell, run
+from helpers import processes
+from helpers.cli import in_a_shell, run
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_cache_bytes_are_those_of_a_cache():
     model = make_model(tiny_config(patcher_config={"sliding_window": 24}))
     text = ("some text, with 2 lines and words of many lengths; " * 4)[:150]
     with torch.no_grad():
-        output = model(torch.tensor([[1, *(byte + 4 for byte in text.encode())]]), use_cache=True, output_patches=True)
+        output = model(torch.tensor([encode(text)]), use_cache=True, output_patches=True)
     num_patches = len(model.get_patches(text)) - (not model.get_patches(text).is_last_complete)
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
     assert cache_bytes(model.config, len(text) + 1, num_patches, torch.float32) == pytest.approx(kept, rel=0.05)
@@ -279,6 +280,6 @@ def test_held_out_text_is_not_learned(tmp_path):
 def test_generate_from_a_shell(folder):
     """Once as users start it: a pipe in, bytes out, nothing else."""
     command = [sys.executable, "-m", "blt_hf_cli", "generate", "-m", str(folder / "blt"), "-n", "12"]
-    done = new_process.run(command, input=b"for x", capture_output=True, check=True)
+    done = processes.run(command, input=b"for x", capture_output=True, check=True)
     assert done.stdout == written_by(folder / "blt", "for x", max_new_tokens=12, do_sample=False)
     assert in_a_shell("generate", "--nothing", timeout=60).returncode == 2

@@ -3,7 +3,7 @@
 import json
 import re
 
-from test_examples import run_example
+from helpers.processes import run_example
 
 
 def test_custom_patching_rule(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blt_hf import BltTokenizer
-from test_examples import run_example
+from helpers.processes import run_example
 
 
 ROOT = Path(__file__).parents[1]

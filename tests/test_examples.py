@@ -1,34 +1,21 @@
 """Every example runs, in a small setting."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from hub_server import HubServer
 from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blt_hf  # noqa: F401
-from new_process import run
+from helpers.hub_server import HubServer
+from helpers.processes import run, run_example
 
 
 ROOT = Path(__file__).parents[1]
-
-
-def run_example(name: str, *arguments, timeout: float = 280, **environment: str) -> str:
-    done = run(
-        [sys.executable, ROOT / "examples" / name, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

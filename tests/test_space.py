@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from blt_hf import BltTokenizer
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
 
 
 SPACE = Path(__file__).parents[1] / "examples" / "space"

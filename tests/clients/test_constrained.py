@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from clients_common import chatter_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.clients import chatter_folder
 
 
 PROMPT = "user: greet\n\nassistant: "

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from clients_common import chatter_folder, run_client
 from safetensors.torch import load_file
+
+from helpers.clients import chatter_folder, run_client
 
 
 CONFIG = """

@@ -5,11 +5,11 @@ import json
 import pytest
 import sentence_transformers
 import torch
-from clients_common import ANSWERS, chatter_folder
 from transformers import AutoModel, AutoTokenizer
 
 from blt_hf import BltForCausalLM, BltForSequenceClassification, BltModel, BltTokenizer
-from conftest import make_model, tiny_config
+from helpers.clients import ANSWERS, chatter_folder
+from helpers.models import make_model, tiny_config
 
 
 PROMPT = "user: {question}\n\nassistant: "

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from blt_hf import BltTokenizer
 from blt_hf.cli import app
-from conftest import make_model
-from new_process import run
+from helpers.models import make_model
+from helpers.processes import run
+from helpers.texts import encode
 
 
 TEXTS = ["To be, or not to be: that is the question.\n", "Zażółć gęślą jaźń — 速い狐 é " * 3, "x"]
@@ -58,10 +59,6 @@ def model():
     return make_model()
 
 
-def ids_of(text: str, bos: bool) -> list[int]:
-    return [1] * bos + [byte + 4 for byte in text.encode()]
-
-
 @torch.no_grad()
 def log_likelihood(model, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """Nats of `continuation`, and whether greedy decoding would write it."""
@@ -92,8 +89,8 @@ def test_requests_in_process(model, batch_size):
         client = HFLM(pretrained=model, tokenizer=BltTokenizer(), batch_size=batch_size, add_bos_token=bos)
         pairs = [(context, " " + end) for context, *ends in QUESTIONS for end in ends]
         found = client.loglikelihood(requests("loglikelihood", [*pairs, ("", "alone")]), disable_tqdm=True)
-        expected = [log_likelihood(model, ids_of(context, bos), ids_of(end, False)) for context, end in pairs]
-        expected.append(log_likelihood(model, [1], ids_of("alone", False)))  # an empty context is a BOS in any case
+        expected = [log_likelihood(model, encode(context, bos), encode(end, False)) for context, end in pairs]
+        expected.append(log_likelihood(model, [1], encode("alone", False)))  # an empty context is a BOS in any case
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
         for (nats, _), (wanted, _) in zip(found, expected):
             assert nats == pytest.approx(wanted, abs=1e-4)
@@ -101,13 +98,13 @@ def test_requests_in_process(model, batch_size):
         rolling = client.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in TEXTS]))
         for nats, text in zip(rolling, TEXTS):
             # The client puts a BOS in front and scores what the tokenizer gives: its own BOS, too, unless told not to.
-            wanted, _ = log_likelihood(model, [1], ids_of(text, bos))
+            wanted, _ = log_likelihood(model, [1], encode(text, bos))
             assert nats == pytest.approx(wanted, abs=1e-3)
 
         options = {"until": UNTIL, "max_gen_toks": NEW_BYTES, "do_sample": False}
         prompts = [question for question, *_ in QUESTIONS]
         texts = client.generate_until(requests("generate_until", [(p, dict(options)) for p in prompts]), True)
-        assert texts == [answer(model, ids_of(prompt, bos)) for prompt in prompts]
+        assert texts == [answer(model, encode(prompt, bos)) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +166,7 @@ def test_rolling_is_what_evaluate_measures(command_line, model):
     )
     assert run.exit_code == 0, run.output
     assert found == pytest.approx(json.loads(run.stdout)["bits_per_byte"], rel=1e-6)
-    nats = sum(log_likelihood(model, [1], ids_of(text, False))[0] for text in TEXTS)
+    nats = sum(log_likelihood(model, [1], encode(text, False))[0] for text in TEXTS)
     assert found == pytest.approx(-nats / math.log(2) / sum(len(text.encode()) for text in TEXTS), rel=1e-6)
 
 
@@ -178,7 +175,7 @@ def test_choices_and_answers_on_the_command_line(command_line, model):
     _, results = command_line
     for (question, *ends), row in zip(QUESTIONS, logged(results, "local_choices")):
         for end, ((nats, greedy),) in zip(ends, row["resps"]):
-            wanted = log_likelihood(model, ids_of(question, False), ids_of(" " + end, False))
+            wanted = log_likelihood(model, encode(question, False), encode(" " + end, False))
             assert (float(nats), str(greedy) == "True") == (pytest.approx(wanted[0], abs=1e-4), wanted[1])
     for (question, *_), row in zip(QUESTIONS, logged(results, "local_answers")):
-        assert row["resps"] == [[answer(model, ids_of(question, False))]]
+        assert row["resps"] == [[answer(model, encode(question, False))]]

@@ -3,46 +3,22 @@
 The server knows this package by the code beside the weights alone (`--trust-remote-code`).
 """
 
-import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import openai
 import pexpect
 import pytest
-from clients_common import ANSWERS, chatter_folder, client_environment
+
+from helpers.clients import ANSWERS, ask, chatter_folder, client_environment, served
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("serve")
-
-
-@contextmanager
-def served(folder: Path, *options: str, has_package: bool = False) -> Iterator[str]:
-    """`transformers serve` with the model preloaded; its output is in `folder/serve.log`. Gives its address."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    (folder / "hf-home" / "hub").mkdir(parents=True)  # `/v1/models` lists this folder, and fails where there is none
-    transformers = Path(sys.executable).with_name("transformers")
-    command = [transformers, "serve", chatter_folder(), "--trust-remote-code", *options, "--port", str(port)]
-    with open(folder / "serve.log", "w") as log:
-        environment = client_environment(folder, has_package)
-        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-        try:
-            wait_for(f"http://localhost:{port}/health", process, folder / "serve.log")
-            yield f"http://localhost:{port}/v1"
-        finally:
-            process.terminate()
-            process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -51,27 +27,9 @@ def url(folder) -> Iterator[str]:
         yield url
 
 
-def wait_for(url: str, process: subprocess.Popen, log: Path, timeout: float = 200) -> None:
-    end = time.monotonic() + timeout
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.3)
-    raise AssertionError(log.read_text()[-4000:])
-
-
 @pytest.fixture(scope="module")
 def client(url) -> openai.OpenAI:
     return openai.OpenAI(base_url=url, api_key="none", timeout=100)
-
-
-def ask(client, question: str, **kwargs):
-    messages = [{"role": "user", "content": question}]
-    return client.chat.completions.create(
-        model=chatter_folder(), messages=messages, **{"max_tokens": 60, "temperature": 0, **kwargs}
-    )
 
 
 def test_the_class_that_answers(client, folder):

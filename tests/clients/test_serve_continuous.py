@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from clients_common import ANSWERS, chatter_folder
-from test_serve import ask, served
+
+from helpers.clients import ANSWERS, ask, chatter_folder, served
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 import pytest
-from clients_common import ANSWERS, chatter_folder, conversation, run_client
 from safetensors.torch import load_file
+
+from helpers.clients import ANSWERS, chatter_folder, conversation, run_client
 
 
 QUESTIONS = list(ANSWERS) * 4

@@ -12,7 +12,8 @@ from transformers.models.blt import modeling_blt as in_tree
 from transformers.models.blt.configuration_blt import BltConfig as InTreeConfig
 
 from blt_hf import BltConfig, BltForCausalLM, BltModel, BltPatcher
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
 
 
 # Local windows came into the in-tree class after 5.17; before, all its attention is full.
@@ -59,10 +60,6 @@ def config_of(case: str) -> BltConfig:
 @pytest.fixture(params=sorted(CASES))
 def case(request) -> str:
     return request.param
-
-
-def encode(text: str) -> list[int]:
-    return [1] + [b + 4 for b in text.encode()]
 
 
 def right_padded(rows):

@@ -19,7 +19,7 @@ from transformers.models.blt import modeling_blt as in_tree
 
 from blt_hf import BltForCausalLM
 from blt_hf.conversion import convert_meta_checkpoint, export_meta_checkpoint
-from conftest import DEVICE
+from helpers.models import DEVICE
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,12 +17,12 @@ from unittest import mock
 
 import peft
 import pytest
-import transformers_suites as suites
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, set_seed
 
 from blt_hf import BltForCausalLM, BltTokenizer
-from conftest import tiny_config
+from helpers import transformers_suites as suites
+from helpers.models import tiny_config
 
 
 class Reason(NamedTuple):

@@ -10,12 +10,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import transformers_suites as suites
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from blt_hf.model.tokenization_blt import BltTokenizer
+from helpers import transformers_suites as suites
 
 
 try:

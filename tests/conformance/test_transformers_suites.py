@@ -15,14 +15,14 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers_suites as suites
 from transformers import pipeline, set_seed
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blt import modeling_blt as in_tree
 
 import blt_hf
 from blt_hf.model.tokenization_blt import BltTokenizer
-from conftest import tiny_config
+from helpers import transformers_suites as suites
+from helpers.models import tiny_config
 
 
 _folder = tempfile.TemporaryDirectory(prefix="blt-tiny-models-")

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from blt_hf import BltForSequenceClassification, BltForTokenClassification, BltModel
 from blt_hf.evaluation import Measurement, make_model_card, measure_bits_per_byte, write_model_card
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
 
 
 GOOD = {

@@ -7,7 +7,8 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfi
 
 from blt_hf import BltConfig
 from blt_hf.evaluation.flops import Flops, FlopsPerByte, flops_per_byte, preset_config
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
 
 
 SIZES = {
@@ -37,7 +38,7 @@ def counted_matmuls(model, **inputs) -> int:
 @pytest.mark.parametrize("overrides", SIZES.values(), ids=SIZES)
 def test_matmuls_are_those_that_torch_counts(overrides):
     model = make_model(tiny_config(**overrides))
-    ids = torch.tensor([[1, *(b + 4 for b in b"a patch is a few bytes, and a byte is a small number")]])
+    ids = torch.tensor([encode("a patch is a few bytes, and a byte is a small number")])
     lengths = model(ids, output_patches=True).patch_lengths[0]
     num_bytes, num_closed = ids.shape[1], len(lengths) - 1  # the last patch is still open
     flops = flops_per_byte(model.config, num_bytes / num_closed, num_bytes)

@@ -16,8 +16,8 @@ from blt_hf.evaluation import TrainerBitsPerByte, load_bits_per_byte, measure_bi
 from blt_hf.evaluation import __file__ as metrics_file
 from blt_hf.evaluation.measuring import _windows
 from blt_hf.training.data import BltDataCollator, byte_ids
-from conftest import make_model, tiny_config
-from new_process import run
+from helpers.models import make_model, tiny_config
+from helpers.processes import run
 
 
 TEXTS = ["A byte is a small number.", "naïve café </s> 速い狐", "x", "def f(x):\n    return x + 1\n" * 3]

@@ -13,16 +13,18 @@ from blt_hf.evaluation import patches as pictures
 from blt_hf.evaluation.patches import font_with, patches_text, plot_patches
 from blt_hf.model.display_blt import PATCH_COLOURS
 from blt_hf.model.patching_blt import PatchingRule
-from conftest import make_model, tiny_config
 
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
+
 
 def made(text, lengths, entropies=None) -> BltPatches:
-    ids = [1, *(byte + 4 for byte in (text.encode() if isinstance(text, str) else text))]
+    ids = encode(text)
     assert sum(lengths) == len(ids)
     rule = PatchingRule("entropy", threshold=1.0) if entropies else PatchingRule("space")
     return BltPatches(ids, lengths, entropies, False, rule)

@@ -7,14 +7,15 @@ import threading
 
 import pytest
 import torch
-from fault_workers import Children, convert, save
 from safetensors.torch import load_file
-from test_convert import write_meta
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from blt_hf import BltCache, BltForCausalLM, BltTokenizer
-from conftest import make_model
+from helpers.fault_workers import Children, convert, save
+from helpers.meta_checkpoints import write_meta
+from helpers.models import make_model
+from helpers.texts import encode
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ class _Interrupt(LogitsProcessor):
         return scores
 
 
-IDS = torch.tensor([[1] + [byte + 4 for byte in b"An interrupt comes at any time, "]])
+IDS = torch.tensor([encode("An interrupt comes at any time, ")])
 
 
 def check_that_it_goes_on(model, cache: BltCache) -> None:
@@ -216,7 +217,7 @@ def test_an_interrupt_in_the_middle_of_a_pass(model, count):
 
 def test_eight_threads_generate_what_one_does(model):
     prompts = [f"Thread number {number} says " * (1 + number % 3) for number in range(8)]
-    rows = [torch.tensor([[1] + [byte + 4 for byte in prompt.encode()]]) for prompt in prompts]
+    rows = [torch.tensor([encode(prompt)]) for prompt in prompts]
 
     def generate(ids):
         return model.generate(ids, max_new_tokens=16, do_sample=False)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_workers import Children, convert, model_with, save, train
-from test_convert import write_meta
 
 from blt_hf import BltForCausalLM, BltTokenizer
+from helpers.fault_workers import Children, convert, model_with, save, train
+from helpers.meta_checkpoints import write_meta
 
 
 # Kills in the default run, and in the slow one

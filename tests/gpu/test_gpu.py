@@ -10,8 +10,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_diffusion_blt import diffusion_model
-from test_exactness import RULES, encode, model_for, pad, text_ids
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -25,7 +23,9 @@ from transformers import (
 
 from blt_hf import BltForCausalLM, BltTokenizer
 from blt_hf.training.data import BltDataCollator
-from conftest import DEVICE, make_model, tiny_config
+from helpers.diffusion import diffusion_model
+from helpers.models import DEVICE, RULES, make_model, model_for, tiny_config
+from helpers.texts import encode, pad, text_ids
 
 
 pytestmark = [

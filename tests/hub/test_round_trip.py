@@ -1,6 +1,6 @@
 """The Hub by its real client: what is pushed comes back, to this package and to strangers, and never by halves.
 
-A small Hub (`hub_server.py`) runs in this process; every client is a fresh process that knows it by `HF_ENDPOINT` alone.
+A small Hub (`helpers.hub_server`) runs in this process; every client is a new one that knows it by `HF_ENDPOINT` alone.
 """
 
 import itertools
@@ -16,13 +16,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub_server import HubServer, Refused, metadata_errors, metadata_of
 from packaging.version import Version
 from safetensors.torch import load
 
-import new_process
 from blt_hf import BltTokenizer
-from conftest import make_model, tiny_config
+from helpers import processes
+from helpers.hub_server import HubServer, Refused, metadata_errors, metadata_of
+from helpers.models import make_model, tiny_config
 
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,7 @@ class Clients:
         prelude = PRELUDE + "import blt_hf\n" if kwargs.get("has_package", True) else STRANGER + PRELUDE
         program = prelude + script + "\nprint(json.dumps(seen))"
         options = {"env": self.environment(**kwargs), "cwd": self.folder, "capture_output": True, "text": True}
-        done = new_process.run([sys.executable, "-c", program, self.source], **options)
+        done = processes.run([sys.executable, "-c", program, self.source], **options)
         assert done.returncode == 0, done.stderr[-6000:]
         return json.loads(done.stdout.splitlines()[-1])
 

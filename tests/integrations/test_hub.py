@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import pathlib
 import sys
 
@@ -32,8 +31,8 @@ from blt_hf import (
     BltPatcherConfig,
 )
 from blt_hf.model.tokenization_blt import BltTokenizer
-from conftest import make_model, tiny_config
-from new_process import run
+from helpers.models import make_model, tiny_config
+from helpers.processes import run_elsewhere
 
 
 SOURCE = pathlib.Path(blt_hf.__file__).parent / "model"
@@ -77,47 +76,6 @@ def saved(model, tmp_path_factory) -> pathlib.Path:
             folder / "expected.pt",
         )
     return folder
-
-
-def run_elsewhere(script: str, folder: pathlib.Path) -> dict:
-    """Runs `script` in a process that cannot import `blt_hf`; it prints one JSON line last."""
-    prelude = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "blt_hf":
-            raise ImportError("blt_hf is not installed here")
-
-sys.meta_path.insert(0, Absent())
-try:
-    import blt_hf
-except ImportError:
-    pass
-else:
-    raise AssertionError("blt_hf is importable")
-import json, os, pathlib, torch
-folder = pathlib.Path(sys.argv[1])
-expected = torch.load(folder / "expected.pt")
-ids = expected["ids"]
-TEXT = expected["source"]
-
-def same(actual, name):
-    torch.testing.assert_close(actual, expected[name], atol=1e-4, rtol=1e-4)
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment.update(
-        HF_HUB_OFFLINE="1", HF_HOME=str(folder / "home"), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
-    )
-    result = run(
-        [sys.executable, "-I", "-c", prelude + script, str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=folder,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 REMOTE_CODE = """

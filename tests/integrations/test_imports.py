@@ -10,9 +10,9 @@ import sys
 import pytest
 
 import blt_hf
-import new_process
 from blt_hf import BltTokenizer
-from conftest import make_model
+from helpers import processes
+from helpers.models import make_model
 
 
 pytestmark = pytest.mark.timeout(900)  # new processes that import everything, for machines that are busy
@@ -44,7 +44,7 @@ def run_orders(tmp_path_factory):
     (folder / "folders.json").write_text(json.dumps({kind: str(folder / kind) for kind in ("code", "plain")}))
 
     def run(orders: list[str]) -> dict:
-        result = new_process.run(
+        result = processes.run(
             [sys.executable, str(PROGRAM), str(folder / "folders.json"), *orders],
             capture_output=True,
             text=True,

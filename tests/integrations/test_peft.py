@@ -7,16 +7,16 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_training import make_trainer, step_losses
 from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from blt_hf import BltForSequenceClassification, BltPatcher
-from conftest import make_model, tiny_config
-from new_process import run
+from helpers.adapters import CAUSAL, adapt, check_patcher_untouched, ids
+from helpers.models import make_model, tiny_config
+from helpers.processes import run
+from helpers.training import make_trainer, step_losses
 
 
-CAUSAL = {"task_type": "CAUSAL_LM"}
 LORA = {
     "default": {},
     "all-linear": {"target_modules": "all-linear"},
@@ -57,34 +57,6 @@ PROMPT_METHODS = {
     "PromptEncoder": {"num_virtual_tokens": 3},
     "CPT": {"cpt_token_ids": [1, 2]},
 }
-
-
-def ids(num_bytes: int = 30) -> torch.Tensor:
-    text = "Small layers next to large ones: that is all there is to it."
-    return torch.tensor([[1] + [byte + 4 for byte in text.encode()][: num_bytes - 1]])
-
-
-def adapt(config, model=None):
-    """The adapted model in training mode, its adapters moved off their start, where most of them do nothing."""
-    torch.manual_seed(0)
-    model = get_peft_model(make_model() if model is None else model, config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.add_(0.05 * torch.randn_like(weight))
-    return model
-
-
-def check_patcher_untouched(model, reference=None):
-    """No trained weight and no module of PEFT's in the entropy model; its weights are all there, as they were."""
-    reference = make_model() if reference is None else reference
-    expected = {n.split("patcher.")[1]: w for n, w in reference.named_parameters() if "patcher" in n}
-    found = {n.split("patcher.")[1]: w for n, w in model.named_parameters() if "patcher" in n}
-    assert found.keys() == expected.keys()
-    for name, weight in found.items():
-        assert not weight.requires_grad and torch.equal(weight, expected[name]), name
-    for name, module in model.named_modules():
-        assert "patcher" not in name or not type(module).__module__.startswith("peft."), name
 
 
 @pytest.mark.parametrize("arguments", LORA.values(), ids=LORA)

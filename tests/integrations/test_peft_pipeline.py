@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
-from test_peft import CAUSAL, adapt, check_patcher_untouched
 from transformers import AutoModelForCausalLM, pipeline
 
 from blt_hf import BltTokenizer
-from conftest import make_model
-from new_process import run
+from helpers.adapters import CAUSAL, adapt, check_patcher_untouched
+from helpers.models import make_model
+from helpers.processes import run
 
 
 PROMPTS = ["The import", "Small layers, next to large ones"]

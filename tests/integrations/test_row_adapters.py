@@ -4,14 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from conftest import make_model
+from helpers.models import make_model
+from helpers.texts import encode
 
 
 SETTINGS = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
-
-
-def encode(text: str) -> list[int]:
-    return [1] + [b + 4 for b in text.encode()]
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])

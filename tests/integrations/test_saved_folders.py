@@ -6,12 +6,12 @@ import zipfile
 
 import pytest
 import torch
-from test_hub import run_elsewhere
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.blt.configuration_blt import BltConfig as InTreeConfig
 
 import blt_hf
 from blt_hf.model.cache_name_blt import CACHE_NAME
+from helpers.processes import run_elsewhere
 
 
 pytestmark = pytest.mark.timeout(900)  # a new process that imports everything, for machines that are busy

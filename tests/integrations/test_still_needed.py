@@ -6,10 +6,10 @@ have this package.
 
 import pytest
 import torch
-from test_hub import run_elsewhere
 
 from blt_hf import BltTokenizer
-from conftest import make_model
+from helpers.models import make_model
+from helpers.processes import run_elsewhere
 
 
 pytestmark = pytest.mark.timeout(900)  # a new process that imports everything, for machines that are busy

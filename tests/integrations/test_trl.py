@@ -10,31 +10,16 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_peft import check_patcher_untouched
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from blt_hf.model.tokenization_blt import BltTokenizer
-from conftest import make_model
-from new_process import run
+from helpers.adapters import check_patcher_untouched
+from helpers.models import make_model
+from helpers.processes import run
+from helpers.training import ARGUMENTS, CONVERSATIONS, step_losses
 
 
-WORDS = ["hi", "yes", "no", "bee", "cat", "dog", "byte", "patch"]
-CONVERSATIONS = [
-    {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]}
-    for word in WORDS
-]
-ARGUMENTS = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": [],
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "max_steps": 6,
-    "per_device_train_batch_size": 4,
-    "save_strategy": "no",
-    "learning_rate": 1e-2,
-}
 SFT = {
     "assistant_only": {"assistant_only_loss": True},
     "padding_free": {"padding_free": True, "max_length": None},
@@ -57,10 +42,6 @@ def model(model_folder):
     return AutoModelForCausalLM.from_pretrained(model_folder)
 
 
-def losses_of(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 @pytest.mark.parametrize("options", SFT.values(), ids=SFT)
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_sft(model, options, use_lora, tmp_path):
@@ -74,7 +55,7 @@ def test_sft(model, options, use_lora, tmp_path):
         else None,
     )
     trainer.train()
-    losses = losses_of(trainer)
+    losses = step_losses(trainer)
     assert losses[-1] < losses[0]
     check_patcher_untouched(trainer.model)
 
@@ -131,8 +112,8 @@ def test_dpo(model, use_lora, tmp_path):
         peft_config=LoraConfig(task_type="CAUSAL_LM") if use_lora else None,
     )
     trainer.train()
-    assert losses_of(trainer)[0] == pytest.approx(0.6931, abs=1e-3)  # policy and reference begin alike
-    assert losses_of(trainer)[-1] < 0.69
+    assert step_losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)  # policy and reference begin alike
+    assert step_losses(trainer)[-1] < 0.69
     check_patcher_untouched(trainer.model)
 
 

@@ -18,7 +18,7 @@ from blt_hf.model.attention_blt import (
     repeat_kv_heads,
     segment_attention,
 )
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
 
 
 SCALING = 0.35
@@ -249,7 +249,7 @@ def test_eager_weights_are_those_of_the_output():
 # The whole model.
 
 
-def ids_of(num_bytes: int, rows: int = 1) -> torch.Tensor:
+def random_ids(num_bytes: int, rows: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(4, 260, (rows, num_bytes), generator=generator)
     ids[:, 0] = 1
@@ -265,7 +265,7 @@ def test_implementations_agree_on_the_whole_model(rule, implementation):
     """Long and short inputs, padding, packed rows and cached chunks (flex_attention without its compiler)."""
     config = tiny_config(**rule)
     model = make_model(config)
-    ids, mask = ids_of(90, rows=2), torch.ones(2, 90, dtype=torch.int64)
+    ids, mask = random_ids(90, rows=2), torch.ones(2, 90, dtype=torch.int64)
     mask[1, :30] = 0
     positions = torch.arange(90)[None] % 41
 
@@ -310,7 +310,7 @@ def last_reached(model, ids, sizes: list[int], name: str) -> int:
 @torch.no_grad()
 def test_a_byte_is_seen_as_far_as_the_windows_reach(implementation, sizes):
     """Each layer sees `window - 1` bytes back, to the byte; a model without windows would see 20 from everywhere."""
-    ids = ids_of(110)
+    ids = random_ids(110)
     model = make_model(tiny_config())
     model.set_attn_implementation(implementation)
     assert last_reached(model, ids, sizes, "entropies") == 20 + 2 * (12 - 1)
@@ -362,7 +362,7 @@ def test_no_tensor_grows_faster_than_the_text(implementation, training):
     model = BltForCausalLM._from_config(config, attn_implementation=implementation).train(training)
     sizes = {}
     for num_bytes in (1200, 2400):
-        largest = largest_tensor(model, ids_of(num_bytes))
+        largest = largest_tensor(model, random_ids(num_bytes))
         sizes[num_bytes] = largest.size
         assert largest.size < num_bytes * num_bytes / 4, largest.made_by
     assert sizes[2400] <= 2.1 * sizes[1200], sizes
@@ -375,7 +375,7 @@ def test_padding_and_documents_stay_linear(packed):
     model = BltForCausalLM(config).train()
     sizes = {}
     for num_bytes in (1200, 2400):
-        ids, kwargs = ids_of(num_bytes, rows=2), {}
+        ids, kwargs = random_ids(num_bytes, rows=2), {}
         if packed == "padded":
             kwargs["attention_mask"] = torch.ones_like(ids)
             kwargs["attention_mask"][1, : num_bytes // 3] = 0
@@ -392,7 +392,7 @@ def test_cross_attention_never_sees_bytes_times_patches():
     model = BltForCausalLM(config).train()
     sizes = {}
     for num_bytes in (600, 1200):
-        ids = ids_of(num_bytes)
+        ids = random_ids(num_bytes)
         sizes[num_bytes] = {}
         for name in ("local_encoder", "local_decoder"):
             part, largest = getattr(model.model, name), LargestTensor()
@@ -419,9 +419,9 @@ def test_decoding_does_not_grow_with_the_text():
     sizes = []
     with torch.no_grad():
         for num_bytes in (100, 1000):
-            cache = model(ids_of(num_bytes), use_cache=True).past_key_values
-            model(ids_of(2)[:, 1:], past_key_values=cache)  # buffers are made here
+            cache = model(random_ids(num_bytes), use_cache=True).past_key_values
+            model(random_ids(2)[:, 1:], past_key_values=cache)  # buffers are made here
             with LargestTensor() as largest:
-                model(ids_of(2)[:, 1:], past_key_values=cache)
+                model(random_ids(2)[:, 1:], past_key_values=cache)
             sizes.append(largest.size)
     assert sizes[1] <= 1.5 * sizes[0], sizes

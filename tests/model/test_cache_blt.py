@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_exactness import alone, assert_same, encode, model_for, rules, text_ids, texts
 from transformers import DynamicCache, StaticCache
 
 from blt_hf import BltForCausalLM
 from blt_hf.model.cache_blt import BltCache, SlotAccess, Slots, SlotTensor, log_field
-from conftest import DEVICE, make_model, tiny_config
+from helpers.checks import alone, assert_same
+from helpers.models import DEVICE, make_model, model_for, rules, tiny_config
+from helpers.texts import encode, text_ids, texts
 
 
 TEXT = "The quick brown fox, jumps over 13 lazy dogs!\nZażółć gęślą jaźń — naïve café über 速い狐."
@@ -25,7 +26,7 @@ def model() -> BltForCausalLM:
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    return torch.tensor([[1] + [b + 4 for b in TEXT.encode()]])
+    return torch.tensor([encode(TEXT)])
 
 
 def closed_patches(model, ids) -> list[int]:

@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from blt_hf import BltCache, BltForSequenceClassification, BltForTokenClassification
 from blt_hf.model.cache_name_blt import CACHE_NAME, CACHE_NAMES, takes_cache
-from conftest import tiny_config
+from helpers.models import tiny_config
 
 
 IDS = torch.tensor([[1, 108, 105, 112, 112, 115, 36, 123]])

@@ -18,7 +18,7 @@ from blt_hf import (
     BltLocalEncoderConfig,
     BltPatcherConfig,
 )
-from conftest import tiny_config
+from helpers.models import tiny_config
 
 
 # Fields that the in-tree class of the newest transformers does not have.

@@ -7,36 +7,18 @@ import time
 
 import pytest
 import torch
-from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from transformers import CompileConfig, ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from blt_hf.serving.continuous import RunningBatch, row_memory
-from conftest import make_model, tiny_config
-
-
-TEXTS = [
-    "a",
-    "The quick brown fox, jumps over 13 lazy dogs!",
-    "Zażółć gęślą jaźń — naïve café",
-    "some text, with 2 lines\nand words of many lengths",
-    "速い狐 and more",
-    "0123456789" * 4,
-    "  spaces   and\ttabs",
-]
-
-
-def ids_of(text: str) -> list[int]:
-    return [1] + [byte + 4 for byte in text.encode()]
+from helpers.models import greedy, make_model, tiny_config
+from helpers.texts import TEXTS, encode
 
 
 def alone(model, ids: list[int], count: int, **settings) -> list[int]:
     settings = {"do_sample": False, "eos_token_id": None, **settings}
     output = model.generate(torch.tensor([ids]), max_new_tokens=count, **settings)
     return output[0, len(ids) :].tolist()
-
-
-def greedy(**settings) -> GenerationConfig:
-    return GenerationConfig(**{"do_sample": False, "pad_token_id": 0, "eos_token_id": 2, **settings})
 
 
 def run(batch: RunningBatch, arrivals: dict[int, list[RequestState]]) -> None:
@@ -64,7 +46,7 @@ def test_every_text_is_that_of_generate(mode):
     """Requests of all lengths come and go in a batch that has too few rows for them, prompts read in small pieces."""
     model = make_model(tiny_config(**MODES[mode]), seed=3)
     rng = random.Random(0)
-    requests = [(ids_of(rng.choice(TEXTS)), rng.randint(1, 40)) for _ in range(14)]
+    requests = [(encode(rng.choice(TEXTS)), rng.randint(1, 40)) for _ in range(14)]
     batch = RunningBatch(model, greedy(), max_rows=4, prefill_bytes=7)
     states = [
         RequestState(str(i), ids, max_new_tokens=count, eos_token_id=-1) for i, (ids, count) in enumerate(requests)
@@ -81,7 +63,7 @@ def test_every_text_is_that_of_generate(mode):
 def test_running_rows_are_at_most_so_many_and_rows_are_used_again(tiny_model):
     batch = RunningBatch(tiny_model, greedy(), max_rows=3)
     for index in range(8):
-        batch.add(RequestState(str(index), ids_of("abc"), max_new_tokens=5 + index, eos_token_id=-1))
+        batch.add(RequestState(str(index), encode("abc"), max_new_tokens=5 + index, eos_token_id=-1))
     most = 0
     while not batch.is_idle:
         batch.step()
@@ -93,8 +75,8 @@ def test_running_rows_are_at_most_so_many_and_rows_are_used_again(tiny_model):
 
 def test_running_rows_get_a_byte_between_two_pieces_of_a_long_prompt(tiny_model):
     batch = RunningBatch(tiny_model, greedy(), prefill_bytes=5)
-    first = RequestState("first", ids_of("ab"), max_new_tokens=30, eos_token_id=-1)
-    long = RequestState("long", ids_of("x" * 49), max_new_tokens=3, eos_token_id=-1)
+    first = RequestState("first", encode("ab"), max_new_tokens=30, eos_token_id=-1)
+    long = RequestState("long", encode("x" * 49), max_new_tokens=3, eos_token_id=-1)
     batch.add(first)
     batch.step()
     batch.add(long)
@@ -107,7 +89,7 @@ def test_running_rows_get_a_byte_between_two_pieces_of_a_long_prompt(tiny_model)
 
 
 def test_eos_and_stop_strings_end_a_text(tiny_model):
-    ids = ids_of(TEXTS[1])
+    ids = encode(TEXTS[1])
     text = alone(tiny_model, ids, 30)
     batch = RunningBatch(tiny_model, greedy())
     ended = RequestState("eos", ids, max_new_tokens=30, eos_token_id=[text[7]])
@@ -128,18 +110,18 @@ def test_eos_and_stop_strings_end_a_text(tiny_model):
 def test_processors_see_each_requests_own_text(tiny_model):
     settings = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "min_new_tokens": 6}
     batch = RunningBatch(tiny_model, greedy(**settings))
-    states = [RequestState(t, ids_of(t), max_new_tokens=15, eos_token_id=2) for t in TEXTS]
+    states = [RequestState(t, encode(t), max_new_tokens=15, eos_token_id=2) for t in TEXTS]
     for state in states:
         batch.add(state)
     run(batch, {})
     for state, text in zip(states, TEXTS):
-        expected = alone(tiny_model, ids_of(text), 15, eos_token_id=2, **settings)
+        expected = alone(tiny_model, encode(text), 15, eos_token_id=2, **settings)
         assert state.generated_tokens == expected
 
 
 def test_sampling_keeps_the_distribution(tiny_model):
     """Chi-square of the first two bytes of many samples in a crowded batch against the model's own probabilities."""
-    ids, count = ids_of("ab"), 400
+    ids, count = encode("ab"), 400
     settings = {"do_sample": True, "top_k": 4, "temperature": 1.0}
     batch = RunningBatch(tiny_model, greedy(**settings), max_rows=32)
     states = [RequestState(str(i), ids, max_new_tokens=2, eos_token_id=-1) for i in range(count)]
@@ -167,7 +149,7 @@ def _top(model, ids) -> tuple[list[float], list[int]]:
 
 
 def test_memory_that_is_short_makes_requests_wait(tiny_model):
-    ids = ids_of("abcdef")
+    ids = encode("abcdef")
     one = row_memory(tiny_model, len(ids) + 10)
     batch = RunningBatch(tiny_model, greedy(), max_memory=2 * one)
     states = [RequestState(str(i), ids, max_new_tokens=10, eos_token_id=-1) for i in range(5)]
@@ -195,7 +177,7 @@ def manager(tiny_model):
 
 
 def test_generate_batch(tiny_model):
-    inputs = [ids_of(text) for text in TEXTS]
+    inputs = [encode(text) for text in TEXTS]
     outputs = tiny_model.generate_batch(inputs, generation_config=greedy(max_new_tokens=9, eos_token_id=-1))
     assert len(outputs) == len(inputs)
     for output, ids in zip(outputs.values(), inputs):
@@ -205,14 +187,14 @@ def test_generate_batch(tiny_model):
 
 def test_generate_batch_of_several_sequences(tiny_model):
     config = greedy(max_new_tokens=4, do_sample=True, num_return_sequences=3)
-    outputs = tiny_model.generate_batch([ids_of("ab"), ids_of("cd")], generation_config=config)
+    outputs = tiny_model.generate_batch([encode("ab"), encode("cd")], generation_config=config)
     # transformers 5.17 makes the others as well, and returns the first of each prompt.
     returns_all = "__child#" in inspect.getsource(inspect.unwrap(tiny_model.generate_batch))
     assert len(outputs) == (6 if returns_all else 2)
 
 
 def test_results_stream_in_order(tiny_model, manager):
-    ids = ids_of("stream this")
+    ids = encode("stream this")
     name = manager.add_request(ids, streaming=True, eos_token_id=-1)
     outputs = list(manager.request_id_iter(name))
     lengths = [len(output.generated_tokens) for output in outputs]
@@ -222,7 +204,7 @@ def test_results_stream_in_order(tiny_model, manager):
 
 
 def test_a_request_has_settings_of_its_own(tiny_model, manager):
-    ids = ids_of(TEXTS[3])
+    ids = encode(TEXTS[3])
     plain = manager.add_request(ids, eos_token_id=-1)
     own = manager.add_request(ids, eos_token_id=-1, repetition_penalty=3.0, max_new_tokens=8)
     results = {output.request_id: output for output in (manager.get_result(timeout=60) for _ in range(2))}
@@ -231,8 +213,8 @@ def test_a_request_has_settings_of_its_own(tiny_model, manager):
 
 
 def test_a_bad_request_fails_alone(tiny_model, manager):
-    good = manager.add_request(ids_of("good"), eos_token_id=-1)
-    bad = manager.add_request(ids_of("bad"), eos_token_id=-1, no_such_field=1)
+    good = manager.add_request(encode("good"), eos_token_id=-1)
+    bad = manager.add_request(encode("bad"), eos_token_id=-1, no_such_field=1)
     results = {output.request_id: output for output in (manager.get_result(timeout=60) for _ in range(2))}
     assert "no_such_field" in results[bad].error
     assert results[good].error is None and len(results[good].generated_tokens) == 12
@@ -243,8 +225,8 @@ def test_a_bad_request_fails_alone(tiny_model, manager):
 
 def test_cancelled_requests_leave_and_others_go_on(tiny_model):
     manager = tiny_model.init_continuous_batching(greedy(), ContinuousBatchingConfig(max_requests_per_batch=2))
-    names = [manager.add_request(ids_of(t), max_new_tokens=60, eos_token_id=-1) for t in TEXTS[:4]]
-    endless = manager.add_request(ids_of("endless"), max_new_tokens=100_000, eos_token_id=-1)
+    names = [manager.add_request(encode(t), max_new_tokens=60, eos_token_id=-1) for t in TEXTS[:4]]
+    endless = manager.add_request(encode("endless"), max_new_tokens=100_000, eos_token_id=-1)
     manager.start()
     manager.cancel_request(names[3])  # waits
     results = {}
@@ -256,21 +238,21 @@ def test_cancelled_requests_leave_and_others_go_on(tiny_model):
     assert output.request_id == endless and "cancelled" in output.error
     assert "cancelled" in results[names[3]].error
     for name, text in zip(names[:3], TEXTS):
-        assert results[name].generated_tokens == alone(tiny_model, ids_of(text), 60)
+        assert results[name].generated_tokens == alone(tiny_model, encode(text), 60)
     manager.stop()
 
 
 def test_stopping_waits_for_what_runs_or_fails_it_at_once(tiny_model):
     manager = tiny_model.init_continuous_batching(greedy())
     manager.start()
-    name = manager.add_request(ids_of("ab"), max_new_tokens=40, eos_token_id=-1)
+    name = manager.add_request(encode("ab"), max_new_tokens=40, eos_token_id=-1)
     manager.stop()
-    assert manager.output_router.output_queue.get_nowait().generated_tokens == alone(tiny_model, ids_of("ab"), 40)
-    assert manager.add_request(ids_of("late")) is None
+    assert manager.output_router.output_queue.get_nowait().generated_tokens == alone(tiny_model, encode("ab"), 40)
+    assert manager.add_request(encode("late")) is None
 
     manager = tiny_model.init_continuous_batching(greedy())
     manager.start()
-    name = manager.add_request(ids_of("ab"), max_new_tokens=10_000, eos_token_id=-1)
+    name = manager.add_request(encode("ab"), max_new_tokens=10_000, eos_token_id=-1)
     manager.stop(hard_stop=True)
     output = manager.output_router.output_queue.get_nowait()
     assert output.request_id == name and "stopped" in output.error
@@ -281,20 +263,20 @@ def test_an_error_of_the_model_ends_the_thread_and_says_so(tiny_model, monkeypat
     manager = tiny_model.init_continuous_batching(greedy())
     monkeypatch.setattr(manager._batch, "step", lambda: (_ for _ in ()).throw(RuntimeError("out of luck")))
     manager.start()
-    manager.add_request(ids_of("ab"), max_new_tokens=3)
+    manager.add_request(encode("ab"), max_new_tokens=3)
     deadline = time.time() + 30
     while manager.background_thread_status.fatal_error is None and time.time() < deadline:
         time.sleep(0.01)
     manager.join(0.0, timeout=30)
     assert "out of luck" in manager.output_router.output_queue.get_nowait().error
-    assert manager.add_request(ids_of("cd")) is None
+    assert manager.add_request(encode("cd")) is None
 
 
 def test_many_threads_add_requests(tiny_model, manager):
     results, lock = {}, threading.Lock()
 
     def client(text):
-        name = manager.add_request(ids_of(text), request_id=text, eos_token_id=-1)
+        name = manager.add_request(encode(text), request_id=text, eos_token_id=-1)
         with lock:
             results[name] = None
 
@@ -307,12 +289,12 @@ def test_many_threads_add_requests(tiny_model, manager):
         output = manager.get_result(timeout=60)
         results[output.request_id] = output.generated_tokens
     for text, tokens in results.items():
-        assert tokens == alone(tiny_model, ids_of(text), 12)
+        assert tokens == alone(tiny_model, encode(text), 12)
 
 
 def test_a_static_cache_and_compiled_steps(tiny_model):
     """Both ways to ask for them write the same texts."""
-    inputs = [ids_of(text) for text in TEXTS[:3]]
+    inputs = [encode(text) for text in TEXTS[:3]]
     compiled = CompileConfig(backend="eager", mode=None)
     for config, more in (
         (greedy(cache_implementation="static", compile_config=compiled), {"max_requests_per_batch": 1}),

@@ -6,15 +6,16 @@ import sys
 
 import pytest
 import torch
-from test_training import make_trainer, step_losses
 
 from blt_hf import BltConfig, BltForCausalLM, register_patching_rule
 from blt_hf.conversion.arguments import meta_args_from_config
 from blt_hf.model.patching_blt import PatchingRule, compute_patch_lengths, find_rule
 from blt_hf.training.calibration import calibrate_threshold
 from blt_hf.training.data import PrecomputePatches
-from conftest import make_model, tiny_config
-from new_process import run
+from helpers.models import make_model, tiny_config
+from helpers.processes import run
+from helpers.texts import encode
+from helpers.training import make_trainer, step_losses
 
 
 SPACE, NEWLINE = ord(" ") + 4, ord("\n") + 4
@@ -52,8 +53,8 @@ def custom_model(rule: str, **overrides) -> BltForCausalLM:
 
 
 def text_ids(num_bytes: int = 60) -> torch.Tensor:
-    text = "To be, or not to be:\nthat is the question 速い, \n\nwhether it is nobler in the mind to suffer".encode()
-    return torch.tensor([[1, *(byte + 4 for byte in text[: num_bytes - 1])]])
+    text = "To be, or not to be:\nthat is the question 速い, \n\nwhether it is nobler in the mind to suffer"
+    return torch.tensor([encode(text)[:num_bytes]])
 
 
 @torch.no_grad()

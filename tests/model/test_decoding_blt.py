@@ -5,7 +5,6 @@ import copy
 import peft
 import pytest
 import torch
-from test_exactness import RULES, alone, assert_same, model_for, pad
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import CompileConfig, GenerationMixin, StoppingCriteria
 from transformers.generation import BaseStreamer
@@ -13,20 +12,9 @@ from transformers.generation import BaseStreamer
 from blt_hf.model import cache_blt
 from blt_hf.model.cache_blt import BltCache
 from blt_hf.model.compiling_blt import ModuleState
-from conftest import make_model, tiny_config
-
-
-ROWS = ["héllo, a b\nc 速2 d ab", "ab", "2, c\n\nbé ab cd, ab c"]
-
-
-def rows_of(rule: str, length: int) -> list[list[int]]:
-    rows = []
-    for text in ROWS:
-        ids = [1] + [byte + 4 for byte in (text * 200).encode()][: length - 1]
-        if rule == "documents":
-            ids[5::9] = [2] * len(ids[5::9])
-        rows.append(ids)
-    return rows
+from helpers.checks import alone, assert_same
+from helpers.models import RULES, make_model, model_for, tiny_config
+from helpers.texts import encode, pad, rows_of
 
 
 @torch.no_grad()
@@ -70,7 +58,7 @@ def test_patches_longer_than_all_room(rule):
     """A patch that does not end for 200 bytes, and then does."""
     config = tiny_config(**{**RULES[rule], "patching_mode": "space", "encoder_hash_byte_group_size": [3]})
     model = make_model(config, seed=4)
-    row = [1] + [byte + 4 for byte in (b"ab " + b"c" * 200 + b" d" + b"e" * 70 + b" f g")]
+    row = encode(b"ab " + b"c" * 200 + b" d" + b"e" * 70 + b" f g")
     expected = alone(model, row)
     for sizes in ([1], [40, 1, 7]):
         cache, start, seen = None, 0, []

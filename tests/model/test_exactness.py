@@ -4,97 +4,12 @@ import copy
 
 import pytest
 import torch
-from hypothesis import assume, currently_in_test_context, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import make_model, tiny_config
-
-
-RULES = {
-    "entropy": {},
-    "monotonicity": {"monotonicity": True},
-    "threshold_add": {"patching_threshold_add": 0.0},
-    "newline_reset": {"patching_newline_reset": True},
-    "max_patch_length": {"max_patch_length": 3},
-    "space": {"patching_mode": "space"},
-    "space_max": {"patching_mode": "space", "max_patch_length": 2},
-    "static": {"patching_mode": "static", "patch_size": 3},
-    "byte": {"patching_mode": "byte"},
-    "documents": {"mask_documents": True},
-    "wide_cross": {
-        "encoder_config": {"cross_attn_window": 2},
-        "decoder_config": {"cross_attn_window": 3},
-    },
-    "all_layers": {
-        "cross_attn_k": 4,
-        "encoder_config": {"num_hidden_layers": 2, "cross_attn_all_layers": True, "num_key_value_heads": 1},
-        "decoder_config": {"cross_attn_all_layers": False, "num_cross_attention_heads": 4},
-        "global_config": {"num_key_value_heads": 2},
-        "encoder_hash_byte_group_nb_functions": 2,
-    },
-    "full_windows": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
-    "mean_pooling": {"encoder_config": {"patch_pooling": "mean"}},
-}
-
-_models: dict[str, torch.nn.Module] = {}
-
-
-def model_for(rule: str):
-    if rule not in _models:
-        _models[rule] = make_model(tiny_config(**RULES[rule]), seed=1)
-    return _models[rule]
-
-
-texts = st.text(alphabet=st.sampled_from("ab cd\n,é速2"), min_size=1, max_size=40)
-rules = st.sampled_from(sorted(RULES))
-
-
-def encode(text: str, eos_every: int | None = None) -> list[int]:
-    ids = [1] + [b + 4 for b in text.encode()]
-    if eos_every:
-        for index in range(eos_every, len(ids), eos_every):
-            ids[index] = 2
-    return ids
-
-
-def text_ids(rule: str, text: str) -> list[int]:
-    return encode(text, eos_every=7 if rule == "documents" else None)
-
-
-def pad(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        fill = width - len(row)
-        ids.append([0] * fill + row if side == "left" else row + [0] * fill)
-        mask.append([0] * fill + [1] * len(row) if side == "left" else [1] * len(row) + [0] * fill)
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-MARGIN = 2e-5  # nats; entropies of the same text in another shape differ by a few 1e-6
-
-
-def margin(config, entropies: torch.Tensor) -> float:
-    """How far the nearest comparison of a rule is from a tie, in nats, for the entropies `(S,)` of a text."""
-    rises = entropies[1:] - entropies[:-1]
-    compared = [(rises if config.monotonicity else entropies) - config.patching_threshold]
-    if config.patching_threshold_add is not None:
-        compared.append(rises - config.patching_threshold_add)
-    return min((float(values.abs().min()) for values in compared if len(values)), default=1.0)
-
-
-@torch.no_grad()
-def alone(model, row: list[int]) -> torch.Tensor:
-    """Logits of a text by itself, in one piece. Where a tie would let the last bit decide on a patch, there is no one
-    answer, so the property tests leave such a text out."""
-    out = model(torch.tensor([row]), use_cache=False, output_patches=True)
-    if out.entropies is not None and currently_in_test_context():
-        assume(margin(model.config, out.entropies[0]) > MARGIN)
-    return out.logits[0]
-
-
-def assert_same(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+from helpers.checks import alone, assert_same
+from helpers.models import RULES, model_for, rules
+from helpers.texts import encode, pad, text_ids, texts
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))

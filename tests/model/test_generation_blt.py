@@ -18,14 +18,11 @@ from transformers import (
 from blt_hf import BltConfig, BltForCausalLM
 from blt_hf.model.cache_blt import BltCache
 from blt_hf.model.tokenization_blt import BltTokenizer
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
 
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 30}
-
-
-def encode(text: str) -> list[int]:
-    return [1] + [b + 4 for b in text.encode()]
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from blt_hf import BltCache
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
 
 
-PROMPT = torch.tensor([[1] + [byte + 4 for byte in b"A long text begins like a short one, "]])
+PROMPT = torch.tensor([encode("A long text begins like a short one, ")])
 TIE = 1e-4  # nats: nearer to the threshold than this, the last bit may decide on a patch
 
 

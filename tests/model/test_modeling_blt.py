@@ -16,14 +16,12 @@ from blt_hf import (
     BltPatcherConfig,
 )
 from blt_hf.model.embedding_blt import HASH_PRIMES, ngram_hashes
-from conftest import make_model, tiny_config
+from helpers.checks import assert_same
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
 
 
 TEXT = "The quick brown fox, jumps over 13 lazy dogs!\nZażółć gęślą jaźń — naïve café über 速い狐."
-
-
-def encode(text: str) -> list[int]:
-    return [1] + [b + 4 for b in text.encode()]
 
 
 @pytest.fixture
@@ -60,10 +58,6 @@ def make_classifier(model_class, num_labels: int):
     model = model_class(config).eval()
     model.model.load_state_dict(language_model.model.state_dict())
     return model
-
-
-def assert_same(actual, expected, atol=1e-4):
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-4)
 
 
 def cross_entropy(logits, labels, reduction="mean"):

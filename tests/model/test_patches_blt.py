@@ -12,7 +12,8 @@ from blt_hf import BltModel, BltPatches, BltTokenizer
 from blt_hf.model.display_blt import PATCH_COLOURS, patches_html, split_glyphs
 from blt_hf.model.patches_blt import BltPatchesList
 from blt_hf.model.patching_blt import PatchingRule
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
 
 
 TEXTS = ["The quick brown fox, jumps!", "Zażółć gęślą jaźń\n速い狐 👩‍🚀", "a"]
@@ -26,10 +27,6 @@ RULES = {
     "static": {"patching_mode": "static", "patch_size": 4, "patch_in_forward": False},
     "byte": {"patching_mode": "byte", "patch_in_forward": False},
 }
-
-
-def ids_of(text) -> list[int]:
-    return [1, *(byte + 4 for byte in (text.encode() if isinstance(text, str) else text))]
 
 
 def check_against_forward(model, patches: BltPatches, ids: list[int]) -> None:
@@ -52,7 +49,7 @@ def test_patches_are_those_of_the_forward(name):
     found = model.get_patches(TEXTS, batch_size=2)
     assert isinstance(found, BltPatchesList) and len(found) == len(TEXTS)
     for patches, text in zip(found, TEXTS):
-        check_against_forward(model, patches, ids_of(text))
+        check_against_forward(model, patches, encode(text))
         assert patches.text == "<s>" + text
         assert b"".join(patch.bytes for patch in patches) == text.encode()
         assert patches.boundaries == [patch.start for patch in patches]
@@ -75,14 +72,14 @@ def test_every_form_of_a_text(tiny_model):
     single = tokenizer(text)
     forms = {
         "bytes": tiny_model.get_patches(text.encode()),
-        "ids": tiny_model.get_patches(ids_of(text)),
-        "tensor": tiny_model.get_patches(torch.tensor(ids_of(text))),
+        "ids": tiny_model.get_patches(encode(text)),
+        "tensor": tiny_model.get_patches(torch.tensor(encode(text))),
         "encoding": tiny_model.get_patches(single),
         "keywords": tiny_model.get_patches(**batch)[1],
         "padded encoding": tiny_model.get_patches(batch)[1],
         "right padding": tiny_model.get_patches(**right)[1],
         "without a mask": tiny_model.get_patches(batch.input_ids)[1],
-        "lists": tiny_model.get_patches([ids_of(TEXTS[0]), ids_of(text)])[1],
+        "lists": tiny_model.get_patches([encode(TEXTS[0]), encode(text)])[1],
         "model without a head": BltModel.get_patches(tiny_model.model, text),
     }  # fmt: skip
     for name, found in forms.items():
@@ -155,7 +152,7 @@ def test_counts_and_dictionary(tiny_model):
     assert told["text"] == "<s>hé" and told["entropies"] == found.entropies
     assert bytes.fromhex("".join(patch["bytes"] for patch in told["patches"])).decode() == "hé"
     assert [patch["start"] for patch in told["patches"]] == told["boundaries"] == found.boundaries
-    cut = BltPatches(ids_of("hé"), [2, 1, 1], None, False, PatchingRule("byte"))
+    cut = BltPatches(encode("hé"), [2, 1, 1], None, False, PatchingRule("byte"))
     assert cut.texts == ["<s>h", "\\xc3", "\\xa9"]
     assert tiny_model.get_patches([]) == [] and tiny_model.get_patches("").num_patches == 0
     assert tiny_model.get_patches("").bytes_per_patch == 0.0
@@ -205,13 +202,13 @@ def test_a_rule_that_the_model_cannot_apply():
 )
 def test_glyphs(text, labels):
     data = text.encode() if isinstance(text, str) else text
-    glyphs = split_glyphs([byte + 4 for byte in data])
+    glyphs = split_glyphs(encode(data, bos=False))
     assert [glyph.label for glyph in glyphs] == labels
     assert glyphs[0].start == 0 and glyphs[-1].stop == len(data)
 
 
 def test_glyphs_do_not_cross_boundaries():
-    ids = ids_of("e\u0301é")
+    ids = encode("e\u0301é")
     assert [g.label for g in split_glyphs(ids, [2])] == ["<s>", "e", "◌\u0301", "é"]
     assert [g.label for g in split_glyphs(ids, [3, 5])] == ["<s>", "e", "CC", "81", "C3", "A9"]
     assert [g.label for g in split_glyphs([0, 1, 2, 3, 260])] == ["<boe>", "<s>", "</s>", "<bpe>", "<260>"]
@@ -219,7 +216,7 @@ def test_glyphs_do_not_cross_boundaries():
 
 @given(st.binary(max_size=60), st.sets(st.integers(0, 60)))
 def test_glyphs_cover_every_byte_and_print_no_control_code(data, boundaries):
-    ids = [byte + 4 for byte in data]
+    ids = encode(data, bos=False)
     glyphs = split_glyphs(ids, boundaries)
     assert [p for glyph in glyphs for p in range(glyph.start, glyph.stop)] == list(range(len(ids)))
     assert not [g for g in glyphs if any(g.start < b < g.stop for b in boundaries)]

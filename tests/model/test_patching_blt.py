@@ -18,6 +18,7 @@ from blt_hf.model.patching_blt import (
     patch_ids_from_lengths,
     patch_lengths_from_ends,
 )
+from helpers.texts import encode
 
 
 # The oracle. It follows the text of FACTS and of the reference's README, with one `if` for each sentence.
@@ -224,7 +225,7 @@ def test_space_patches_of_every_pair_of_ids():
 )
 def test_space_patches_by_eye(text, patches):
     """BOS, text, and `?` for the next byte."""
-    ids = torch.tensor([[1] + [b + 4 for b in text.encode()]])
+    ids = torch.tensor([encode(text)])
     assert trimmed(compute_patch_lengths(PatchingRule(mode="space"), ids))[0] == [len(patch) for patch in patches]
 
 

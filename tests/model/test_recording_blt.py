@@ -4,17 +4,16 @@ import copy
 
 import pytest
 import torch
-from test_continuous_blt import TEXTS, greedy, ids_of
-from test_decoding_blt import rows_of
-from test_diffusion_blt import diffusion_model
-from test_exactness import RULES, assert_same, encode, model_for, pad, text_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import ContinuousBatchingConfig, LogitsProcessor
 
 from blt_hf import BltCache, register_patching_rule
 from blt_hf.model import recording_blt, step_blt
-from conftest import make_model, tiny_config
+from helpers.checks import assert_same
+from helpers.diffusion import diffusion_model
+from helpers.models import RULES, greedy, make_model, model_for, tiny_config
+from helpers.texts import TEXTS, encode, pad, rows_of, text_ids
 
 
 class Tape(TorchDispatchMode):
@@ -123,7 +122,7 @@ def test_rows_that_join_and_leave(tapes):
     model, outputs = make_model(), []
     for static in ({}, STATIC):
         found = model.generate_batch(
-            [ids_of(text) for text in TEXTS],
+            [encode(text) for text in TEXTS],
             generation_config=greedy(max_new_tokens=9, eos_token_id=-1, **static),
             continuous_batching_config=ContinuousBatchingConfig(max_requests_per_batch=3),
         )

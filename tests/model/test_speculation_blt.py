@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_exactness import encode, model_for, pad, rules, text_ids, texts
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
 from blt_hf.model.speculation_blt import Drafts, DraftSource, SelfSpeculation, choose
 from blt_hf.model.tokenization_blt import BltTokenizer
-from conftest import cases, make_model, tiny_config
+from helpers.checks import cases
+from helpers.models import make_model, model_for, rules, tiny_config
+from helpers.texts import encode, pad, text_ids, texts
 
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}

@@ -4,14 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_diffusion_blt import diffusion_model, slow_decoder
-from test_exactness import RULES, encode, text_ids, texts
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from blt_hf.model.step_blt import read_last_byte
 from blt_hf.model.unmasking_blt import Unmasking, read_block
-from conftest import cases, make_model
+from helpers.checks import cases
+from helpers.diffusion import diffusion_model, slow_decoder
+from helpers.models import RULES, make_model
+from helpers.texts import encode, text_ids, texts
 
 
 PROMPT = "some text, and a bit more of it than a window holds"

@@ -4,11 +4,10 @@ import random
 
 import pytest
 import torch
-from test_exactness import RULES
 
 from blt_hf import BltConfig, register_patching_rule
 from blt_hf.serving.ragged import RaggedBlt, RaggedRows, StateLayout, bytes_per_patch, largest_patch
-from conftest import make_model, tiny_config
+from helpers.models import RULES, make_model, tiny_config
 
 
 SERVED = sorted(set(RULES) - {"documents", "newline_reset", "wide_cross"})

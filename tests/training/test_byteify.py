@@ -31,8 +31,8 @@ from blt_hf.training.byteify import (
     interleave_rotary_rows,
 )
 from blt_hf.training.data import BltDataCollator, byte_ids
-from conftest import make_model, tiny_config
-from test_examples import run_example
+from helpers.models import make_model, tiny_config
+from helpers.processes import run_example
 
 
 SIZE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -13,8 +13,8 @@ from blt_hf import BltConfig
 from blt_hf.model.patching_blt import PatchingRule
 from blt_hf.training.calibration import calibrate_threshold
 from blt_hf.training.data import byte_ids
-from conftest import make_model, tiny_config
-from test_examples import run_example
+from helpers.models import make_model, tiny_config
+from helpers.processes import run_example
 
 
 TEXTS = [

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from blt_hf import BltForCausalLM
 from blt_hf.model.patching_blt import PatchingRule
 from blt_hf.training.data import BltDataCollator, PrecomputePatches, byte_ids, read_texts, without_next_byte
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
 
 
 TEXTS = [

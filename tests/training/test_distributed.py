@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import assert_same_losses, make_trainer, step_losses
 from transformers import AutoModelForCausalLM
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-import new_process
-from conftest import make_model, tiny_config
+from helpers import processes
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
+from helpers.training import assert_same_losses, make_trainer, step_losses
 
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -72,7 +73,7 @@ def split_tensors(model_folder: str, folder: str) -> None:
 
 def example_ids() -> torch.Tensor:
     texts = ["The quick brown fox, jumps over 13 lazy dogs!", "Patches are long where the next byte is easy."]
-    return torch.tensor([[1] + [byte + 4 for byte in text.encode()][:40] for text in texts])
+    return torch.tensor([encode(text)[:41] for text in texts])
 
 
 def run(arguments: list[str]) -> None:
@@ -83,7 +84,7 @@ def run(arguments: list[str]) -> None:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    result = new_process.run(
+    result = processes.run(
         [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from test_training import encode, make_trainer, step_losses
 
 from blt_hf.training.data import BltDataCollator, PrecomputePatches
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
+from helpers.training import make_trainer, step_losses
 
 
 WORDS = ["a", "of", "byte", "patches", "transformer", "entropies-of-bytes", "\n\n", "速い狐", "0, 1, 1, 2, 3"]
@@ -15,7 +16,7 @@ WORDS = ["a", "of", "byte", "patches", "transformer", "entropies-of-bytes", "\n\
 def rows_of_equal_bytes(model) -> Dataset:
     """64 bytes each, so that only patches tell them apart; `length` is their number."""
     texts = [f"{first} {second} " * 64 for first in WORDS for second in WORDS]
-    data = Dataset.from_dict({"input_ids": [encode(text)[:64] for text in texts]}).shuffle(seed=0)
+    data = Dataset.from_dict({"input_ids": [encode(text, eos=True)[:64] for text in texts]}).shuffle(seed=0)
     data = data.map(PrecomputePatches(model), batched=True, batch_size=16)
     return data.map(lambda row: {"length": len(row["patch_lengths"])})
 

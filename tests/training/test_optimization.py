@@ -6,7 +6,7 @@ from transformers import Trainer, TrainingArguments
 
 from blt_hf.training.data import BltDataCollator
 from blt_hf.training.optimization import BltAdamW, split_parameters
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
 
 
 @pytest.fixture

@@ -7,16 +7,15 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from test_peft import CAUSAL, check_patcher_untouched, ids
-from test_training import assert_same_losses, make_trainer, step_losses
-from test_trl import ARGUMENTS, CONVERSATIONS
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from blt_hf import BltForCausalLM, BltForSequenceClassification, BltForTokenClassification, BltTokenizer
 from blt_hf.model.embedding_blt import BltHashEmbedding
-from conftest import make_model, tiny_config
+from helpers.adapters import CAUSAL, check_patcher_untouched, ids
+from helpers.models import make_model, tiny_config
+from helpers.training import ARGUMENTS, CONVERSATIONS, assert_same_losses, make_trainer, step_losses
 
 
 BITSANDBYTES = ("nf4", "int8")

@@ -8,89 +8,23 @@ from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
-    Trainer,
     TrainerCallback,
-    TrainingArguments,
     default_data_collator,
 )
 
 from blt_hf import BltForCausalLM
 from blt_hf.model.layers_blt import BltTransformerLayer
-from conftest import make_model, tiny_config
-
-
-TEXTS = [
-    "A byte is a small number.",
-    "Patches are long where the next byte is easy to guess, and short where it is not.",
-    "naïve café",
-    "x",
-    "def f(x):\n    return x + 1\n",
-    "The quick brown fox jumps over the lazy dog.",
-    "速い狐",
-    "0, 1, 1, 2, 3, 5, 8, 13, 21",
-]
-
-
-def encode(text: str) -> list[int]:
-    return [1] + [byte + 4 for byte in text.encode()] + [2]
-
-
-def text_dataset(repeat: int = 2) -> Dataset:
-    rows = [encode(text) for text in TEXTS] * repeat
-    return Dataset.from_dict({"input_ids": rows, "length": [len(row) for row in rows]})
-
-
-def pad_collator(rows: list[dict]) -> dict[str, torch.Tensor]:
-    width = max(len(row["input_ids"]) for row in rows)
-    fill = lambda row, value: value * (width - len(row["input_ids"]))
-    batch = {
-        "input_ids": [row["input_ids"] + fill(row, [0]) for row in rows],
-        "attention_mask": [[1] * len(row["input_ids"]) + fill(row, [0]) for row in rows],
-        "labels": [row["input_ids"] + fill(row, [-100]) for row in rows],
-    }
-    if "patch_lengths" in rows[0]:
-        patches = max(len(row["patch_lengths"]) for row in rows)
-        batch["patch_lengths"] = [row["patch_lengths"] + [0] * (patches - len(row["patch_lengths"])) for row in rows]
-    return {name: torch.tensor(values) for name, values in batch.items()}
-
-
-def make_trainer(model, folder, data=None, collator=pad_collator, eval_dataset=None, **arguments) -> Trainer:
-    defaults = {
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "seed": 0,
-    }
-    arguments = TrainingArguments(str(folder), **{**defaults, **arguments})
-    data = text_dataset() if data is None else data
-    return Trainer(model, arguments, train_dataset=data, eval_dataset=eval_dataset, data_collator=collator)
-
-
-def train(*args, **kwargs) -> tuple[list[float], torch.nn.Module]:
-    """Losses of the steps, and the trained model."""
-    trainer = make_trainer(*args, **kwargs)
-    trainer.train()
-    return step_losses(trainer), trainer.model
-
-
-def step_losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def assert_same_losses(actual, expected, tolerance: float = 1e-4):
-    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), atol=tolerance, rtol=tolerance)
-
-
-def assert_same_weights(actual, expected, tolerance: float = 1e-4):
-    expected = dict(expected.named_parameters())
-    for name, weight in actual.named_parameters():
-        torch.testing.assert_close(weight, expected[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: n + m)
+from helpers.models import make_model, tiny_config
+from helpers.texts import encode
+from helpers.training import (
+    TEXTS,
+    assert_same_losses,
+    assert_same_weights,
+    make_trainer,
+    step_losses,
+    text_dataset,
+    train,
+)
 
 
 def test_from_scratch_and_continued(tmp_path):
@@ -126,7 +60,7 @@ def test_patcher_is_in_no_optimizer_group(tmp_path):
 def test_every_weight_gets_a_gradient():
     """Else DDP would ask for `find_unused_parameters`."""
     model = make_model().train()
-    ids = torch.tensor([encode(TEXTS[1])])
+    ids = torch.tensor([encode(TEXTS[1], eos=True)])
     model(ids, labels=ids).loss.backward()
     for name, weight in model.named_parameters():
         assert (weight.grad is None) == ("patcher" in name), name
@@ -148,7 +82,7 @@ def test_gradient_accumulation(tmp_path, batch, steps):
 def test_packing(rule, flash_arguments):
     """Texts flattened into one row have the loss that they have one by one."""
     model = make_model(tiny_config(**rule)).train()
-    rows = [{"input_ids": encode(text)} for text in TEXTS]
+    rows = [{"input_ids": encode(text, eos=True)} for text in TEXTS]
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=flash_arguments, return_seq_idx=flash_arguments)
     packed = model(**collator(rows), use_cache=False)
     packed.loss.backward()
@@ -173,7 +107,7 @@ def test_packing_with_trainer(tmp_path):
 
 def test_fixed_blocks_with_documents(tmp_path):
     """Blocks cut from a stream of documents; with `mask_documents` nothing crosses an `eos` but hashes and patches."""
-    stream = sum((encode(text)[1:] for text in TEXTS), [])
+    stream = sum((encode(text, eos=True)[1:] for text in TEXTS), [])
     blocks = [stream[start : start + 48] for start in range(0, len(stream) - 47, 48)]
     data = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
     losses, _ = train(
@@ -253,7 +187,7 @@ def test_precomputed_patches(tmp_path):
     model = make_model()
     rows = []
     for text in TEXTS:
-        ids = encode(text)
+        ids = encode(text, eos=True)
         with torch.no_grad():
             lengths = model(torch.tensor([ids]), output_patches=True).patch_lengths[0]
         rows.append({"input_ids": ids, "patch_lengths": [n for n in lengths.tolist() if n]})

@@ -20,6 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 PRELOADED = (
@@ -80,6 +84,59 @@ def run(
     if check and status:
         raise subprocess.CalledProcessError(status, command, *printed)
     return subprocess.CompletedProcess(command, status, *(printed if capture_output else (None, None)))
+
+
+def run_elsewhere(script: str, folder: Path) -> dict:
+    """Runs `script` in a process that cannot import `blt_hf`; it prints one JSON line last."""
+    prelude = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "blt_hf":
+            raise ImportError("blt_hf is not installed here")
+
+sys.meta_path.insert(0, Absent())
+try:
+    import blt_hf
+except ImportError:
+    pass
+else:
+    raise AssertionError("blt_hf is importable")
+import json, os, pathlib, torch
+folder = pathlib.Path(sys.argv[1])
+expected = torch.load(folder / "expected.pt")
+ids = expected["ids"]
+TEXT = expected["source"]
+
+def same(actual, name):
+    torch.testing.assert_close(actual, expected[name], atol=1e-4, rtol=1e-4)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment.update(
+        HF_HUB_OFFLINE="1", HF_HOME=str(folder / "home"), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
+    )
+    result = run(
+        [sys.executable, "-I", "-c", prelude + script, str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def run_example(name: str, *arguments, timeout: float = 280, **environment: str) -> str:
+    done = run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from blt_hf import BltForCausalLM, BltTokenizer
 from blt_hf.conversion import convert_meta_checkpoint
-from conftest import tiny_config
+from helpers.models import tiny_config
 
 
 torch.set_num_threads(1)

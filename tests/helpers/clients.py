@@ -4,16 +4,21 @@ import atexit
 import functools
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import torch
 
 from blt_hf import BltForCausalLM, BltTokenizer
-from conftest import make_model, tiny_config
-from new_process import run
+from helpers.models import make_model, tiny_config
+from helpers.processes import run
 
 
 SRC = Path(__file__).parents[2] / "src"
@@ -85,3 +90,41 @@ def run_client(command: list, folder: Path, timeout: float = 280, **kwargs) -> s
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return result
+
+
+@contextmanager
+def served(folder: Path, *options: str, has_package: bool = False) -> Iterator[str]:
+    """`transformers serve` with the model preloaded; its output is in `folder/serve.log`. Gives its address."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    (folder / "hf-home" / "hub").mkdir(parents=True)  # `/v1/models` lists this folder, and fails where there is none
+    transformers = Path(sys.executable).with_name("transformers")
+    command = [transformers, "serve", chatter_folder(), "--trust-remote-code", *options, "--port", str(port)]
+    with open(folder / "serve.log", "w") as log:
+        environment = client_environment(folder, has_package)
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+        try:
+            wait_for(f"http://localhost:{port}/health", process, folder / "serve.log")
+            yield f"http://localhost:{port}/v1"
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path, timeout: float = 200) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.3)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+def ask(client, question: str, **kwargs):
+    messages = [{"role": "user", "content": question}]
+    return client.chat.completions.create(
+        model=chatter_folder(), messages=messages, **{"max_tokens": 60, "temperature": 0, **kwargs}
+    )

@@ -1,0 +1,23 @@
+"""Where tests stand: what several files need is in `helpers`, and no test file imports another."""
+
+import ast
+from pathlib import Path
+
+
+TESTS = Path(__file__).parent
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def test_no_test_file_imports_another():
+    names = {path.stem for path in TESTS.rglob("*.py") if "helpers" not in path.relative_to(TESTS).parts}
+    wrong = {path.name: imported_modules(path) & names for path in TESTS.rglob("*.py")}
+    assert not {name: modules for name, modules in wrong.items() if modules}
