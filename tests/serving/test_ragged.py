@@ -8,6 +8,7 @@ import torch
 from blt_hf import BltConfig, register_patching_rule
 from blt_hf.serving.ragged import RaggedBlt, RaggedRows, StateLayout, bytes_per_patch, largest_patch
 from helpers.models import RULES, make_model, tiny_config
+from helpers.texts import encode
 
 
 SERVED = sorted(set(RULES) - {"documents", "newline_reset", "wide_cross"})
@@ -75,10 +76,6 @@ class DenseEngine:
             output = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
             outputs.append(output[0].transpose(0, 1))
         return torch.cat(outputs)
-
-
-def encode(text: str) -> list[int]:
-    return [1, *(byte + 4 for byte in text.encode())]
 
 
 def model_for(**options):
