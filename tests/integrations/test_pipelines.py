@@ -5,7 +5,7 @@ import torch
 from transformers import pipeline
 
 from blt_hf import BltForTokenClassification, BltTokenizer
-from conftest import make_model
+from helpers.models import make_model
 
 
 TEXT = "Émile a vu l'été à Łódź, ó 你好 🎉ok naïve"

@@ -4,11 +4,11 @@ import pathlib
 
 import pytest
 import torch
-from test_hub import run_elsewhere
 
 import blt_hf
 from blt_hf import BltTokenizer
-from conftest import make_model, tiny_config
+from helpers.models import make_model, tiny_config
+from helpers.processes import run_elsewhere
 
 
 pytestmark = pytest.mark.timeout(900)  # a new process that imports everything, for machines that are busy
