@@ -24,7 +24,7 @@ import gradio as gr
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, set_seed
 
 from blt_hf import BltPatches
-from blt_hf.model.display_blt import patches_html, split_glyphs
+from blt_hf.patches.display import patches_html, split_glyphs
 
 
 HERE = Path(__file__).resolve().parent

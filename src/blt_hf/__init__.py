@@ -18,13 +18,13 @@ from .model.modeling_blt import (
     BltModel,
     BltPatcher,
 )
-from .model.patches_blt import BltPatches
 from .model.patching_blt import register_patching_rule
 from .model.tokenization_blt import BltTokenizer
+from .patches.data import BltPatches
 
 
 if TYPE_CHECKING:
-    from .evaluation.patches import plot_patches
+    from .patches.pictures import plot_patches
 
 
 __all__ = [
@@ -50,7 +50,7 @@ register()
 
 def __getattr__(name: str):
     if name == "plot_patches":  # measuring and drawing stay out of what every import pays for
-        from .evaluation.patches import plot_patches
+        from .patches.pictures import plot_patches
 
         return plot_patches
     raise AttributeError(f"module 'blt_hf' has no attribute {name!r}")

@@ -172,7 +172,7 @@ class ByteStreamer:
 
 
 def _printable(character: str) -> str:
-    from blt_hf.model.display_blt import split_glyphs
+    from blt_hf.patches.display import split_glyphs
 
     if character in "\n\t":
         return character

@@ -78,7 +78,7 @@ def _draw(found: list, svg: str | None, png: str | None) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from blt_hf.evaluation.patches import plot_patches
+    from blt_hf.patches.pictures import plot_patches
 
     if not any(row.num_bytes for row in found):
         raise ValueError("there is nothing to draw: the text is empty.")
@@ -92,7 +92,7 @@ def _draw(found: list, svg: str | None, png: str | None) -> None:
 def _show(found: list, entropies: bool, spell: bool, width: int | None) -> None:
     from rich.console import Console
 
-    from blt_hf.evaluation.patches import patches_text
+    from blt_hf.patches.pictures import patches_text
 
     console = Console(highlight=False, soft_wrap=True)
     separator = "" if console.color_system else "|"

@@ -9,10 +9,10 @@ from rich.console import Console
 
 import blt_hf
 from blt_hf import BltPatches
-from blt_hf.evaluation import patches as pictures
-from blt_hf.evaluation.patches import font_with, patches_text, plot_patches
-from blt_hf.model.display_blt import PATCH_COLOURS
 from blt_hf.model.patching_blt import PatchingRule
+from blt_hf.patches import pictures
+from blt_hf.patches.display import PATCH_COLOURS
+from blt_hf.patches.pictures import font_with, patches_text, plot_patches
 
 
 matplotlib.use("Agg")

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blt_hf import BltModel, BltPatches, BltTokenizer
-from blt_hf.model.display_blt import PATCH_COLOURS, patches_html, split_glyphs
-from blt_hf.model.patches_blt import BltPatchesList
 from blt_hf.model.patching_blt import PatchingRule
+from blt_hf.patches.data import BltPatchesList
+from blt_hf.patches.display import PATCH_COLOURS, patches_html, split_glyphs
 from helpers.models import make_model, tiny_config
 from helpers.texts import encode
 

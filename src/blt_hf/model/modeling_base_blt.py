@@ -14,7 +14,7 @@ from .checks_blt import check_cache
 from .configuration_blt import BltConfig
 from .diffusion_blt import CorruptedBlocks
 from .generation_blt import BltGenerationMixin
-from .patches_blt import BltPatches, BltPatchesList, get_patches
+from .names_blt import import_from_package
 from .patching_blt import PatchingRule
 from .peft_blt import add_default_targets
 from .tracing_blt import is_compiling, is_exporting
@@ -172,7 +172,7 @@ class BltPreTrainedModel(PreTrainedModel):
         input_ids: Tensor | None = None,
         rule: PatchingRule | None = None,
         batch_size: int = 8,
-    ) -> BltPatches | BltPatchesList:
+    ):
         """Patches, entropies and boundaries of texts, as data. Only the entropy model runs, if the rule needs it.
 
         Args:
@@ -186,17 +186,19 @@ class BltPreTrainedModel(PreTrainedModel):
                 one it cuts at the threshold of the released models.
             batch_size: rows at a time.
         Returns:
-            [`BltPatches`] of one text or one row of ids, [`BltPatchesList`] of a batch.
+            `BltPatches` of one text or one row of ids, `BltPatchesList` of a batch.
         Raises:
             ValueError: neither texts nor ids, ids outside the vocabulary, or a rule that reads entropies without an
                 entropy model.
+            ImportError: this code came with a checkpoint; `blt_hf` has `get_patches`.
 
         Example: `model.get_patches("to be or not").texts` may be `['<s>', 't', 'o ', 'be ', 'or ', 'not']`.
         """
         if (inputs is None) == (input_ids is None):
             raise ValueError("`get_patches` needs either `inputs` or `input_ids`; got both or neither.")
         inputs = input_ids if inputs is None else inputs
-        return get_patches(self, inputs, attention_mask, rule=rule, batch_size=batch_size)
+        data = import_from_package("patches.data", "`get_patches`")
+        return data.get_patches(self, inputs, attention_mask, rule=rule, batch_size=batch_size)
 
     def _wants(self, name: str, value: bool | list[int] | None) -> bool | list[int]:
         """An `output_*` argument, or what the config says of it; hidden states may be chosen by index."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..model.patches_blt import BOS_TOKEN_ID, PatchFinder, evaluating
 from ..model.patching_blt import BYTE_OFFSET, PatchingRule
+from ..patches.data import BOS_TOKEN_ID, PatchFinder, evaluating
 
 
 def read_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> list[bytes]:

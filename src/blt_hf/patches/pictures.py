@@ -8,8 +8,8 @@ from rich.cells import cell_len
 from rich.style import Style
 from rich.text import Span, Text
 
-from ..model.display_blt import PATCH_COLOURS, Glyph, split_glyphs
-from ..model.patches_blt import BltPatches
+from .data import BltPatches
+from .display import PATCH_COLOURS, Glyph, split_glyphs
 
 
 _BARS = "▁▂▃▄▅▆▇█"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .chunk_blt import ByteChunk, make_chunk
-from .display_blt import SPECIAL_NAMES, patches_html
-from .patching_blt import BYTE_OFFSET, PatchingRule, find_patch_ends, patch_lengths_from_ends
+from ..model.chunk_blt import ByteChunk, make_chunk
+from ..model.patching_blt import BYTE_OFFSET, PatchingRule, find_patch_ends, patch_lengths_from_ends
+from .display import SPECIAL_NAMES, patches_html
 
 
 BOS_TOKEN_ID = 1

@@ -1,1 +1,0 @@
-../../src/blt_hf/model/display_blt.py

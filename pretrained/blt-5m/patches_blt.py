@@ -1,1 +1,0 @@
-../../src/blt_hf/model/patches_blt.py

@@ -1,0 +1,1 @@
+"""Patches of a text as data, in a terminal, in a notebook, as a picture."""
