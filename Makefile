@@ -31,7 +31,7 @@ links:
 # and a million byte strings through the tokenizer.
 test-properties:
 	BLT_PROPERTY_CASES=1250 bash scripts/test.sh tests/model/test_exactness.py tests/model/test_cache_blt.py \
-		tests/model/test_tokenization_blt.py --timeout 3600 -m "not hub and not gpu"
+		tests/tokenizer/test_tokenization.py --timeout 3600 -m "not hub and not gpu"
 
 # Which lines of the package the default tests run; `htmlcov/index.html` shows them.
 coverage:

@@ -46,7 +46,8 @@ import torch, transformers, safetensors.torch
 from transformers import GenerationConfig
 import transformers.dynamic_module_utils, huggingface_hub.repocard, rich.progress
 from blt_hf import conversion
-from blt_hf.model import modeling_blt, tokenization_blt
+from blt_hf.model import modeling_blt
+from blt_hf.tokenizer import tokenization
 
 def peak_mb():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -140,7 +140,7 @@ def main() -> None:
     arrow(axes, (last - 0.5, rows["head"] + 0.62), (last - 0.5, rows["head"] + 1.1), "black")
     axes.text(last - 0.5, rows["head"] + 1.35, '"w"', fontsize=11, ha="center")
 
-    label(axes, rows["bytes"] + 0.3, "bytes", "tokenization_blt.py")
+    label(axes, rows["bytes"] + 0.3, "bytes", "tokenization.py")
     label(axes, rows["patcher"] + 0.3, "patcher", "patcher_blt.py, patching_blt.py")
     label(axes, rows["patcher"] + 1.2, "embeddings", "embedding_blt.py")
     label(axes, rows["encoder"] + 0.3, "local encoder", "stacks_blt.py, layers_blt.py")

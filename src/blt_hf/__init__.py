@@ -19,8 +19,8 @@ from .model.modeling_blt import (
     BltPatcher,
 )
 from .model.patching_blt import register_patching_rule
-from .model.tokenization_blt import BltTokenizer
 from .patches.data import BltPatches
+from .tokenizer.tokenization import BltTokenizer
 
 
 if TYPE_CHECKING:

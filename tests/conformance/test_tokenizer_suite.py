@@ -14,7 +14,7 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from blt_hf.model.tokenization_blt import BltTokenizer
+from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers import transformers_suites as suites
 
 
@@ -49,7 +49,7 @@ PreTrainedTokenizerFast(
 SKIPS = {
     "test_chat_template_save_loading": "a BLT reads text only: no processor shares the template with its tokenizer",
     "test_pretokenized_inputs": "a BLT puts no space, which is a byte, before or between words; "
-    "tests/model/test_tokenization_blt.py covers lists of words",
+    "tests/tokenizer/test_tokenization.py covers lists of words",
     "test_rust_tokenizer_add_prefix_space_0": "a BLT reads the bytes that are there: adding a space is refused",
     "test_training_new_tokenizer": "a BLT's vocabulary is the 256 bytes: training another is refused",
 }

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blt import modeling_blt as in_tree
 
 import blt_hf
-from blt_hf.model.tokenization_blt import BltTokenizer
+from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers import transformers_suites as suites
 from helpers.models import tiny_config
 

@@ -30,7 +30,7 @@ from blt_hf import (
     BltPatcher,
     BltPatcherConfig,
 )
-from blt_hf.model.tokenization_blt import BltTokenizer
+from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.models import make_model, tiny_config
 from helpers.processes import run_elsewhere
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from blt_hf import BltConfig, BltForCausalLM
 from blt_hf.model.cache_blt import BltCache
-from blt_hf.model.tokenization_blt import BltTokenizer
+from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.models import make_model, tiny_config
 from helpers.texts import encode
 

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
 from blt_hf.model.speculation_blt import Drafts, DraftSource, SelfSpeculation, choose
-from blt_hf.model.tokenization_blt import BltTokenizer
+from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.checks import cases
 from helpers.models import make_model, model_for, rules, tiny_config
 from helpers.texts import encode, pad, text_ids, texts

@@ -100,7 +100,7 @@ def test_progress_counts_every_byte():
 
 
 def test_ids_and_tokenizers_are_texts_too():
-    from blt_hf.model.tokenization_blt import BltTokenizer
+    from blt_hf.tokenizer.tokenization import BltTokenizer
 
     patcher = make_model().model.patcher
     texts = [text for text in TEXTS if isinstance(text, str)]

@@ -289,7 +289,7 @@ def convert_meta_checkpoint(
     """
     from transformers import GenerationConfig
 
-    from ..model.tokenization_blt import BltTokenizer
+    from ..tokenizer.tokenization import BltTokenizer
 
     target_dtype, max_shard_bytes, out = _parse_dtype(dtype), _parse_size(max_shard_size), _absolute(out)
     opened = _open_meta(source, entropy_model, revision)

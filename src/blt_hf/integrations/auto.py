@@ -40,7 +40,7 @@ from ..model.modeling_blt import (
     BltModel,
     BltPatcher,
 )
-from ..model.tokenization_blt import BltTokenizer
+from ..tokenizer.tokenization import BltTokenizer
 
 
 def _naming_our_tokenizer(get_tokenizer_config):

@@ -16,7 +16,7 @@ import functools
 
 from transformers.pipelines.token_classification import TokenClassificationPipeline
 
-from ..model.tokenization_blt import BltTokenizer
+from ..tokenizer.tokenization import BltTokenizer
 
 
 _SENTENCE = "blt_sentence"

@@ -2,7 +2,7 @@
 
 `BltTokenizer` is a fast tokenizer of transformers. It keeps a `tokenizers` backend (a byte-level BPE without merges)
 and saves it as `tokenizer.json`, so that its files load in a plain transformers with the same ids. What models are fed
-with, `input_ids` and `attention_mask`, does not go through the backend: bytes are ids already, and `encoding_blt` shifts
+with, `input_ids` and `attention_mask`, does not go through the backend: bytes are ids already, and `encoding` shifts
 them a hundred times faster. Everything else (offsets, words, pairs, overflow, ...) the backend answers.
 """
 
@@ -20,7 +20,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, TensorType
 
-from .encoding_blt import (
+from .encoding import (
     BYTE_OFFSET,
     BYTE_SYMBOLS,
     VOCAB_SIZE,

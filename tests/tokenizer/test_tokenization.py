@@ -25,8 +25,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
 
 from blt_hf import BltConfig
-from blt_hf.model.encoding_blt import BYTE_SYMBOLS
-from blt_hf.model.tokenization_blt import BltTokenizer
+from blt_hf.tokenizer.encoding import BYTE_SYMBOLS
+from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.bad_inputs import WRONG_INPUTS
 from helpers.models import make_model
 from helpers.processes import run
