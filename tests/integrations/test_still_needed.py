@@ -44,6 +44,16 @@ class OurTokenizer(PreTrainedTokenizerFast):
 AutoTokenizer.register(BltConfig, fast_tokenizer_class=OurTokenizer, exist_ok=True)
 facts["auto_tokenizer_believes_the_files"] = type(AutoTokenizer.from_pretrained(folder)) is not OurTokenizer
 
+from transformers.models.auto import modeling_auto
+facts["tables_of_tasks_have_only_the_causal_model"] = not any(
+    name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()
+    for task, name in (
+        ("CAUSAL_LM", "BltPatcher"),
+        ("SEQUENCE_CLASSIFICATION", "BltForSequenceClassification"),
+        ("TOKEN_CLASSIFICATION", "BltForTokenClassification"),
+    )
+)
+
 from transformers.pipelines import TokenClassificationPipeline
 tagger = object.__new__(TokenClassificationPipeline)  # a word of one letter of two bytes, without a model
 tagger.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -110,6 +120,7 @@ NAMES = [
     "pipelines_cut_letters",
     "pipelines_decode_words_twice",
     "processing_utils_runs_transformers_again",
+    "tables_of_tasks_have_only_the_causal_model",
 ]
 
 

@@ -8,6 +8,9 @@ transformers no longer needs it:
 - The mapping of tokenizers, with `TOKENIZER_MAPPING_NAMES` and `MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`: tokenizer
   files name a generic class, which `AutoTokenizer` believes unless the model type is in both. Without it text becomes
   ids by the generic class: the same ids, slower, and no `BltTokenizer`. Test: `auto_tokenizer_believes_the_files`.
+- The tables of class names for tasks, `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` and those of the classifiers, get our classes
+  (`names_blt.add_tasks`). Without it Trainer does not shift labels for the label smoothing of an entropy model, and model
+  cards do not know the task of a classifier. Test: `tables_of_tasks_have_only_the_causal_model`.
 - `tokenization_auto.get_tokenizer_config` says `BltTokenizer` for files that a `BltTokenizer` has saved. Without it a
   folder with a tokenizer and no model (an adapter's, say) gives the generic class. Test: the same.
 
@@ -40,6 +43,7 @@ from ..model.modeling_blt import (
     BltModel,
     BltPatcher,
 )
+from ..model.names_blt import add_tasks
 from ..tokenizer.tokenization import BltTokenizer
 
 
@@ -69,6 +73,7 @@ def register_auto_classes() -> None:
     AutoModelForCausalLM.register(BltPatcherConfig, BltPatcher, exist_ok=True)
     AutoModelForSequenceClassification.register(BltConfig, BltForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(BltConfig, BltForTokenClassification, exist_ok=True)
+    add_tasks()
     for config_class in (BltConfig, BltPatcherConfig):
         AutoTokenizer.register(config_class, fast_tokenizer_class=BltTokenizer, exist_ok=True)
         # Files in the wild name a generic class, which transformers would otherwise believe.

@@ -10,7 +10,7 @@ from transformers.generation import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
-from .names_blt import add_architectures, architecture_name
+from .names_blt import add_architectures, add_tasks, architecture_name
 from .patching_blt import PATCHING_MODES, PatchingRule, find_rule
 
 
@@ -587,9 +587,10 @@ class BltConfig(_SavedConfig):
         return self.decoder_config.intermediate_size
 
 
-# Code of a checkpoint: TRL and `transformers serve` look the class up by its name after they have read the configuration.
+# Code of a checkpoint: TRL, Trainer and `transformers serve` look a class up by its name once the configuration is read.
 if __name__.startswith("transformers_modules."):
     add_architectures()
+    add_tasks()
 
 __all__ = [
     "BltConfig",

@@ -24,6 +24,14 @@ AUTO_CLASSES = {
     "BltForTokenClassification": "AutoModelForTokenClassification",
 }
 
+# Class, and the table of transformers that says what it is for.
+TASK_TABLES = {
+    "BltForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "BltPatcher": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "BltForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "BltForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+}
+
 
 def architecture_name(class_name: str) -> str:
     """Returns what `architectures` calls a class: `BltForCausalLM` is `BltHfForCausalLM`; other names stay."""
@@ -42,6 +50,16 @@ def add_architectures() -> None:
     for module in (current, *(v for v in held if type(v) is type(current) and v.__name__ == "transformers")):
         for class_name, auto_class in AUTO_CLASSES.items():
             vars(module).setdefault(architecture_name(class_name), getattr(auto, auto_class))
+
+
+def add_tasks() -> None:
+    """Adds the classes to the tables that say what a class is for."""
+    tables = importlib.import_module("transformers.models.auto.modeling_auto")
+    for class_name, table_name in TASK_TABLES.items():
+        table = getattr(tables, table_name)
+        if class_name not in table.values():
+            # The Auto classes take classes from the same tables by `model_type`, and no model has this one.
+            table[architecture_name(class_name)] = class_name
 
 
 def import_from_package(name: str, feature: str) -> ModuleType:
