@@ -131,7 +131,7 @@ class _Surprise:
 
 
 def test_a_pickle_with_code_is_not_run(model, tmp_path, monkeypatch):
-    """`tests/conversion/test_convert.py` has the same for Meta's `.pth` files."""
+    """`tests/conversion/test_checkpoints.py` has the same for Meta's `.pth` files."""
     monkeypatch.chdir(tmp_path)
     model.config.save_pretrained(tmp_path)
     torch.save({**model.state_dict(), "surprise": _Surprise()}, tmp_path / "pytorch_model.bin")

@@ -4,6 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 
+TEXT = "The quick brown fox, jumps over 13 lazy dogs!\nZażółć gęślą jaźń — naïve café über 速い狐."
 texts = st.text(alphabet=st.sampled_from("ab cd\n,é速2"), min_size=1, max_size=40)
 
 
