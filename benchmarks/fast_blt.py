@@ -22,7 +22,7 @@ import torch
 from common import SHAPES, Contestant, add_arguments, build_blt, interleave, random_ids, report, set_up, timed
 
 from blt_hf import BltForCausalLM, BltTokenizer
-from blt_hf.model import unmasking_blt
+from blt_hf.fast_blt import blocks
 
 
 ROOT = Path(__file__).parent.parent
@@ -42,14 +42,14 @@ class Counts:
         self.clear()
         self._count(model, "step_logits", "passes")
         self._count(model, "draft_logits", "drafts")
-        fill = unmasking_blt.fill_block
+        fill = blocks.fill_block
 
         def filled(*arguments):
             block = fill(*arguments)
             self.reads += block.num_reads
             return block
 
-        unmasking_blt.fill_block = filled
+        blocks.fill_block = filled
 
     def _count(self, model: BltForCausalLM, name: str, counter: str) -> None:
         method = getattr(model, name)
@@ -171,8 +171,8 @@ def measure_proportions(arguments, trained: list[dict]) -> list[dict]:
         is_masked = torch.arange(size, device=device)[None] > 0
 
         def read():
-            state = unmasking_blt.read_last_byte(model.model, cache, block[:, :1])
-            unmasking_blt.read_block(model, cache, state, block, is_masked)
+            state = blocks.read_last_byte(model.model, cache, block[:, :1])
+            blocks.read_block(model, cache, state, block, is_masked)
 
         return timed(read, device)
 

@@ -13,8 +13,8 @@ import torch
 from matplotlib.colors import ListedColormap
 
 from blt_hf import BltForCausalLM, BltTokenizer
-from blt_hf.model.diffusion_blt import BlockNoise, TwoStreamSpan
-from blt_hf.model.unmasking_blt import Unmasking
+from blt_hf.fast_blt.blocks import Unmasking
+from blt_hf.fast_blt.masked import BlockNoise, TwoStreamSpan
 
 
 HERE = Path(__file__).parent

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .fast_blt import masked as _masked  # noqa: F401 (a compiled forward imports nothing, so it must be there)
 from .integrations import register
 from .model.cache_blt import BltCache
 from .model.configuration_blt import (

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.models.blt import modeling_blt as in_tree
 
 from blt_hf import BltForCausalLM
-from blt_hf.model.diffusion_blt import MIN_MASK_PROBABILITY, BlockNoise, TwoStreamSpan
+from blt_hf.fast_blt.masked import MIN_MASK_PROBABILITY, BlockNoise, TwoStreamSpan
 from helpers.diffusion import SIZE, diffusion_model, slow_decoder
 from helpers.models import make_model, tiny_config
 from helpers.texts import encode

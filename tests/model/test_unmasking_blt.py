@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
+from blt_hf.fast_blt.blocks import Unmasking, read_block
 from blt_hf.model.step_blt import read_last_byte
-from blt_hf.model.unmasking_blt import Unmasking, read_block
 from helpers.checks import cases
 from helpers.diffusion import diffusion_model, slow_decoder
 from helpers.models import RULES, make_model

@@ -358,7 +358,7 @@ class BltConfig(_SavedConfig):
         mask_documents (default False): an `eos` inside a row ends a document; attention does not cross it, while
             hashes and patch starts run on (as Meta's reference does in training).
         diffusion_block_size (default None): bytes of a block that the decoder learns to fill in at once (BLT-D, see
-            `diffusion_blt.py`). None: there is no mask embedding, and only the next byte is learned.
+            `blt_hf.fast_blt`). None: there is no mask embedding, and only the next byte is learned.
         diffusion_loss_weight (default 1.0): factor of the masked loss; with 0, training reads no blocks.
 
     `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim` and
@@ -561,6 +561,11 @@ class BltConfig(_SavedConfig):
     def uses_patcher(self) -> bool:
         """Whether the patching rule reads entropies, which the entropy model computes."""
         return PatchingRule(self.patching_mode).uses_entropies
+
+    @property
+    def learns_blocks(self) -> bool:
+        """Whether training adds the masked loss."""
+        return self.diffusion_block_size is not None and self.diffusion_loss_weight > 0
 
     @property
     def hidden_size(self) -> int:

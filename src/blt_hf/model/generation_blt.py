@@ -8,9 +8,8 @@ from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_tensor
 from .compiling_blt import round_up_bytes
 from .decoding_blt import RaggedText
-from .names_blt import import_serving
+from .names_blt import import_from_package, import_serving
 from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
-from .unmasking_blt import UNMASKING_RULES, BlockDrafts, Unmasking, decode_blocks
 
 
 _OWN_FIELDS = (
@@ -31,7 +30,7 @@ class BltGenerationMixin(GenerationMixin):
             them. The text is that of normal decoding; sampling keeps its distribution.
         self_speculation_schedule (default `"constant"`): `"heuristic"` adapts the window of each row to what it accepts.
 
-    And five for a model that was trained with `config.diffusion_block_size` (`unmasking_blt.py` says what happens):
+    And five for a model that was trained with `config.diffusion_block_size` (`blt_hf.fast_blt.blocks` says what happens):
 
         diffusion_block_size (default None): bytes of a block, the first of which is chosen by the whole model and the
             others by the decoder. At least 2; what the model was trained with is the most that it does well.
@@ -62,37 +61,9 @@ class BltGenerationMixin(GenerationMixin):
             raise ValueError(f"`self_speculation_window` must be None or at least 1 byte; got {window!r}.")
         if schedule not in _SCHEDULES:
             raise ValueError(f"`self_speculation_schedule` must be one of {_SCHEDULES}; got {schedule!r}.")
-        self._check_blocks(generation_config)
+        if getattr(generation_config, "diffusion_block_size", None) is not None:
+            self._import_blocks().check_settings(generation_config, self.config)
         return generation_config, model_kwargs
-
-    def _check_blocks(self, generation_config) -> None:
-        size = getattr(generation_config, "diffusion_block_size", None)
-        if size is None:
-            return
-        trained = getattr(self.config, "diffusion_block_size", None)
-        window = getattr(self.config, "local_attention_window_len", None)
-        rule = getattr(generation_config, "unmasking", UNMASKING_RULES[0])
-        if trained is None:
-            raise ValueError(
-                f"`diffusion_block_size={size!r}` needs a model that was trained with blocks (`diffusion_block_size` in "
-                "its configuration); this one has no mask embedding."
-            )
-        if not isinstance(size, int) or size < 2 or (window is not None and size > window):
-            raise ValueError(
-                "`diffusion_block_size` must be None or at least 2 bytes, and at most the local attention window; got "
-                f"{size!r} and a window of {window}."
-            )
-        if rule not in UNMASKING_RULES:
-            raise ValueError(f"`unmasking` must be one of {UNMASKING_RULES}; got {rule!r}.")
-        for name in ("confidence_threshold", "entropy_budget"):
-            value = getattr(generation_config, name, 0.0)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"`{name}` must be a number; got {value!r}.")
-        if getattr(generation_config, "self_speculation_window", None) is not None:
-            raise ValueError(
-                "`self_speculation_window` and `diffusion_block_size` are two ways to draft; set one of them, got "
-                f"{generation_config.self_speculation_window} and {size}."
-            )
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
@@ -133,7 +104,7 @@ class BltGenerationMixin(GenerationMixin):
         logits = outputs.logits[:, -1:].float()
         del outputs  # may be large
         source = self._draft_source(generation_config, len(text.lengths), cache)
-        unmasking = None if source is not None else self._unmasking(generation_config)
+        fills_blocks = source is None and getattr(generation_config, "diffusion_block_size", None) is not None
         do_sample = generation_config.do_sample
         with torch.no_grad():
             while True:
@@ -146,14 +117,19 @@ class BltGenerationMixin(GenerationMixin):
                     has_stopped = torch.tensor([stop is not None for stop in text.stops], device=ids.device)
                     ids = ids.masked_fill(has_stopped[:, None], text.pad_token_id)
                 text.append(ids, [1] * ids.shape[0], logits, scores)
-                if text.is_done or source is not None or unmasking is not None:
+                if text.is_done or source is not None or fills_blocks:
                     break
                 logits = self._next_logits(ids, cache)
             if source is not None:
                 decode_drafted(self, source, text, cache, do_sample)
-            elif unmasking is not None:
-                decode_blocks(self, text, cache, generation_config.diffusion_block_size, unmasking, do_sample)
+            elif fills_blocks:
+                blocks = self._import_blocks()
+                unmasking = blocks.Unmasking.from_config(generation_config)
+                blocks.decode_blocks(self, text, cache, generation_config.diffusion_block_size, unmasking, do_sample)
         return text.finish(cache)
+
+    def _import_blocks(self):
+        return import_from_package("fast_blt.blocks", "`generate` with `diffusion_block_size`")
 
     def _decodes_itself(self, generation_config, model_kwargs: dict) -> bool:
         """Whether a loop that looks at nothing but logits gives what transformers' loop gives."""
@@ -186,25 +162,12 @@ class BltGenerationMixin(GenerationMixin):
         if size is not None:
             cache.reserve_slack(round_up_bytes(size + 1))
             is_verified = getattr(generation_config, "verify", False)
-            return BlockDrafts(self, size, generation_config.do_sample) if is_verified else None
+            return self._import_blocks().BlockDrafts(self, size, generation_config.do_sample) if is_verified else None
         if window is None:
             return None
         is_adaptive = getattr(generation_config, "self_speculation_schedule", "constant") == "heuristic"
         cache.reserve_slack(round_up_bytes(max(window, 32 if is_adaptive else 0) + 1))
         return SelfSpeculation(self, num_rows, window, is_adaptive, generation_config.do_sample)
-
-    @staticmethod
-    def _unmasking(generation_config) -> Unmasking | None:
-        """How blocks that nobody verifies are filled in; None: bytes are written one by one."""
-        if getattr(generation_config, "diffusion_block_size", None) is None:
-            return None
-        names = {
-            "rule": "unmasking",
-            "confidence_threshold": "confidence_threshold",
-            "entropy_budget": "entropy_budget",
-        }
-        given = {name: getattr(generation_config, field, None) for name, field in names.items()}
-        return Unmasking(**{name: value for name, value in given.items() if value is not None})
 
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         cache, attention_mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")

@@ -1,6 +1,7 @@
 """What all BLT models share: outputs, loading and saving, initialisation, and the reading of common arguments."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from .cache_blt import BltCache
 from .cache_name_blt import CACHE_NAME, CACHE_NAMES
 from .checks_blt import check_cache
 from .configuration_blt import BltConfig
-from .diffusion_blt import CorruptedBlocks
 from .generation_blt import BltGenerationMixin
 from .names_blt import import_from_package
 from .patching_blt import PatchingRule
@@ -40,7 +40,7 @@ class BltModelOutput(ModelOutput):
         entropies: with `output_patches` and an entropy model, fp32 `(B, S)`: nats of the byte after each byte.
         patch_lengths: with `output_patches`, int64 `(B, P)`: bytes of each patch, the next, unknown byte included;
             after a cache, the first one holds what this call added to the open patch.
-        blocks: with `noise`, the corrupted blocks that the decoder read beside the text.
+        blocks: with `block_noise`, the corrupted blocks that the decoder read beside the text.
     """
 
     last_hidden_state: Tensor | None = None
@@ -56,7 +56,7 @@ class BltModelOutput(ModelOutput):
     global_attentions: tuple[Tensor, ...] | None = None
     entropies: Tensor | None = None
     patch_lengths: Tensor | None = None
-    blocks: CorruptedBlocks | None = None
+    blocks: Any = None
 
 
 @dataclass

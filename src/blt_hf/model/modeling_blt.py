@@ -14,7 +14,6 @@ from .checks_blt import check_inputs, check_labels, check_row_labels
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, make_chunk, number_patches
 from .compiling_blt import CompiledSteps
 from .configuration_blt import BltConfig
-from .diffusion_blt import BlockNoise, TwoStreamSpan, corrupt_blocks, make_noise, masked_loss
 from .embedding_blt import BltHashEmbedding, ngram_hashes
 from .generation_blt import BltGenerationMixin
 from .layers_blt import BltSelfAttention, BltTransformerLayer, PatchReads, StateTrace
@@ -25,6 +24,7 @@ from .modeling_base_blt import (
     BltPreTrainedModel,
     keep_positions,
 )
+from .names_blt import import_from_package
 from .patcher_blt import BltPatcher
 from .patching_blt import (
     BYTE_OFFSET,
@@ -127,7 +127,7 @@ class BltModel(BltPreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         output_patches: bool | None = None,
-        block_noise: BlockNoise | None = None,
+        block_noise=None,
         **kwargs,
     ) -> BltModelOutput:
         """Byte states from bytes.
@@ -145,8 +145,8 @@ class BltModel(BltPreTrainedModel):
                 the last patch is complete) or to its bytes. Not after a cache that holds bytes.
             use_cache: return a cache; None: the config's `use_cache`, but never in training.
             output_patches: also return `entropies` and `patch_lengths`.
-            block_noise: makes the decoder read corrupted blocks beside the text, for the masked loss of BLT-D; not with a
-                cache.
+            block_noise: a `BlockNoise` of `blt_hf.fast_blt.masked`, which makes the decoder read corrupted blocks beside
+                the text, for the masked loss of BLT-D; not with a cache.
         Returns:
             [`BltModelOutput`].
         Raises:
@@ -202,7 +202,7 @@ class BltModel(BltPreTrainedModel):
         embeds: Tensor | None = None,
         given_ends: Tensor | None = None,
         traces: list[StateTrace] | None = None,
-        block_noise: BlockNoise | None = None,
+        block_noise=None,
     ) -> tuple[Tensor, Tensor | None, PatchNumbers]:
         """Byte states `(B, S, W)`, entropies `(B, S)` and patches of a large chunk, which the cache takes in.
 
@@ -231,14 +231,8 @@ class BltModel(BltPreTrainedModel):
         reads = self._reads(chunk, numbers, cache, latents is not None)
         states, positions = byte_states[-1], None
         if block_noise is not None:
-            block_noise.blocks = corrupt_blocks(chunk, numbers.ends, block_noise)
-            states, positions, reads = block_noise.blocks.join(
-                states, chunk.row_positions, reads, self.local_encoder.embed_tokens, block_noise.mask_embedding
-            )
-            span = TwoStreamSpan(
-                block_noise.blocks, chunk.document_start, chunk.num_columns, self.config.local_attention_window_len,
-                self.config._attn_implementation, trace is not None and trace.attentions is not None,
-            )  # fmt: skip
+            wants_weights = trace is not None and trace.attentions is not None
+            states, positions, reads, span = block_noise.join(self, chunk, numbers, states, reads, wants_weights)
         hidden_states = self.local_decoder(states, latents, chunk, reads, span, cache, trace, positions)
         if cache is not None:
             cache.commit(chunk, numbers)
@@ -537,11 +531,14 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         """
         if use_cache and self.training and self._checkpoints():
             use_cache = self._start_cache(None, use_cache, self.config) is not None  # which warns
-        noise = make_noise(
-            self.config, labels, self.mask_embedding, self.training, noise_generator,
-            input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache,
-        )  # fmt: skip
-        if noise is not None:
+        noise = None
+        # In an evaluation the loss is the text's own, and the same twice, unless the caller says where noise comes from.
+        if noise_generator is not None or (self.training and labels is not None and self.config.learns_blocks):
+            masked = import_from_package("fast_blt.masked", "the masked loss (`config.diffusion_block_size`)")
+            noise = masked.make_noise(
+                self, labels, noise_generator,
+                input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache,
+            )  # fmt: skip
             use_cache = False
         outputs = self.model(
             input_ids=input_ids,
@@ -561,7 +558,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
             check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         if noise is not None:
-            of_blocks = masked_loss(outputs.blocks, self.lm_head, labels, kwargs.get("num_items_in_batch"))
+            of_blocks = masked.masked_loss(outputs.blocks, self.lm_head, labels, kwargs.get("num_items_in_batch"))
             loss = loss + self.config.diffusion_loss_weight * of_blocks
         elif self.training and loss is not None and self.mask_embedding is not None:
             loss = loss + 0.0 * self.mask_embedding.weight.sum()  # DDP wants a gradient for every parameter

@@ -77,7 +77,9 @@ def import_from_package(name: str, feature: str) -> ModuleType:
             f"{feature} is not part of the code that comes with a checkpoint: `pip install blt-hf`, and `import blt_hf` "
             "before the model is loaded."
         )
-    return importlib.import_module(f"blt_hf.{name}")
+    name = f"blt_hf.{name}"
+    # torch.compile traces the look-up, but no import.
+    return sys.modules[name] if name in sys.modules else importlib.import_module(name)
 
 
 @functools.cache

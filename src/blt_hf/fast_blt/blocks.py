@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention_blt import SlotSpan
-from .cache_blt import BltCache, BltCacheLayer
-from .chunk_blt import next_bytes
-from .compiling_blt import is_compiled
-from .decoding_blt import RaggedText
-from .layers_blt import PatchReads
-from .speculation_blt import Drafts, DraftSource, finish_rows
-from .step_blt import read_last_byte
+from ..model.attention_blt import SlotSpan
+from ..model.cache_blt import BltCache, BltCacheLayer
+from ..model.chunk_blt import next_bytes
+from ..model.compiling_blt import is_compiled
+from ..model.decoding_blt import RaggedText
+from ..model.layers_blt import PatchReads
+from ..model.speculation_blt import Drafts, DraftSource, finish_rows
+from ..model.step_blt import read_last_byte
 
 
 UNMASKING_RULES = ("confidence", "entropy")
@@ -46,6 +46,17 @@ class Unmasking:
     confidence_threshold: float = 0.6
     entropy_budget: float = 0.9
 
+    @classmethod
+    def from_config(cls, generation_config) -> "Unmasking":
+        """That of a generation configuration; a field that it lacks has the default."""
+        names = {
+            "rule": "unmasking",
+            "confidence_threshold": "confidence_threshold",
+            "entropy_budget": "entropy_budget",
+        }
+        given = {name: getattr(generation_config, field, None) for name, field in names.items()}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
     def choose(self, scores: Tensor, is_masked: Tensor) -> Tensor:
         """Masked bytes to keep, bool `(B, n)`, from processed logits `(B, n, V)`."""
         log_probs = scores.log_softmax(dim=-1)
@@ -62,6 +73,42 @@ class Unmasking:
             within = order.values.cumsum(dim=1) <= self.entropy_budget
             is_kept = torch.zeros_like(is_masked).scatter(1, order.indices, within)
         return (is_kept | torch.zeros_like(is_masked).scatter(1, surest, True)) & is_masked
+
+
+def check_settings(generation_config, config) -> None:
+    """Checks the fields of a generation configuration with a `diffusion_block_size`.
+
+    Args:
+        generation_config: the settings of one call of `generate`.
+        config: of the model.
+    Raises:
+        ValueError: names the field, its value and what is accepted.
+    """
+    size = generation_config.diffusion_block_size
+    trained = getattr(config, "diffusion_block_size", None)
+    window = getattr(config, "local_attention_window_len", None)
+    rule = getattr(generation_config, "unmasking", UNMASKING_RULES[0])
+    if trained is None:
+        raise ValueError(
+            f"`diffusion_block_size={size!r}` needs a model that was trained with blocks (`diffusion_block_size` in "
+            "its configuration); this one has no mask embedding."
+        )
+    if not isinstance(size, int) or size < 2 or (window is not None and size > window):
+        raise ValueError(
+            "`diffusion_block_size` must be None or at least 2 bytes, and at most the local attention window; got "
+            f"{size!r} and a window of {window}."
+        )
+    if rule not in UNMASKING_RULES:
+        raise ValueError(f"`unmasking` must be one of {UNMASKING_RULES}; got {rule!r}.")
+    for name in ("confidence_threshold", "entropy_budget"):
+        value = getattr(generation_config, name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"`{name}` must be a number; got {value!r}.")
+    if getattr(generation_config, "self_speculation_window", None) is not None:
+        raise ValueError(
+            "`self_speculation_window` and `diffusion_block_size` are two ways to draft; set one of them, got "
+            f"{generation_config.self_speculation_window} and {size}."
+        )
 
 
 class BlockSpan(SlotSpan):
@@ -253,4 +300,13 @@ def decode_blocks(
     finish_rows(model, text, cache)
 
 
-__all__ = ["UNMASKING_RULES", "BlockDrafts", "FilledBlock", "Unmasking", "decode_blocks", "fill_block", "read_block"]
+__all__ = [
+    "UNMASKING_RULES",
+    "BlockDrafts",
+    "FilledBlock",
+    "Unmasking",
+    "check_settings",
+    "decode_blocks",
+    "fill_block",
+    "read_block",
+]

@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .attention_blt import AttentionSpan
-from .chunk_blt import ByteChunk
-from .layers_blt import PatchReads
-from .tracing_blt import is_compiling, largest_count
+from ..model.attention_blt import AttentionSpan
+from ..model.chunk_blt import ByteChunk, PatchNumbers
+from ..model.layers_blt import PatchReads
+from ..model.tracing_blt import is_compiling, largest_count
 
 
 MIN_MASK_PROBABILITY = 1e-3
@@ -55,6 +55,33 @@ class BlockNoise:
     mask_embedding: Tensor
     generator: torch.Generator | None = None
     blocks: "CorruptedBlocks | None" = None
+
+    def join(
+        self,
+        model,
+        chunk: ByteChunk,
+        numbers: PatchNumbers,
+        byte_states: Tensor,
+        reads: PatchReads,
+        wants_weights: bool,
+    ) -> tuple[Tensor, Tensor, PatchReads, "TwoStreamSpan"]:
+        """What the decoder of a [`BltModel`] takes of text and blocks: states, positions, latents, keys.
+
+        Args:
+            chunk, numbers: the text and its patches.
+            byte_states: `(B, S, W)`, of the encoder.
+            reads: latents that each clean byte reads.
+            wants_weights: the decoder returns attention weights.
+        """
+        self.blocks, config = corrupt_blocks(chunk, numbers.ends, self), model.config
+        states, positions, reads = self.blocks.join(
+            byte_states, chunk.row_positions, reads, model.local_encoder.embed_tokens, self.mask_embedding
+        )
+        span = TwoStreamSpan(
+            self.blocks, chunk.document_start, chunk.num_columns, config.local_attention_window_len,
+            config._attn_implementation, wants_weights,
+        )  # fmt: skip
+        return states, positions, reads, span
 
     def draw(self, num_rows: int, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """First a mask probability for each block, uniform `(B, N)`, then a uniform number for each byte `(B, N, K)`."""
@@ -130,23 +157,16 @@ class CorruptedBlocks:
         return clean
 
 
-def make_noise(
-    config, labels: Tensor | None, mask_embedding: nn.Embedding | None, is_training: bool, generator, **inputs
-) -> BlockNoise | None:
-    """The noise of a forward; None where it reads no blocks.
-
-    Blocks are read where there are labels, `diffusion_block_size` is set, and the model is in training or the caller
-    passes a generator: otherwise the loss of an evaluation would not be the text's own, nor the same twice.
+def make_noise(model, labels: Tensor | None, generator: torch.Generator | None, **inputs) -> BlockNoise:
+    """The noise of a forward of a [`BltForCausalLM`] that asks for the masked loss.
 
     Raises:
         ValueError: blocks were asked for and cannot be read.
     """
-    if generator is not None and (labels is None or config.diffusion_block_size is None):
+    config = model.config
+    if labels is None or config.diffusion_block_size is None:
         missing = "`labels`" if labels is None else "a model whose `diffusion_block_size` is set"
         raise ValueError(f"`noise_generator` draws the noise of the masked loss, which needs {missing}; got None.")
-    is_wanted = generator is not None or (is_training and config.diffusion_loss_weight > 0)
-    if labels is None or config.diffusion_block_size is None or not is_wanted:
-        return None
     for name, remedy in (
         ("input_ids", "pass the bytes that `inputs_embeds` hide"),
         ("past_key_values", "pass whole texts and no cache"),
@@ -159,7 +179,7 @@ def make_noise(
                 f"`{name}={inputs[name] if name != 'past_key_values' else 'a cache'}`: {remedy}, or train without it "
                 "(`model.config.diffusion_loss_weight = 0`)."
             )
-    return BlockNoise(labels, config.diffusion_block_size, mask_embedding.weight[0], generator)
+    return BlockNoise(labels, config.diffusion_block_size, model.mask_embedding.weight[0], generator)
 
 
 def find_block_starts(chunk: ByteChunk, ends: Tensor, labels: Tensor, block_size: int) -> Tensor:

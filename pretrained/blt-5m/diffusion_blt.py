@@ -1,1 +1,0 @@
-../../src/blt_hf/model/diffusion_blt.py
