@@ -19,8 +19,8 @@ from .model.modeling_blt import (
     BltModel,
     BltPatcher,
 )
-from .model.patching_blt import register_patching_rule
 from .patches.data import BltPatches
+from .rules import register_patching_rule
 from .tokenizer.tokenization import BltTokenizer
 
 

@@ -169,24 +169,27 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 folder, remote = sys.argv[1], sys.argv[2] == "remote"
-if remote:
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    register_patching_rule = get_class_from_dynamic_module("patching_blt.register_patching_rule", folder)
-else:
-    from blt_hf import register_patching_rule
+if not remote:
+    import blt_hf
 try:
     AutoConfig.from_pretrained(folder, trust_remote_code=remote)
 except ValueError as error:
     print(error)
+assert not remote or "blt_hf" not in sys.modules
+from blt_hf import register_patching_rule
 
 @register_patching_rule("test-words", window=2)
 def words(ids, entropies, positions, rule):
     rises = (entropies[..., -1] > entropies[..., -2]) & (entropies[..., -1] > rule.threshold)
     return (ids[..., -1] == 36) | rises
 
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote)
-print(type(model).__module__.split(".")[0], "blt_hf" in sys.modules)
+loader = AutoModelForCausalLM
+if remote:  # code that was loaded before the package, which the Auto classes now prefer
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    loader = get_class_from_dynamic_module("modeling_blt.BltForCausalLM", folder)
+model = loader.from_pretrained(folder)
+print(type(model).__module__.split(".")[0])
 with torch.no_grad():
     torch.save(model(torch.tensor([[1, *range(60, 90), 14, 70, 80, 36, 90]])).logits, f"{folder}/logits.pt")
 """
@@ -194,7 +197,10 @@ with torch.no_grad():
 
 @pytest.mark.parametrize("code", ["installed", "remote"])
 def test_saved_by_its_name(code, tmp_path):
-    """A process that does not know the rule is told; one that registers it loads the model, downloaded code or not."""
+    """A process that does not know the rule is told; one that registers it loads the model, downloaded code or not.
+
+    Registering is the package's: downloaded code asks it, and alone refuses the rule.
+    """
     model = custom_model("test-words")
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["patching_mode"] == "test-words"
@@ -207,7 +213,7 @@ def test_saved_by_its_name(code, tmp_path):
     unknown, loaded = done.stdout.splitlines()
     assert "`patching_mode` must be one of" in unknown and "'test-words'" in unknown
     assert "`register_patching_rule`" in unknown and "Run the code that registers" in unknown
-    assert loaded == ("blt_hf True" if code == "installed" else "transformers_modules False")
+    assert loaded == ("blt_hf" if code == "installed" else "transformers_modules")
     with torch.no_grad():
         expected = model(torch.tensor([[1, *range(60, 90), 14, 70, 80, 36, 90]])).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)

@@ -10,7 +10,6 @@ Dimension letters: `B` rows, `S` bytes, `P` patches.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class PatchingRule:
 
     Attributes:
         mode: `"entropy"`, `"space"`, `"static"`, `"byte"`, or the name of a rule of your own; see
-            [`register_patching_rule`].
+            `blt_hf.register_patching_rule`.
         threshold: nats (entropy mode; your own rule may read it, too).
         threshold_add: nats; the entropy must also rise by more than this (entropy mode).
         monotonicity: the entropy must rise by more than `threshold` (entropy mode).
@@ -78,7 +77,7 @@ RuleFunction = Callable[[Tensor, Tensor | None, Tensor, PatchingRule], Tensor]
 
 @dataclass(frozen=True)
 class RegisteredRule:
-    """A rule that was given by [`register_patching_rule`], whose arguments these are."""
+    """A rule that was given to `blt_hf.register_patching_rule`, whose arguments these are."""
 
     name: str
     function: RuleFunction
@@ -124,134 +123,20 @@ def _windows(values: Tensor, past: Tensor | None, positions: Tensor, window: int
     return values * (positions[..., None] >= age)
 
 
-def _rules_of_process() -> dict[str, RegisteredRule]:
-    """The registered rules by name.
-
-    A process may hold this module more than once: the installed package, and copies that came with checkpoints, which
-    transformers puts into one folder for each class. A rule counts in all of them.
-    """
-    shared = sys.modules.setdefault("blt_patching_rules", ModuleType("blt_patching_rules"))
-    return shared.__dict__.setdefault("rules", {})
-
-
-_rules = _rules_of_process()
-
-
-def register_patching_rule(
-    name: str, function: RuleFunction | None = None, *, window: int = 1, uses_entropies: bool = True
-) -> RuleFunction:
-    """Adds a patching rule, which a configuration then names: `BltConfig(patching_mode=name)`.
-
-    The rule is a function of the last bytes. It is called with
-
-    - `ids`: int64 `(B, S, window)`; `ids[..., -1]` is each byte, `ids[..., -2]` the one before it, and so on (byte `b`
-      has id `b + 4`; 0 before the text);
-    - `entropies`: fp32 `(B, S, window)`, nats of the byte *after* each of these (0 before the text); None without
-      `uses_entropies`;
-    - `positions`: int64 `(B, S)`, index of each byte in its text;
-    - `rule`: the [`PatchingRule`] of the configuration, with its `threshold` and `patch_size`;
-
-    and returns bool `(B, S)`: the byte is the last of its patch. The first byte of a text always is, and
-    `max_patch_length` splits longer patches, whatever the function says.
-
-    Args:
-        name: what configurations call the rule. It is saved in `config.json`, the function is not: whoever loads the
-            model registers it first.
-        function: the rule; None: this is a decorator of it.
-        window: bytes that the rule reads to decide about one byte, that byte included.
-        uses_entropies: whether it reads entropies; without, the model needs no entropy model.
-    Returns:
-        `function`.
-    Raises:
-        ValueError: the name is taken, or the rule cannot be used for generation: on sample texts its answers depend on
-            bytes that come later, on bytes before its window, or on other rows.
-
-    Example:
-
-        @register_patching_rule("lines", uses_entropies=False)
-        def lines(ids, entropies, positions, rule):
-            return ids[..., -1] == ord("\\n") + 4
-    """
-    if function is None:
-        return lambda function: register_patching_rule(name, function, window=window, uses_entropies=uses_entropies)
-    if not isinstance(name, str) or not name or name in PATCHING_MODES:
-        raise ValueError(f"`name` must be a text other than {PATCHING_MODES}; got {name!r}.")
-    if not isinstance(window, int) or window < 1:
-        raise ValueError(f"`window` must be at least 1 byte; got {window!r}.")
-    if not callable(function):
-        raise ValueError(f"`function` must be callable; got {type(function).__name__}.")
-    known = _rules.get(name)
-    # The same function again is a cell of a notebook that was run twice, or a module that was reloaded.
-    if known is not None and _origin(known.function) != _origin(function):
-        raise ValueError(f"`name` {name!r} belongs to {'.'.join(_origin(known.function))} already; choose another.")
-    rule = RegisteredRule(name, function, window, uses_entropies)
-    _check_causality(rule)
-    _rules[name] = rule
-    return function
-
-
-def _origin(function: RuleFunction) -> tuple[str, str]:
-    return getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function))
-
-
 def find_rule(name: str) -> RegisteredRule:
     """The rule that was registered under `name`.
 
     Raises:
         ValueError: there is none.
     """
-    rule = _rules.get(name)
+    registry = sys.modules.get("blt_hf.rules")  # no import: code that came with a checkpoint asks here as well
+    rule = None if registry is None else registry.RULES.get(name)
     if rule is None:
         raise ValueError(
-            f"`patching_mode` must be one of {PATCHING_MODES}, or a rule that `register_patching_rule` was given before; "
-            f"got {name!r}. Run the code that registers {name!r} first, or choose another rule."
+            f"`patching_mode` must be one of {PATCHING_MODES}, or a rule that `register_patching_rule` of the package "
+            f"blt_hf was given before; got {name!r}. Run the code that registers {name!r} first, or choose another rule."
         )
     return rule
-
-
-def _check_causality(rule: RegisteredRule) -> None:
-    """Asks for the same answers for a text as a whole, for its beginnings, byte by byte, and alone in a batch."""
-    samples = (
-        b"To be, or not to be: that is\n\nthe question. 3.14159 + (x_1)",
-        "naïve café — 速い狐; x = 1\r\n\tреки".encode(),
-        b"aaaaaaaaaabbbbbbbbbb          \n\n\n\n....,,,,0000000000  " + bytes(range(10)),
-        bytes((i * i * 31 + 7) % 256 for i in range(50)),
-    )
-    length = min(map(len, samples))
-    ids = torch.tensor([[1, *(byte + BYTE_OFFSET for byte in text[: length - 1])] for text in samples])
-    noise = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
-    entropies = noise * noise * 5.5  # up to that of a byte that may be anything
-    positions = torch.arange(length).expand(ids.shape)
-    as_configured = PatchingRule(mode=rule.name)
-
-    def ends(rows=slice(None), first: int = 0, last: int = length) -> Tensor:
-        part, past = (rows, slice(first, last)), (rows, slice(0, first))
-        return rule.find_ends(
-            as_configured, ids[part], entropies[part], positions[part], ids[past], entropies[past]
-        )  # fmt: skip
-
-    whole = ends()
-    checks = (
-        ("gives two answers for the same text", lambda: ends()),
-        (
-            "looks ahead: whether a byte ends its patch must follow from that byte and those before it",
-            lambda: torch.cat([ends(last=stop)[:, -1:] for stop in range(1, length + 1)], dim=1),
-        ),
-        (
-            f"remembers more than its `window` of {rule.window} bytes, or reads how many bytes come at once, so "
-            "generation byte by byte would give other patches",
-            lambda: torch.cat([ends(first=i, last=i + 1) for i in range(length)], dim=1),
-        ),
-        ("reads other rows of the batch", lambda: torch.cat([ends(rows=slice(i, i + 1)) for i in range(len(ids))])),
-    )
-    for problem, again in checks:
-        wrong = (again() != whole).nonzero()
-        if len(wrong):
-            row, column = wrong[0].tolist()
-            raise ValueError(
-                f"patching rule {rule.name!r} {problem}. It says so of byte {column} of "
-                f"{bytes(samples[row][: column + 2])!r} (byte 0 is a BOS)."
-            )
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
@@ -534,5 +419,4 @@ __all__ = [
     "patch_ends_from_lengths",
     "patch_ids_from_lengths",
     "patch_lengths_from_ends",
-    "register_patching_rule",
 ]
