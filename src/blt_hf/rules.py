@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .model.patching_blt import BYTE_OFFSET, PATCHING_MODES, PatchingRule, RegisteredRule, RuleFunction
+from .model.patching_blt import BOS_TOKEN_ID, PATCHING_MODES, PatchingRule, RegisteredRule, RuleFunction
+from .tokenizer.encoding import byte_ids
 
 
 RULES: dict[str, RegisteredRule] = {}
@@ -76,7 +77,7 @@ def _check_causality(rule: RegisteredRule) -> None:
         bytes((i * i * 31 + 7) % 256 for i in range(50)),
     )
     length = min(map(len, samples))
-    ids = torch.tensor([[1, *(byte + BYTE_OFFSET for byte in text[: length - 1])] for text in samples])
+    ids = torch.tensor([[BOS_TOKEN_ID, *byte_ids(text[: length - 1])] for text in samples])
     noise = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
     entropies = noise * noise * 5.5  # up to that of a byte that may be anything
     positions = torch.arange(length).expand(ids.shape)

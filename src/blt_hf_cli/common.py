@@ -148,11 +148,13 @@ def print_histogram(histogram: dict[int, int], num_rows: int = 16, width: int = 
 
 def read_input(texts: list[str] | None) -> list[str | bytes]:
     """Texts from the command line; `-` is what stands on stdin, as bytes, and so is no text at all."""
+    from blt_hf.tokenizer.encoding import to_bytes
+
     if not texts:
         if sys.stdin.isatty():
             raise ValueError("no text: give one as an argument, or pipe one in.")
         texts = ["-"]
-    return [sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape") for text in texts]
+    return [sys.stdin.buffer.read() if text == "-" else to_bytes(text) for text in texts]
 
 
 def write_whole(path: str, write: Callable[[Path], None]) -> None:

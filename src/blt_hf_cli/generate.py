@@ -132,11 +132,13 @@ class _Writer:
         set_seed(seed)
 
     def write(self, inputs, show: bool = True) -> bytes:
+        from blt_hf.tokenizer.encoding import bytes_of
+
         streamer = ByteStreamer() if show else None
         inputs = inputs.to(self.model.device)
         ids = self.model.generate(**inputs, **self.options, streamer=streamer)
         new = ids[0, inputs["input_ids"].shape[1] :].tolist()
-        return bytes(i - 4 for i in new if 4 <= i < 260)
+        return bytes_of(new)
 
 
 class ByteStreamer:
@@ -152,10 +154,12 @@ class ByteStreamer:
         self.is_prompt = True
 
     def put(self, value) -> None:
+        from blt_hf.tokenizer.encoding import bytes_of
+
         if self.is_prompt:  # `generate` shows it first
             self.is_prompt = False
             return
-        self._show(bytes(i - 4 for i in value.reshape(-1).tolist() if 4 <= i < 260))
+        self._show(bytes_of(value.reshape(-1).tolist()))
 
     def end(self) -> None:
         self._show(b"", is_last=True)
@@ -173,8 +177,9 @@ class ByteStreamer:
 
 def _printable(character: str) -> str:
     from blt_hf.patches.display import split_glyphs
+    from blt_hf.tokenizer.encoding import byte_ids
 
     if character in "\n\t":
         return character
-    (glyph,) = split_glyphs([byte + 4 for byte in character.encode()])
+    (glyph,) = split_glyphs(byte_ids(character))
     return glyph.label if glyph.kind == "code" else character

@@ -216,10 +216,13 @@ def _read(texts: list[str], held_out: list[str] | None, column: str) -> tuple[li
 
 def _blocks(texts: list[bytes], context: int) -> list[dict]:
     """Rows of `context` ids: texts one after the other with an EOS behind each, a BOS before each row."""
-    from blt_hf.training.data import byte_ids
+    from blt_hf.model.patching_blt import BOS_TOKEN_ID, EOS_TOKEN_ID
+    from blt_hf.tokenizer.encoding import byte_ids
 
-    ids = [i for text in texts for i in (*byte_ids(text), 2)]
-    return [{"input_ids": [1, *ids[start : start + context - 1]]} for start in range(0, len(ids), context - 1)]
+    ids = [i for text in texts for i in (*byte_ids(text), EOS_TOKEN_ID)]
+    return [
+        {"input_ids": [BOS_TOKEN_ID, *ids[start : start + context - 1]]} for start in range(0, len(ids), context - 1)
+    ]
 
 
 def _with_patches(model, rows: list[dict], run: _Run) -> list[dict]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from huggingface_hub.errors import StrictDataclassError
 
 from ..model.configuration_blt import BltConfig
-from ..model.patching_blt import PATCHING_MODES
+from ..model.patching_blt import BOE_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID, PATCHING_MODES
 
 
 # ---- Meta's arguments. Every key is mapped to a config field, checked against what is supported, or ignored. ----
@@ -297,9 +297,9 @@ def config_from_meta_args(
             global_config=component("global", a["n_kv_heads_global"], a["max_seqlen"]),
             patcher_config=patcher_config,
             mask_documents=True,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
+            pad_token_id=BOE_TOKEN_ID,
+            bos_token_id=BOS_TOKEN_ID,
+            eos_token_id=EOS_TOKEN_ID,
         )
     return config, notes
 

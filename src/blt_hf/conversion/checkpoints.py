@@ -327,7 +327,9 @@ def convert_meta_checkpoint(
         _write_code(folder, config)
         BltTokenizer().save_pretrained(folder)
         config.save_pretrained(folder)
-        GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0).save_pretrained(folder)
+        GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        ).save_pretrained(folder)
         write_json(folder / META_ARGS_FILE, {"source": opened.public_name, "patching": patching, **files})
         _write_card(folder, opened, config, main_dtype, notes)
     return out

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..training.data import BOS_TOKEN_ID, byte_ids, check_texts, evaluating, pad_rows
+from ..model.patching_blt import BOS_TOKEN_ID
+from ..tokenizer.encoding import byte_ids, to_bytes
+from ..training.data import check_texts, evaluating, pad_rows
 
 
 DEFAULT_MAX_LENGTH = 4096
@@ -167,7 +169,7 @@ def _token_encoder(tokenizer) -> Callable[[str | bytes], tuple[int, list[int], i
                 stacklevel=3,
             )
             has_warned = True
-        return start, ids, len(text.encode("utf-8"))
+        return start, ids, len(to_bytes(text))
 
     return encode
 

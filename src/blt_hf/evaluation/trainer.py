@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..model.patching_blt import BYTE_OFFSET
+from ..model.patching_blt import BYTE_OFFSET, IGNORED_LABEL, VOCAB_SIZE
+from ..tokenizer.encoding import to_bytes
 
 
 class TrainerBitsPerByte:
@@ -30,17 +31,17 @@ class TrainerBitsPerByte:
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         labels = self._counted(labels)[:, 1:]
         nats = nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+            logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )
-        return torch.stack([nats.view(labels.shape).sum(dim=1), (labels != -100).sum(dim=1).float()], dim=1)
+        return torch.stack([nats.view(labels.shape).sum(dim=1), (labels != IGNORED_LABEL).sum(dim=1).float()], dim=1)
 
     def _counted(self, labels: Tensor) -> Tensor:
         """`labels` with -100 in the place of special tokens."""
         if self.tokenizer is None:
-            is_special = (labels < BYTE_OFFSET) | (labels >= BYTE_OFFSET + 256)
+            is_special = (labels < BYTE_OFFSET) | (labels >= VOCAB_SIZE)
         else:
             is_special = torch.isin(labels, torch.tensor(self.tokenizer.all_special_ids, device=labels.device))
-        return torch.where(is_special, -100, labels)
+        return torch.where(is_special, IGNORED_LABEL, labels)
 
     def __call__(self, prediction) -> dict[str, float]:
         """From what `Trainer` has gathered: `predictions` are those of `preprocess_logits`."""
@@ -53,8 +54,8 @@ class TrainerBitsPerByte:
         num_bytes = int(rows[:, 1].sum())
         if self.tokenizer is not None:
             labels = self._counted(torch.as_tensor(prediction.label_ids))[:, 1:]
-            texts = self.tokenizer.batch_decode([row[row != -100].tolist() for row in labels])
-            num_bytes = sum(len(text.encode("utf-8")) for text in texts)
+            texts = self.tokenizer.batch_decode([row[row != IGNORED_LABEL].tolist() for row in labels])
+            num_bytes = sum(len(to_bytes(text)) for text in texts)
         if num_bytes == 0:
             raise ValueError("no label is a byte, so there are no bits per byte.")
         return {"bits_per_byte": float(rows[:, 0].sum()) / (math.log(2) * num_bytes)}

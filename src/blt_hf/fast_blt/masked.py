@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..model.attention_blt import AttentionSpan
 from ..model.chunk_blt import ByteChunk, PatchNumbers
 from ..model.layers_blt import PatchReads
+from ..model.patching_blt import IGNORED_LABEL
 from ..model.tracing_blt import is_compiling, largest_count
 
 
@@ -195,7 +196,7 @@ def find_block_starts(chunk: ByteChunk, ends: Tensor, labels: Tensor, block_size
     starts = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], dim=1) & (chunk.text_positions > 0)
     if chunk.is_text is not None:
         starts = starts & chunk.is_text
-    learned = nn.functional.pad((labels != -100).long(), (1, block_size)).cumsum(dim=1)
+    learned = nn.functional.pad((labels != IGNORED_LABEL).long(), (1, block_size)).cumsum(dim=1)
     starts = starts & (learned[:, block_size:-1] > learned[:, : -block_size - 1])
     # A stable sort moves the starts of each row to its beginning.
     order = torch.argsort((~starts).to(torch.uint8), dim=1, stable=True)
@@ -210,7 +211,7 @@ def corrupt_blocks(chunk: ByteChunk, ends: Tensor, noise: BlockNoise) -> Corrupt
     """The blocks of a text whose patches end at `ends` `(B, S)`, with the bytes that `noise` masks."""
     labels = chunk.pack(noise.labels)
     if chunk.is_text is not None:
-        labels = labels.masked_fill(~chunk.is_text, -100)
+        labels = labels.masked_fill(~chunk.is_text, IGNORED_LABEL)
     starts = find_block_starts(chunk, ends, labels, noise.block_size)
     is_block, starts = starts >= 0, starts.clamp_min(0)
     positions = starts[..., None] + torch.arange(noise.block_size, device=starts.device)
@@ -227,7 +228,7 @@ def corrupt_blocks(chunk: ByteChunk, ends: Tensor, noise: BlockNoise) -> Corrupt
     return CorruptedBlocks(
         starts=starts,
         ids=at_positions(chunk.input_ids),
-        labels=at_positions(labels).masked_fill(~exists, -100),
+        labels=at_positions(labels).masked_fill(~exists, IGNORED_LABEL),
         exists=exists,
         is_masked=level < probability[..., None],
         probability=probability,
@@ -389,7 +390,7 @@ def masked_loss(blocks: CorruptedBlocks, head: nn.Module, labels: Tensor, num_it
         head: the model's head over bytes.
         labels: int64 `(B, S)` as the caller gave them.
     """
-    is_learned = blocks.is_masked & (blocks.labels != -100)
+    is_learned = blocks.is_masked & (blocks.labels != IGNORED_LABEL)
     index = is_learned.flatten().nonzero()[:, 0]
 
     def learned(values: Tensor) -> Tensor:
@@ -399,7 +400,7 @@ def masked_loss(blocks: CorruptedBlocks, head: nn.Module, labels: Tensor, num_it
     nats = nn.functional.cross_entropy(logits, learned(blocks.labels), reduction="none")
     weights = learned((1 / blocks.probability)[..., None].expand(is_learned.shape))
     if num_items_in_batch is None:
-        num_items_in_batch = (labels[:, 1:] != -100).sum().clamp_min(1)
+        num_items_in_batch = (labels[:, 1:] != IGNORED_LABEL).sum().clamp_min(1)
     elif isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(nats.device)
     return (nats * weights).sum() / num_items_in_batch

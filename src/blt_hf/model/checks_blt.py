@@ -7,11 +7,10 @@ Types, shapes and dtypes are always checked. Values are looked at only where tha
 import torch
 from torch import Tensor
 
-from .patching_blt import shift_right
+from .patching_blt import IGNORED_LABEL, shift_right
 
 
 _ID_DTYPES = (torch.int64, torch.int32)
-IGNORED_LABEL = -100
 
 
 def has_free_values(tensor: Tensor) -> bool:

@@ -12,11 +12,10 @@ from torch import Tensor
 from .attention_blt import AttentionSpan, SlotSpan
 from .cache_blt import BltCache, ByteLog, SlotAccess, Slots, log_field, round_up_columns
 from .checks_blt import check_attention_mask, check_position_ids, find_text_starts
-from .patching_blt import NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
+from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
 from .tracing_blt import is_compiling, is_exporting, largest_count, running_max, take_columns
 
 
-DEFAULT_EOS_TOKEN_ID = 2
 # Traced code has columns for so many patches at least (more than there are hold values that nothing reads): a symbol of
 # which that is known takes no branch that is made for few patches.
 _LEAST_TRACED_PATCHES = 16
@@ -367,7 +366,7 @@ def _find_documents(
     begins = torch.zeros_like(positions, dtype=torch.bool) if chunk.text_starts is None else chunk.text_starts
     previous_ids = None if chunk.input_ids is None else shift_right(chunk.input_ids, chunk.previous["input_id"])
     if mask_documents:
-        eos_token_id = DEFAULT_EOS_TOKEN_ID if eos_token_id is None else eos_token_id
+        eos_token_id = EOS_TOKEN_ID if eos_token_id is None else eos_token_id
         begins = begins | (_is_any_of(previous_ids, eos_token_id) & (positions > 0))
     if may_hold_documents or mask_documents:
         chunk.document_start = _running_max(positions * begins, chunk.previous["document_start"])
@@ -498,7 +497,7 @@ def _patch_document_starts(
     begins = torch.zeros_like(byte_patch) if starts is None else byte_patch * starts
     later = begins
     if mask_documents:
-        eos_token_id = DEFAULT_EOS_TOKEN_ID if eos_token_id is None else eos_token_id
+        eos_token_id = EOS_TOKEN_ID if eos_token_id is None else eos_token_id
         later = torch.maximum(later, (byte_patch + 1) * _is_any_of(chunk.input_ids, eos_token_id))
     later = _running_max(later, chunk.previous["next_patch_document_start"])
     starts_patch = shift_right(closes, previous_open == 0)

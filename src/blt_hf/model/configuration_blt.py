@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from .names_blt import add_architectures, add_tasks, architecture_name
-from .patching_blt import PATCHING_MODES, PatchingRule, find_rule
+from .patching_blt import PATCHING_MODES, VOCAB_SIZE, PatchingRule, find_rule
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +66,6 @@ _COMPONENT_KEYS = frozenset(
         "decoder_start_token_id",
     )
 )  # fmt: skip
-_MIN_VOCABULARY = 260  # 4 special ids and 256 bytes
 
 
 def _check(condition: bool, message: str) -> None:
@@ -104,8 +103,8 @@ def _warn_of_unknown_fields(config: PreTrainedConfig, given: dict) -> None:
 
 def _check_vocabulary(name: str, size: int) -> None:
     _check(
-        size >= _MIN_VOCABULARY,
-        f"`{name}.vocab_size` must be at least {_MIN_VOCABULARY} (4 special ids and 256 bytes); got {size}.",
+        size >= VOCAB_SIZE,
+        f"`{name}.vocab_size` must be at least {VOCAB_SIZE} (4 special ids and 256 bytes); got {size}.",
     )
 
 
@@ -218,7 +217,7 @@ class BltLocalEncoderConfig(_BltComponentConfig):
     base_model_tp_plan = {**_LAYERS_TP_PLAN, **_CROSS_TP_PLAN}
     default_theta = 500000.0
 
-    vocab_size: int = 260
+    vocab_size: int = VOCAB_SIZE
     cross_attn_all_layers: bool | None = False
     cross_attn_k: int | None = 2
     hidden_size_global: int | None = 2048
@@ -260,7 +259,7 @@ class BltLocalDecoderConfig(_BltComponentConfig):
     base_model_tp_plan = {**_LAYERS_TP_PLAN, **_CROSS_TP_PLAN}
     default_theta = 500000.0
 
-    vocab_size: int = 260
+    vocab_size: int = VOCAB_SIZE
     cross_attn_all_layers: bool | None = True
     cross_attn_k: int | None = 2
     hidden_size_global: int | None = 2048
@@ -316,7 +315,7 @@ class BltPatcherConfig(_BltComponentConfig):
     model_type = "blt_patcher"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
-    vocab_size: int = 260
+    vocab_size: int = VOCAB_SIZE
     hidden_size: int = 768
     num_hidden_layers: int = 14
     num_attention_heads: int = 12
@@ -381,7 +380,7 @@ class BltConfig(_SavedConfig):
     }
     sub_configs_defaults = dict(sub_configs)
 
-    vocab_size: int = 260
+    vocab_size: int = VOCAB_SIZE
     max_position_embeddings: int = 4096
     patch_in_forward: bool | None = True
     patch_size: int | float | None = 4

@@ -27,7 +27,8 @@ from .modeling_base_blt import (
 from .names_blt import import_from_package
 from .patcher_blt import BltPatcher
 from .patching_blt import (
-    BYTE_OFFSET,
+    BOS_TOKEN_ID,
+    VOCAB_SIZE,
     PatchingRule,
     find_patch_ends,
     patch_ends_from_lengths,
@@ -38,7 +39,6 @@ from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder
 from .step_blt import run_small, take_draft, take_step
 
 
-_BOS_TOKEN_ID = 1
 # transformers 5.17 has no style for embeddings split by columns.
 _TABLE_STYLE = "embedding_colwise" if "embedding_colwise" in ALL_PARALLEL_STYLES else "colwise_gather_output"
 
@@ -83,9 +83,9 @@ class BltModel(BltPreTrainedModel):
         """
         if not isinstance(patcher, BltPatcher):
             raise ValueError(f"`patcher` must be a BltPatcher; got {type(patcher).__name__}.")
-        if patcher.config.vocab_size < BYTE_OFFSET + 256:
+        if patcher.config.vocab_size < VOCAB_SIZE:
             raise ValueError(
-                f"`patcher` has a vocabulary of {patcher.config.vocab_size}; {BYTE_OFFSET + 256} ids or more are needed."
+                f"`patcher` has a vocabulary of {patcher.config.vocab_size}; {VOCAB_SIZE} ids or more are needed."
             )
         patcher.config.mask_documents = self.config.mask_documents
         patcher.config._name_or_path = ""  # where it came from is not to be published with this model
@@ -391,7 +391,7 @@ class BltModel(BltPreTrainedModel):
     def _ids_known_to_patcher(self, input_ids: Tensor) -> Tensor:
         """Tokens that were added to this model's vocabulary read as a beginning of text to the frozen entropy model."""
         size = self.patcher.config.vocab_size
-        return input_ids if self.config.vocab_size <= size else torch.where(input_ids < size, input_ids, _BOS_TOKEN_ID)
+        return input_ids if self.config.vocab_size <= size else torch.where(input_ids < size, input_ids, BOS_TOKEN_ID)
 
     def _given_ends(self, chunk: ByteChunk, patch_lengths: Tensor) -> Tensor:
         rows = chunk.num_bytes.shape[0]

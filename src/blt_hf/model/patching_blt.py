@@ -18,9 +18,13 @@ from .tracing_blt import is_exporting, largest_count, running_max, sliding_windo
 
 
 PATCHING_MODES = ("entropy", "space", "static", "byte")
+
+# Ids of tokens: four special ones, then byte `b` as `b + BYTE_OFFSET`. Configuration and tokenizer take them from here.
+BOE_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID, BPE_TOKEN_ID = range(4)
 BYTE_OFFSET = 4
-"""Byte `b` has id `b + BYTE_OFFSET`; smaller ids are special."""
+VOCAB_SIZE = BYTE_OFFSET + 256
 NEWLINE_ID = ord("\n") + BYTE_OFFSET
+IGNORED_LABEL = -100  # where `labels` hold it, nothing is learned; torch's `cross_entropy` knows the same number
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ def space_patch_ends(input_ids: Tensor, previous_ids: Tensor, positions: Tensor)
     """
 
     def is_special(ids):
-        return (ids < BYTE_OFFSET) | (ids >= 256 + BYTE_OFFSET)
+        return (ids < BYTE_OFFSET) | (ids >= VOCAB_SIZE)
 
     def is_word(ids):
         byte = ids - BYTE_OFFSET
@@ -407,11 +411,18 @@ class RowLayout:
 
 
 __all__ = [
+    "BOE_TOKEN_ID",
+    "BOS_TOKEN_ID",
+    "BPE_TOKEN_ID",
     "BYTE_OFFSET",
+    "EOS_TOKEN_ID",
+    "IGNORED_LABEL",
+    "NEWLINE_ID",
     "PATCHING_MODES",
     "PatchingRule",
     "RegisteredRule",
     "RowLayout",
+    "VOCAB_SIZE",
     "compute_patch_lengths",
     "entropy_from_logits",
     "find_patch_ends",

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..model.chunk_blt import ByteChunk, make_chunk
-from ..model.patching_blt import BYTE_OFFSET, PatchingRule, find_patch_ends, patch_lengths_from_ends
-from .display import SPECIAL_NAMES, patches_html
-
-
-BOS_TOKEN_ID = 1
+from ..model.patching_blt import (
+    BOS_TOKEN_ID,
+    BYTE_OFFSET,
+    VOCAB_SIZE,
+    PatchingRule,
+    find_patch_ends,
+    patch_lengths_from_ends,
+)
+from ..tokenizer.encoding import SPECIAL_NAMES, byte_ids, bytes_of
+from .display import patches_html
 
 
 @contextmanager
@@ -127,7 +132,7 @@ class BltPatch:
     @property
     def bytes(self) -> bytes:
         """Its bytes; special tokens have none."""
-        return bytes(i - BYTE_OFFSET for i in self.input_ids if BYTE_OFFSET <= i < BYTE_OFFSET + 256)
+        return bytes_of(self.input_ids)
 
     @property
     def text(self) -> str:
@@ -395,8 +400,7 @@ def _read_row(row, mask: list[int] | None, pad_token_id: int) -> list[int]:
     if isinstance(row, (str, bytes, bytearray)):
         if mask is not None:
             raise ValueError("`attention_mask` is for ids; a text has no padding.")
-        data = row.encode("utf-8", "surrogatepass") if isinstance(row, str) else bytes(row)
-        return [BOS_TOKEN_ID, *(byte + BYTE_OFFSET for byte in data)]
+        return [BOS_TOKEN_ID, *byte_ids(row)]
     ids = row.tolist() if hasattr(row, "tolist") else list(row)
     if not all(isinstance(i, int) for i in ids):
         raise ValueError(f"`inputs` must hold texts or rows of ids; got a row with {ids[:3]!r}.")
@@ -415,7 +419,7 @@ def _read_row(row, mask: list[int] | None, pad_token_id: int) -> list[int]:
 
 
 def _is_byte(token_id: int) -> bool:
-    return BYTE_OFFSET <= token_id < BYTE_OFFSET + 256
+    return BYTE_OFFSET <= token_id < VOCAB_SIZE
 
 
 def _as_text(input_ids: Sequence[int], errors: str) -> str:

@@ -10,10 +10,9 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..model.patching_blt import BYTE_OFFSET
+from ..model.patching_blt import BYTE_OFFSET, VOCAB_SIZE
+from ..tokenizer.encoding import SPECIAL_NAMES
 
-
-SPECIAL_NAMES = ("<boe>", "<s>", "</s>", "<bpe>")  # ids 0 to 3
 
 _ZERO_WIDTH_JOINER = "\u200d"
 _DOTTED_CIRCLE = "\u25cc"
@@ -133,7 +132,7 @@ def _label(cluster: str) -> tuple[str, str]:
 def _lone_id(token_id: int, position: int) -> Glyph:
     if 0 <= token_id < BYTE_OFFSET:
         return Glyph(position, position + 1, SPECIAL_NAMES[token_id], "special")
-    if token_id >= BYTE_OFFSET + 256:
+    if token_id >= VOCAB_SIZE:
         return Glyph(position, position + 1, f"<{token_id}>", "special")
     return Glyph(position, position + 1, f"{token_id - BYTE_OFFSET:02X}", "byte")
 

@@ -19,10 +19,9 @@ from ..model.configuration_blt import BltConfig
 from ..model.embedding_blt import ngram_hashes
 from ..model.layers_blt import PatchReads
 from ..model.modeling_blt import BltModel
-from ..model.patching_blt import PatchingRule, entropy_from_logits, find_patch_ends
+from ..model.patching_blt import BOS_TOKEN_ID, PatchingRule, entropy_from_logits, find_patch_ends
 
 
-_BOS_TOKEN_ID = 1
 _DEFAULT_OPEN_BYTES = 512  # of a model whose attention over bytes has no window
 
 
@@ -325,7 +324,7 @@ class RaggedBlt:
             return torch.zeros(ids.shape, device=ids.device)
         patcher = self.model.patcher
         # Tokens that were added to the model read as a beginning of text to the frozen entropy model.
-        ids = torch.where(ids < patcher.config.vocab_size, ids, _BOS_TOKEN_ID)
+        ids = torch.where(ids < patcher.config.vocab_size, ids, BOS_TOKEN_ID)
         states = self._run_stack("patcher", patcher, patcher.embed_tokens(ids[None]), found, attention)
         return entropy_from_logits(patcher.lm_head(patcher.norm(states)))[0]
 

@@ -8,15 +8,16 @@ In a batch with ids from 256 on (of binary data, or of tokens that were added) s
 import contextlib
 import gc
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Encoding
 
+from ..model.patching_blt import BYTE_OFFSET, VOCAB_SIZE
 
-BYTE_OFFSET = 4
-VOCAB_SIZE = 256 + BYTE_OFFSET
+
+SPECIAL_NAMES = ("<boe>", "<s>", "</s>", "<bpe>")  # ids 0 to 3
 
 _SHIFT = bytes((byte + BYTE_OFFSET) % 256 for byte in range(256))
 _LOW_BYTES = bytes(range(256 - BYTE_OFFSET))  # their ids fit in a byte; UTF-8 has no others
@@ -33,7 +34,14 @@ BYTE_SYMBOLS = _byte_symbols()
 
 
 def to_bytes(text: str | bytes) -> bytes:
-    """UTF-8 of `text`; a lone surrogate stands for the byte that `surrogateescape` made it from, else for itself."""
+    """Returns the bytes that a model reads of `text`: its UTF-8.
+
+    A lone surrogate from U+DC80 to U+DCFF is the byte that `surrogateescape` made it from, any other its three bytes.
+    Everything in this package that takes a text asks this function.
+
+    Raises:
+        TypeError: `text` is neither str nor bytes.
+    """
     if isinstance(text, str):
         try:
             return text.encode()
@@ -43,6 +51,19 @@ def to_bytes(text: str | bytes) -> bytes:
     if isinstance(text, (bytes, bytearray, memoryview)):
         return bytes(text)
     raise TypeError(f"`text` must be str or bytes, or a list of them; got {type(text).__name__}: {text!r:.80}")
+
+
+def byte_ids(text: str | bytes) -> list[int]:
+    """Returns the ids of the bytes of a text, nothing added, and no special token found in it.
+
+    Example: `"hé" -> [108, 199, 173]`.
+    """
+    return [byte + BYTE_OFFSET for byte in to_bytes(text)]
+
+
+def bytes_of(ids: Iterable[int]) -> bytes:
+    """Returns the bytes among `ids`; special and added tokens have none."""
+    return bytes(index - BYTE_OFFSET for index in ids if BYTE_OFFSET <= index < VOCAB_SIZE)
 
 
 def to_symbol(index: int, size: int = 1) -> bytes:
@@ -232,4 +253,14 @@ def check_one_length(lengths: list[int]) -> None:
         )
 
 
-__all__ = ["AddedTokens", "LazyEncodings", "Rows", "encode_rows", "to_arrays", "to_bytes", "to_lists"]
+__all__ = [
+    "AddedTokens",
+    "LazyEncodings",
+    "Rows",
+    "byte_ids",
+    "bytes_of",
+    "encode_rows",
+    "to_arrays",
+    "to_bytes",
+    "to_lists",
+]

@@ -20,13 +20,14 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, TensorType
 
+from ..model.patching_blt import BYTE_OFFSET, VOCAB_SIZE
 from .encoding import (
-    BYTE_OFFSET,
     BYTE_SYMBOLS,
-    VOCAB_SIZE,
+    SPECIAL_NAMES,
     AddedTokens,
     LazyEncodings,
     PausedCollection,
+    byte_ids,
     check_one_length,
     encode_rows,
     to_arrays,
@@ -35,8 +36,6 @@ from .encoding import (
     to_symbol,
 )
 
-
-SPECIAL_NAMES = ("<boe>", "<s>", "</s>", "<bpe>")  # ids 0 to 3
 
 # A prompt ends with `assistant: ` and an answer with EOS, so nothing that waits for an answer ends with EOS. What is
 # in `generation`, the answer and its EOS, is what `return_assistant_tokens_mask` marks.
@@ -313,7 +312,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         return super().__call__(text, *args, **kwargs)
 
     def _encode_without_added_tokens(self, text: str) -> list[int]:
-        return [byte + BYTE_OFFSET for byte in to_bytes(text)]
+        return byte_ids(text)
 
     def _encode_plus(self, text, text_pair=None, **options) -> BatchEncoding:
         _reject_unknown(options.keys() - _OPTIONS.keys(), "__call__")
@@ -550,7 +549,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of tokens as `tokenize` returns them."""
-        data = b"".join(_SYMBOL_BYTES[token] if token in _SYMBOL_BYTES else token.encode() for token in tokens)
+        data = b"".join(_SYMBOL_BYTES[token] if token in _SYMBOL_BYTES else to_bytes(token) for token in tokens)
         return data.decode("utf-8", self._errors)
 
 

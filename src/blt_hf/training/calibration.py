@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..model.patching_blt import BYTE_OFFSET, PatchingRule, compute_patch_lengths
-from .data import BOS_TOKEN_ID, PatchFinder, byte_ids, check_texts, pad_rows, without_next_byte
+from ..model.patching_blt import BOS_TOKEN_ID, BYTE_OFFSET, PatchingRule, compute_patch_lengths
+from ..tokenizer.encoding import byte_ids
+from .data import PatchFinder, check_texts, pad_rows, without_next_byte
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..model.patching_blt import BYTE_OFFSET, PatchingRule
-from ..patches.data import BOS_TOKEN_ID, PatchFinder, evaluating
+from ..model.patching_blt import BOE_TOKEN_ID, BOS_TOKEN_ID, IGNORED_LABEL, PatchingRule
+from ..patches.data import PatchFinder, evaluating
+from ..tokenizer.encoding import byte_ids, to_bytes
 
 
 def read_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> list[bytes]:
@@ -40,7 +41,7 @@ def read_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> list
                 raise ValueError(f"{path}, line {number}: no JSON object with a field {column!r}.") from error
             if not isinstance(text, str):
                 raise ValueError(f"{path}, line {number}: {column!r} is {type(text).__name__}; expected a text.")
-            texts.append(text.encode("utf-8", "surrogatepass"))
+            texts.append(to_bytes(text))
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError(f"no text in {', '.join(map(str, paths))}.")
@@ -66,12 +67,6 @@ def check_texts(texts: Iterable) -> None:
     """
     if isinstance(texts, (str, bytes)):
         raise ValueError(f"`texts` must be a list of texts (or another iterable); got one {type(texts).__name__}.")
-
-
-def byte_ids(text: str | bytes) -> list[int]:
-    """Ids of the bytes of a text, nothing added, and no special token found in it. `"hé" -> [108, 199, 173]`."""
-    data = text.encode("utf-8") if isinstance(text, str) else text
-    return [byte + BYTE_OFFSET for byte in data]
 
 
 def pad_rows(
@@ -180,7 +175,7 @@ class BltDataCollator:
     padding_free: bool = False
     padding_side: str = "right"
     pad_to_multiple_of: int | None = None
-    pad_token_id: int = 0
+    pad_token_id: int = BOE_TOKEN_ID
 
     def __post_init__(self):
         if self.padding_side not in ("left", "right"):
@@ -199,7 +194,7 @@ class BltDataCollator:
         return self._join(rows, with_patches > 0) if self.padding_free else self._pad(rows, with_patches > 0)
 
     def _pad(self, rows: list[dict], with_patches: bool) -> dict[str, Tensor]:
-        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": -100}
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
         batch = {
             name: pad_rows([row[name] for row in rows], value, self.padding_side, self.pad_to_multiple_of)
             for name, value in fills.items()
@@ -214,7 +209,7 @@ class BltDataCollator:
         ids, labels, positions, lengths = [], [], [], []
         for row in rows:
             ids += row["input_ids"]
-            labels += [-100, *row["labels"][1:]]  # no text predicts the first byte of the next
+            labels += [IGNORED_LABEL, *row["labels"][1:]]  # no text predicts the first byte of the next
             positions += range(len(row["input_ids"]))
             if with_patches:
                 if sum(row["patch_lengths"]) != len(row["input_ids"]) + 1:
