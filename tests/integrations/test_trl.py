@@ -128,8 +128,11 @@ def test_grpo(model, tmp_path):
         train_dataset=Dataset.from_list([{"prompt": row["messages"][:1]} for row in CONVERSATIONS]),
         processing_class=BltTokenizer(),
     )
+    use_cache = model.config.use_cache
     trainer.train()
     assert all("reward" in entry for entry in trainer.state.log_history[:2])
+    assert model.training and model.config.use_cache == use_cache
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())  # TRL's default
     check_patcher_untouched(trainer.model)
 
 

@@ -108,7 +108,10 @@ class BltSelfAttention(nn.Module):
 
 
 class BltTransformerLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer."""
+    """Pre-norm transformer layer.
+
+    Callers give the cache as a positional argument: with gradient checkpointing transformers takes one that is named away.
+    """
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -266,7 +269,7 @@ def run_layers(
 ) -> Tensor:
     """Runs a stack of [`BltTransformerLayer`] on `(B, S, W)`, writing states and weights to `trace` if there is one."""
     for layer, cache_layer in zip(layers, cache_layers or [None] * len(layers)):
-        hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=cache_layer)
+        hidden_states, weights = layer(hidden_states, position_embeddings, span, cache_layer)
         if trace is not None:
             trace.add(hidden_states, weights)
     return hidden_states

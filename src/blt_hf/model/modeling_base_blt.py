@@ -1,10 +1,13 @@
 """What all BLT models share: outputs, loading and saving, initialisation, and the reading of common arguments."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, TransformersKwargs, logging
@@ -213,8 +216,15 @@ class BltPreTrainedModel(PreTrainedModel):
             return False
         return value
 
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        function = functools.partial(checkpoint_for_gradients, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
+
     def _checkpoints(self) -> bool:
-        """Whether gradient checkpointing is on; transformers renamed its own property for that between two releases."""
+        """Whether layers are run again for their gradients, so that they may not write to a cache."""
+        if not torch.is_grad_enabled():
+            return False
+        # transformers renamed its own property for that between two releases.
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def _start_cache(self, cache, use_cache: bool | None, config) -> BltCache | None:
@@ -251,6 +261,11 @@ class BltPreTrainedModel(PreTrainedModel):
         raise ValueError(
             f"`past_key_values` must be a BltCache (as a forward returns it); got {type(cache).__name__}."
         )
+
+
+def checkpoint_for_gradients(checkpoint: Callable, function: Callable, *args):
+    """Gradient checkpointing where gradients are recorded; in `generate`, say, there is nothing to run again for."""
+    return checkpoint(function, *args) if torch.is_grad_enabled() else function(*args)
 
 
 def embed_inputs(module: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

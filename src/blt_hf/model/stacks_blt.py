@@ -65,7 +65,7 @@ class BltLocalEncoder(BltPreTrainedModel):
         states = []
         for index, layer in enumerate(self.layers):
             kept = None if cache is None else cache.encoder[index]
-            hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=kept)
+            hidden_states, weights = layer(hidden_states, position_embeddings, span, kept)
             states.append(hidden_states)
             if trace is not None:
                 trace.add(hidden_states, weights)
@@ -278,7 +278,7 @@ class BltLocalDecoder(BltPreTrainedModel):
                 states = self._patch_states(cross_attention, latents, kept, reads)
                 hidden_states = hidden_states + cross_attention(hidden_states, *states, reads)
             cache_layer = None if cache is None else cache.decoder[index]
-            hidden_states, weights = layer(hidden_states, position_embeddings, span, past_key_values=cache_layer)
+            hidden_states, weights = layer(hidden_states, position_embeddings, span, cache_layer)
             if trace is not None:
                 trace.add(of_bytes(hidden_states), weights)
         return self.norm(hidden_states)
