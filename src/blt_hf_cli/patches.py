@@ -1,6 +1,8 @@
 """`blt-hf patches`."""
 
+import dataclasses
 import json
+import re
 from typing import Annotated
 
 import typer
@@ -10,12 +12,15 @@ from .common import (
     Device,
     Dtype,
     Model,
+    Quiet,
+    TextColumn,
     Weights,
     load_model,
     model_or_default,
     need_byte_model,
     need_extra,
     plain_messages,
+    print_rows,
     read_input,
     write_whole,
 )
@@ -36,14 +41,28 @@ def patches(
     svg: Annotated[str | None, typer.Option(help="Also draw the entropies and patches to this file.")] = None,
     png: Annotated[str | None, typer.Option(help="Likewise.")] = None,
     width: Annotated[int | None, typer.Option(help="Cells of a line; those of the terminal, if not given.")] = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Files or folders; their patches go to files in --output, to train from.", metavar="PATH"),
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of Parquet files (with --corpus).")] = None,
+    shard: Annotated[
+        str, typer.Option(help="The share of this machine: i/n with i from 0 to n - 1 (with --corpus).")
+    ] = "0/1",
+    context: Annotated[int, typer.Option(help="Ids of a row (with --corpus).")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time (with --corpus).")] = 16,
+    text_column: TextColumn = "text",
     dtype: Weights = Dtype.auto,
     device: Device = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Show the patches of texts in colours, and bytes a patch.
+    """Show the patches of texts in colours, and bytes a patch; or write those of a whole corpus to files.
 
     Control codes are shown by signs (`␊`, `␛`). A character that lies in several patches stands in the first of them,
     and `·` in the others.
+
+    With --corpus, a command that was stopped goes on where it was when it is given again.
 
     Examples:
 
@@ -51,8 +70,19 @@ def patches(
     - `blt-hf patches --entropies --threshold 1.5 "Zażółć gęślą jaźń" "速い狐"`
     - `cat notes.txt | blt-hf patches --model my/blt --json`
     - `blt-hf patches "A function call" --svg patches.svg --png patches.png`
+    - `blt-hf patches --corpus texts/ --shard 3/16 --output patches/`
     """
     with plain_messages():
+        if corpus:
+            if texts or entropies or spell or svg or png:
+                raise ValueError("--corpus writes files and shows nothing; leave out texts and what draws them.")
+            _write_corpus(
+                corpus, output, shard, model_or_default(model), threshold, context, batch_size, text_column, dtype,
+                device, as_json, quiet,
+            )  # fmt: skip
+            return
+        if output is not None or shard != "0/1":
+            raise ValueError("--output and --shard belong to --corpus.")
         found_texts = read_input(texts)
         if svg or png:
             need_extra("matplotlib", "plot")
@@ -70,6 +100,60 @@ def patches(
             typer.echo(json.dumps([{**row.to_dict(), "model": name} for row in found]))
             return
         _show(found, entropies, spell, width)
+
+
+def _write_corpus(
+    corpus: list[str],
+    output: str | None,
+    shard: str,
+    name: str,
+    threshold: float | None,
+    context: int,
+    batch_size: int,
+    text_column: str,
+    dtype: Dtype,
+    device: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    if output is None:
+        raise ValueError("--corpus needs --output, a folder for the files.")
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    index, count = map(int, found.groups()) if found else (0, 0)
+    if not index < count:
+        raise ValueError(f"--shard must be i/n with i from 0 to n - 1, such as 0/4; got {shard!r}.")
+    need_extra("datasets", "train")
+    from blt_hf.conversion.files import progress_bar
+    from blt_hf.patches.data import PatchFinder
+    from blt_hf.training.corpus import write_patches
+    from blt_hf.training.data import find_files
+
+    loaded = load_model(name, dtype, device)
+    need_byte_model(loaded, name, ("blt", "blt_patcher"))
+    rule = PatchFinder.of(loaded).rule
+    if loaded.config.model_type == "blt_patcher" and threshold is None:
+        raise ValueError(f"{name} is an entropy model, which has no threshold of its own; give --threshold.")
+    if threshold is not None:
+        if rule.mode != "entropy":
+            raise ValueError(f"--threshold is for entropy rules; {name} has the rule {rule.mode!r}.")
+        rule = dataclasses.replace(rule, threshold=threshold)
+    total = sum(path.stat().st_size for path in find_files(corpus)) // count
+    with progress_bar(total, "Finding patches", not quiet and not as_json) as advance:
+        done = write_patches(
+            loaded, corpus, output, (index, count), context, batch_size=batch_size, column=text_column, rule=rule,
+            on_progress=advance,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(done), "bytes_per_second": done.bytes_per_second}))
+        return
+    print_rows(
+        [
+            ("shard", f"{shard}, {done.num_texts:,} texts"),
+            ("rows", f"{done.num_rows:,} of up to {context:,} ids, {done.num_bytes:,} ids in all"),
+            ("files", f"{done.num_files:,} in {output}, {done.num_new_files:,} of them new"),
+            ("bytes a second", f"{done.bytes_per_second:,.0f}"),
+        ]
+    )
 
 
 def _draw(found: list, svg: str | None, png: str | None) -> None:

@@ -26,29 +26,39 @@ def read_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> list
     Raises:
         ValueError: nothing is there, or a line has no such text.
     """
+    texts = list(stream_texts(paths, column))
+    if not texts:
+        raise ValueError(f"no text in {', '.join(map(str, paths))}.")
+    return texts
+
+
+def stream_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> Iterator[bytes]:
+    """The same one by one, for files that are larger than memory; none where there is no text."""
     if isinstance(paths, (str, os.PathLike)):
         raise ValueError(f"`paths` must be a list of files and folders; got one {type(paths).__name__}: {paths}.")
-    texts = []
-    for path in _find_files(paths):
-        content = path.read_bytes()
-        if path.suffix != ".jsonl":
-            texts.append(content)
-            continue
-        for number, line in enumerate(content.splitlines(), start=1):
+    for path in find_files(paths):
+        texts = _lines(path, column) if path.suffix == ".jsonl" else iter([path.read_bytes()])
+        yield from (text for text in texts if text)
+
+
+def _lines(path: Path, column: str) -> Iterator[bytes]:
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
             try:
                 text = json.loads(line)[column] if line.strip() else ""
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: no JSON object with a field {column!r}.") from error
             if not isinstance(text, str):
                 raise ValueError(f"{path}, line {number}: {column!r} is {type(text).__name__}; expected a text.")
-            texts.append(to_bytes(text))
-    texts = [text for text in texts if text]
-    if not texts:
-        raise ValueError(f"no text in {', '.join(map(str, paths))}.")
-    return texts
+            yield to_bytes(text)
 
 
-def _find_files(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
+def find_files(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
+    """Files, and those below folders in the order of their names, hidden ones left out.
+
+    Raises:
+        ValueError: nothing is there.
+    """
     for path in map(Path, paths):
         if path.is_dir():
             inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
@@ -234,5 +244,7 @@ __all__ = [
     "PrecomputePatches",
     "byte_ids",
     "evaluating",
+    "find_files",
     "read_texts",
+    "stream_texts",
 ]
