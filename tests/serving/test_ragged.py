@@ -54,7 +54,7 @@ class DenseEngine:
             t.tolist() for t in (patches.rows, patches.before, patches.counts)
         )
         self.patch_pages = [self.pages[row] for row in rows]
-        assert sum(self.patch_counts) == patches.total and max(self.patch_counts) == patches.longest
+        assert patches.counts_on_host == self.patch_counts and len(patches.positions) == sum(self.patch_counts)
         for row in range(len(rows)):
             own = patches.positions[patches.row == row].tolist()
             assert own == list(range(self.patch_before[row], self.patch_before[row] + self.patch_counts[row]))

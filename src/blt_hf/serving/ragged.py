@@ -129,7 +129,7 @@ class NewPatches:
         counts: int64 `(Q,)`, patches that it gets; at least 1.
         row: int64 `(P,)`, index into `rows` of each patch.
         positions: int64 `(P,)`, index of each patch in its text.
-        total, longest: `P` and the largest of `counts`, on the host.
+        counts_on_host: `counts` as a list.
     """
 
     rows: Tensor
@@ -137,8 +137,7 @@ class NewPatches:
     counts: Tensor
     row: Tensor
     positions: Tensor
-    total: int
-    longest: int
+    counts_on_host: list[int]
 
 
 class RowAttention(Protocol):
@@ -445,7 +444,7 @@ class RaggedBlt:
     ) -> Tensor:
         """Keys and values `(P, layers, 2, F)` of the latents of the patches that end."""
         model, device, slots = self.model, found.row.device, self.layout.num_bytes
-        total, longest = sum(patches.counts), max(patches.counts)
+        total = sum(patches.counts)
         closing = [row for row, count in enumerate(patches.counts) if count]
         rows = torch.tensor(closing, device=device)
         counts, before = patches.new[rows], found.patches_before[rows]
@@ -467,7 +466,7 @@ class RaggedBlt:
         row = torch.repeat_interleave(torch.arange(len(closing), device=device), counts, output_size=total)
         number = torch.arange(total, device=device) - patches.base[rows][row]
         positions = before[row] + number
-        attention.start_patches(NewPatches(rows, before, counts, row, positions, total, longest))
+        attention.start_patches(NewPatches(rows, before, counts, row, positions, [patches.counts[i] for i in closing]))
         transformer, decoder = model.global_transformer, model.local_decoder
         states = transformer.token_embedding_projection(latents.flatten(2))
         embeddings = transformer.rotary_emb.for_heads(states, positions[None])

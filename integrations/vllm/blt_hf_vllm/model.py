@@ -1,0 +1,132 @@
+"""A BLT as a model of vLLM: blt_hf's layers, rules and weights, vLLM's attention and memory."""
+
+from collections.abc import Iterable
+
+import torch
+from prometheus_client import REGISTRY, Counter
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.interfaces import HasInnerState
+from vllm.model_executor.models.utils import AutoWeightsLoader
+
+from blt_hf import BltModel
+from blt_hf.serving.ragged import NewPatches, RaggedBlt, RaggedRows
+
+from . import logger
+from .attention import StackAttention
+from .settings import BltOptions, MemoryPlan, blt_config, num_drafts
+from .state import BltState
+
+
+class BltForCausalLM(nn.Module, HasInnerState):
+    """A [`BltModel`] with a head, in the form that vLLM asks of its models.
+
+    The bytes of all requests of a step stand in one row. Windows over bytes are vLLM's sliding-window attention; the
+    global layers are its full attention, over patches; everything else of a request lies in one page of state.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        if vllm_config.cache_config.enable_prefix_caching:
+            raise ValueError("`enable_prefix_caching` must be False for a BLT; got True.")
+        self.config = blt_config(vllm_config)
+        plan, options = MemoryPlan.of(vllm_config), BltOptions.of(vllm_config)
+        with no_init_weights():
+            self.model = BltModel(self.config)
+        self.model.requires_grad_(False).eval()
+        if self.model.patcher is not None:
+            self.model.patcher.float()  # whatever the model's own precision
+        self.lm_head = nn.Linear(self.config.decoder_config.hidden_size, self.config.vocab_size, bias=False)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.local_encoder.embed_tokens.weight
+        self.ragged = RaggedBlt(
+            self.model, num_drafts(vllm_config), plan.bytes_per_slot, plan.slots["global"], options.max_patch
+        )
+        self.state = BltState(plan, "blt.state.0")
+        self.attentions = nn.ModuleDict()
+        for part, (name, _) in plan.members.items():
+            if name not in self.attentions:
+                scale = self.ragged.stacks[part].layers[0].self_attn.scaling
+                self.attentions[name] = StackAttention(plan, name, scale, f"blt.{name}.layers.0.attn")
+        self._members = plan.members
+        self._counters = _Counters()
+
+    # What vLLM asks of a model.
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Embeddings of bytes `(T,)` without those of their hashes, `(T, W)`; the forward takes ids."""
+        return self.model.local_encoder.embed_tokens(input_ids)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """fp32 logits of the next byte from states `(T, W)`."""
+        return self.lm_head(hidden_states).float()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Loads the tensors of a checkpoint; the names of those that were found.
+
+        The mask embedding of a BLT-D is for filling blocks alone, which this does not do.
+        """
+        loader = AutoWeightsLoader(self)
+        loaded = loader.load_weights((name, weight) for name, weight in weights if "mask_embedding" not in name)
+        if self.config.tie_word_embeddings:
+            loaded |= {"lm_head.weight", "model.local_encoder.embed_tokens.weight"}
+        return loaded
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, positions: Tensor, *args, **kwargs) -> Tensor:
+        """States `(T, W)` of the bytes `(T,)` of all requests; behind them may stand padding."""
+        width, head = self.config.decoder_config.hidden_size, self.lm_head.weight
+        output = torch.zeros(input_ids.shape[0], width, dtype=head.dtype, device=input_ids.device)
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:  # the engine measures memory
+            return output
+        step = metadata[self.state.prefix]
+        count = step.num_bytes
+        rows = RaggedRows(input_ids[:count].long(), positions[:count].long(), step.starts, step.pages)
+        output[:count] = self.ragged(rows, self.state.kv_cache, self)
+        self._counters.update(self.ragged)
+        return output
+
+    # What the forward over ragged rows asks of an engine.
+
+    def attend_bytes(self, stack: str, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        name, first = self._members[stack]
+        return self.attentions[name].attend(first + layer, query, key, value)
+
+    def start_patches(self, patches: NewPatches) -> None:
+        self.attentions["global"].start_patches(patches)
+
+    def attend_patches(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.attentions["global"].attend(layer, query, key, value)
+
+
+class _Counters:
+    """Shows how often a text is not exactly the model's: in vLLM's metrics, and once in the log."""
+
+    EVENTS = {
+        "split": "A patch reached `max_patch` bytes and was split; texts with such patches are not exactly the model's.",
+        "merged": "A text has more patches than `bytes_per_slot` leaves memory for; some were merged.",
+    }
+
+    def __init__(self):
+        self._seen = dict.fromkeys(self.EVENTS, 0)
+        self._counters = {name: _counter(f"blt_hf_{name}_patches", text) for name, text in self.EVENTS.items()}
+
+    def update(self, ragged: RaggedBlt) -> None:
+        for name, count in (("split", ragged.num_split), ("merged", ragged.num_merged)):
+            new = count - self._seen[name]
+            if new:
+                if not self._seen[name]:
+                    logger.warning(self.EVENTS[name])
+                self._counters[name].inc(new)
+                self._seen[name] = count
+
+
+def _counter(name: str, text: str) -> Counter:
+    known = REGISTRY._names_to_collectors.get(name)  # a process may build several engines
+    return known or Counter(name, text)
+
+
+__all__ = ["BltForCausalLM"]

@@ -1,0 +1,143 @@
+"""An engine writes what `generate` writes, and with the same log-probabilities."""
+
+import pytest
+import torch
+
+from conftest import MODES, TEXTS, check_equal, encode, engine, write
+
+
+PROMPTS = [encode(text) for text in TEXTS]
+
+
+def metric(llm, name: str) -> int:
+    return sum(found.value for found in llm.get_metrics() if found.name == name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_texts_are_those_of_generate(saved, mode):
+    """Prompts in pieces, requests that join and leave."""
+    model, folder = saved(mode)
+    with engine(folder, max_num_batched_tokens=48, max_num_seqs=2) as llm:
+        prompts, counts = PROMPTS * 2, [60, 9, 30, 60, 21, 44]
+        check_equal(model, prompts, write(llm, prompts, counts))
+
+
+SHAPES = {
+    "heads": {
+        "encoder_config": {
+            "num_hidden_layers": 2,
+            "cross_attn_all_layers": True,
+            "cross_attn_k": 4,
+            "hidden_size_global": 256,
+        },
+        "decoder_config": {
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "num_cross_attention_heads": 4,
+            "cross_attn_k": 4,
+            "hidden_size_global": 256,
+        },
+        "global_config": {"num_key_value_heads": 2, "hidden_size": 256},
+        "cross_attn_k": 4,
+        "encoder_hash_byte_group_nb_functions": 2,
+        "max_patch_length": 5,
+    },
+    "no_windows": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
+    "monotonicity": {"monotonicity": True, "patching_threshold": 0.02, "max_patch_length": 9},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_shapes_and_rules(saved, shape):
+    model, folder = saved("entropy", **SHAPES[shape])
+    with engine(folder, max_num_batched_tokens=64) as llm:
+        check_equal(model, PROMPTS, write(llm, PROMPTS, 40))
+
+
+@pytest.mark.parametrize(("mode", "memory"), [("static", 2_500_000), ("entropy", 5_000_000)])
+def test_preempted_requests_begin_anew(saved, mode, memory):
+    model, folder = saved(mode)
+    with engine(folder, kv_cache_memory_bytes=memory, disable_log_stats=False, async_scheduling=False) as llm:
+        prompts = PROMPTS * 3
+        found = write(llm, prompts, 100)
+        assert metric(llm, "vllm:num_preemptions") > 0
+        check_equal(model, prompts, found)
+
+
+@pytest.mark.parametrize("mode", ["space", "entropy"])
+def test_drafts_that_are_taken_back(saved, mode):
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    model, folder = saved(mode)
+    with engine(folder, speculative_config=drafts, disable_log_stats=False, max_num_batched_tokens=64) as llm:
+        found = write(llm, PROMPTS, 60)
+        accepted = metric(llm, "vllm:spec_decode_num_accepted_tokens")
+        assert 0 < accepted < metric(llm, "vllm:spec_decode_num_draft_tokens")
+        check_equal(model, PROMPTS, found)
+
+
+def test_scheduling_ahead(saved):
+    model, folder = saved("entropy")
+    with engine(folder, async_scheduling=True) as llm:
+        check_equal(model, PROMPTS, write(llm, PROMPTS, [50, 3, 20]))
+
+
+@pytest.mark.parametrize(("mode", "ratio"), [("static", None), ("space", 2)])
+def test_fewer_slots_change_nothing_where_the_rule_bounds_patches(saved, mode, ratio):
+    model, folder = saved(mode)
+    with engine(folder, additional_config={"blt": {"bytes_per_slot": ratio}}) as llm:
+        assert plan_of(llm).bytes_per_slot == (ratio or 4)
+        check_equal(model, PROMPTS, write(llm, PROMPTS, [200, 120, 180]))
+        assert ragged_of(llm).num_merged == 0
+
+
+def ragged_of(llm):
+    return model_of(llm).ragged
+
+
+def plan_of(llm):
+    return model_of(llm).state.plan
+
+
+def model_of(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+def test_a_budget_of_patches_is_exact_until_it_is_reached(saved):
+    """And then patches are merged, the same way in all chunks; nothing is read past a request's pages."""
+    model, folder = saved("byte")  # the most patches that a text can have
+    options = {"bytes_per_slot": 4, "merge_patches": True}
+    found = []
+    for chunk in (512, 48):
+        with engine(folder, additional_config={"blt": options}, max_num_batched_tokens=chunk) as llm:
+            slots = plan_of(llm).slots["global"]
+            short, long = PROMPTS[0], encode("x" * (slots + 30))
+            check_equal(model, [short], write(llm, [short], slots - len(short)))
+            assert ragged_of(llm).num_merged == 0
+            found.append(write(llm, [long, long], 40))
+            assert ragged_of(llm).num_merged > 0
+    assert [ids for ids, _ in found[0]] == [ids for ids, _ in found[1]]
+
+
+def test_long_patches_are_split_as_max_patch_length_would(saved):
+    model, folder = saved("entropy", patching_threshold=100.0)
+    with engine(folder) as llm:
+        found = write(llm, PROMPTS, 60)
+        assert ragged_of(llm).num_split > 0
+    model.config.max_patch_length = 24  # the window
+    check_equal(model, PROMPTS, found)
+
+
+def test_the_entropy_model_stays_in_fp32(saved):
+    model, folder = saved("entropy")
+    with engine(folder, dtype="bfloat16") as llm:
+        served = model_of(llm)
+        assert served.lm_head.weight.dtype == torch.bfloat16
+        assert {weight.dtype for weight in served.model.patcher.parameters()} == {torch.float32}
+        assert served.attentions["patcher"].kv_cache.dtype == torch.float32
+        assert served.attentions["bytes"].kv_cache.dtype == torch.bfloat16
+        seen = []
+        find = served.ragged._find_patches
+        served.ragged._find_patches = lambda found, entropies: seen.append(entropies.clone()) or find(found, entropies)
+        write(llm, PROMPTS[1:2], 1)
+    ids = torch.tensor(PROMPTS[1:2])
+    torch.testing.assert_close(seen[0], model(ids, output_patches=True).entropies[0], atol=1e-5, rtol=1e-5)
