@@ -3,12 +3,8 @@
 That the numbers are right is shown in `tests/conformance/test_meta_reference.py`.
 """
 
-import hashlib
-import json
 import os
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -28,6 +24,7 @@ from blt_hf.conversion import (
     export_meta_checkpoint,
 )
 from blt_hf.conversion import files as convert_files
+from helpers.hub_server import HubServer
 from helpers.meta_checkpoints import ARGS, ENTROPY_ARGS, PATCHER_ARGS, meta_tensors, read_json, write_json, write_meta
 from helpers.models import make_model, tiny_config
 from helpers.processes import run
@@ -552,61 +549,25 @@ def test_command(source, tmp_path):
     assert run(source, tmp_path / "new", "--dtype", "int8").startswith("2 ")
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """The few endpoints of the Hub that a snapshot needs, for one repository in `server.folder`."""
-
-    commit = "0" * 40
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        files = {str(f.relative_to(self.server.folder)): f for f in self.server.folder.rglob("*") if f.is_file()}
-        if "/tree/" in path:
-            tree = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": "0" * 40} for n, f in files.items()]
-            self.reply(200, json.dumps(tree).encode())
-        elif path.startswith("/api/models/"):
-            repository = {"id": "tiny/blt", "sha": self.commit, "siblings": [{"rfilename": name} for name in files]}
-            self.reply(200, json.dumps(repository).encode())
-        else:
-            content = files[path.split("/resolve/")[1].split("/", 1)[1]].read_bytes()
-            self.server.sent.add(path.rsplit("/", 1)[1])
-            self.reply(200, content, {"ETag": hashlib.sha1(content).hexdigest(), "X-Repo-Commit": self.commit})
-
-    do_HEAD = do_GET
-
-    def reply(self, status: int, content: bytes, headers: dict | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
 def test_a_hub_id_through_the_command(source, tmp_path):
     """Against a local server, in a process of its own, since huggingface_hub reads its settings when imported."""
     (source / "vectors.bin").write_bytes(b"not needed")
     (source / "README.md").write_text("---\nlicense: mit\n---\n")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    server.folder, server.sent = source, set()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "NO_PROXY": "127.0.0.1",
-    }
-    command = [sys.executable, "-m", "blt_hf.cli", "convert"]
-    command += ["tiny/blt", str(tmp_path / "out"), "--revision", "main"]
-    try:
+    files = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    with HubServer() as hub:
+        hub.add("tiny/blt", files)
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [sys.executable, "-m", "blt_hf.cli", "convert"]
+        command += ["tiny/blt", str(tmp_path / "out"), "--revision", "main"]
         result = run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    finally:
-        server.shutdown()
-        server.server_close()
     assert result.returncode == 0, result.stderr
-    assert "model.safetensors" in server.sent and "vectors.bin" not in server.sent
+    downloaded = {path.name for path in (tmp_path / "home").rglob("*")}
+    assert "model.safetensors" in downloaded and "vectors.bin" not in downloaded
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: tiny/blt" in card and "license: mit" in card
     assert torch.equal(logits_of(tmp_path / "out"), logits_of(convert_meta_checkpoint(source, tmp_path / "local")))
