@@ -6,16 +6,16 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
 from blt_hf import BltForCausalLM
 from blt_hf.model.cache_blt import BltCache, SlotAccess, Slots, SlotTensor, log_field
 from helpers.checks import alone, assert_same
 from helpers.models import DEVICE, make_model, model_for, rules, tiny_config
-from helpers.texts import encode, text_ids, texts
+from helpers.texts import TEXT, encode, text_ids, texts
 
 
-TEXT = "The quick brown fox, jumps over 13 lazy dogs!\nZażółć gęślą jaźń — naïve café über 速い狐."
 WINDOW, PATCHER_WINDOW = 10, 12  # of `tiny_config`
 
 
@@ -147,47 +147,47 @@ def test_memory_of_a_row_is_known(rule):
     assert held == 3 * memory
 
 
-class GlobalCalls:
-    """What the global transformer's first layer is given: `(rows, patches)` a call."""
-
-    def __init__(self, model):
-        self.shapes = []
-        layer = model.model.global_transformer.layers[0].mlp
-        self.hook = layer.register_forward_hook(
-            lambda module, args, result: self.shapes.append(tuple(args[0].shape[:2]))
-        )
-
-    def __enter__(self):
-        return self.shapes
-
-    def __exit__(self, *exception):
-        self.hook.remove()
-
-
-@torch.no_grad()
-def test_generation_runs_the_global_transformer_once_a_patch(model, ids):
-    prompt = ids[:, :20]
-    with GlobalCalls(model) as calls:
-        text = model.generate(prompt, max_new_tokens=50, do_sample=False, eos_token_id=None)
-    seen = text[:, :-1]  # the last byte is never read
-    assert calls[0] == (1, closed_patches(model, prompt)[0])
-    assert calls[1:] == [(1, 1)] * (closed_patches(model, seen)[0] - closed_patches(model, prompt)[0])
-    assert 2 <= len(calls) < 45
+def flops(call) -> int:
+    """Of the matrix products that `call` makes."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU runs all rows, in shapes that it has seen")
 @torch.no_grad()
-def test_only_rows_that_close_a_patch_are_run(model, ids):
+def test_a_step_costs_the_same_in_any_text_and_more_for_each_patch_that_it_closes(model, ids):
+    """Law 8; a row that closes no patch does not pay for one that does."""
     rows = torch.stack([ids[0, :40], ids[0, 30:70]])
     cache = model(rows[:, :10], use_cache=True).past_key_values
+    costs = {0: set(), 1: set(), 2: set()}
     for step in range(10, 40):
         before = closed_patches(model, rows[:, :step])
-        with GlobalCalls(model) as calls:
-            model(rows[:, step : step + 1], past_key_values=cache)
-        closing = sum(after > count for after, count in zip(closed_patches(model, rows[:, : step + 1]), before))
-        assert calls == ([(closing, 1)] if closing else [])
+        cost = flops(lambda step=step: model(rows[:, step : step + 1], past_key_values=cache))
+        after = closed_patches(model, rows[:, : step + 1])
+        costs[sum(one > other for one, other in zip(after, before))].add(cost)
+    (none,), (one,), (two,) = costs.values()
+    assert none < one < two and two - one == one - none
     assert cache.num_patches.tolist() == cache.row_patches == closed_patches(model, rows)
     assert len(set(cache.row_patches)) == 2
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU runs every step whole, in shapes that it has seen")
+@torch.no_grad()
+def test_generation_costs_what_its_steps_cost(model, ids):
+    """So the global transformer runs once a patch; its attention may be over more slots than a short text fills."""
+    prompt = ids[:, :20]
+    text = model.generate(prompt, max_new_tokens=50, do_sample=False, eos_token_id=None)
+
+    def read_byte_by_byte():
+        cache = model(prompt, use_cache=True).past_key_values
+        for step in range(20, 69):  # the last byte is never read
+            model(text[:, step : step + 1], past_key_values=cache)
+
+    closed = closed_patches(model, text[:, :-1])[0] - closed_patches(model, prompt)[0]
+    assert 2 <= closed < 45
+    steps = flops(read_byte_by_byte)
+    assert flops(lambda: model.generate(prompt, max_new_tokens=50, do_sample=False, eos_token_id=None)) < 1.15 * steps
 
 
 @torch.no_grad()
