@@ -1,4 +1,4 @@
-"""`generate` in training mode, as online methods call it: with gradient checkpointing, with dropout, under any gradient mode."""
+"""`generate` in training mode, as online methods call it: with gradient checkpointing, dropout, any gradient mode."""
 
 import copy
 import warnings
