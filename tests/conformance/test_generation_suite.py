@@ -14,7 +14,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 
 import blt_hf
 from blt_hf import BltForCausalLM, BltPatcher
-from blt_hf.model.cache_name_blt import CACHE_NAME
+from blt_hf.model.names_blt import CACHE_NAME
 from helpers.models import make_model, tiny_config
 
 

@@ -76,7 +76,8 @@ def ways(transformers_objects, folder: str, trust: bool) -> dict:
             gradient_checkpointing=False,
         ),
         train_dataset=Dataset.from_list([{"text": "a few bytes"}]),
-        peft_config=peft.LoraConfig(task_type="CAUSAL_LM"),
+        # Without the package PEFT meets the entropy model; see `check_patcher` in names_blt.py.
+        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", exclude_modules=r".*patcher.*" if trust else None),
     )
     adapted = trainer.model
     loaded["SFTTrainer"] = describe(adapted.get_base_model())

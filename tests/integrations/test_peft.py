@@ -156,6 +156,22 @@ def test_transformers_own_interface():
     check_patcher_untouched(model)
 
 
+def test_tied_tokens_spare_the_patcher():
+    """PEFT walks once more over all modules, to tie what it adapts; the entropy model has a head of the same name."""
+    config = peft.TrainableTokensConfig(token_indices=[101, 105])
+    check_patcher_untouched(
+        get_peft_model(make_model(tiny_config(tie_word_embeddings=True)), config),
+        make_model(tiny_config(tie_word_embeddings=True)),
+    )
+
+
+def test_a_patcher_that_was_made_trainable_is_frozen_with_the_rest():
+    model = make_model()
+    model.requires_grad_(True)
+    check_patcher_untouched(get_peft_model(model, LoraConfig(**CAUSAL)))
+    assert model.model.patcher in set(model.modules()), "hidden for good"
+
+
 def test_second_adapter():
     adapted = get_peft_model(make_model(), LoraConfig(**CAUSAL))
     adapted.add_adapter("two", LoraConfig(**CAUSAL, target_modules=["gate_proj"], modules_to_save=["embed_tokens"]))

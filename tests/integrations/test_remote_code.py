@@ -33,6 +33,35 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+ADAPT = """
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+seen = {}
+for name, arguments in {"plain": {}, "excluded": {"exclude_modules": r".*patcher.*"}}.items():
+    model = AutoModelForCausalLM.from_pretrained(folder / "lm", trust_remote_code=True)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **arguments))
+    with torch.no_grad():
+        same(adapted.eval()(input_ids=ids).logits, "lm")  # only training is refused
+    try:
+        adapted.train()(input_ids=ids, labels=ids).loss.backward()
+    except ValueError as error:
+        seen[name] = str(error)
+    else:
+        trained = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+        assert trained and all(weight.grad is not None for weight in trained.values())
+        seen[name] = sorted({name.split(".")[3] for name in trained})
+print(json.dumps(seen))
+"""
+
+
+def test_adapters_of_the_entropy_model_are_refused_in_training(folder):
+    """The package hides it from PEFT; without the package the first training forward names both remedies."""
+    seen = run_elsewhere(ADAPT, folder)
+    assert "exclude_modules" in seen["plain"] and "pip install blt-hf" in seen["plain"] and "lora_A" in seen["plain"]
+    assert seen["excluded"] == ["global_transformer", "local_decoder", "local_encoder"]
+
+
 SERVE = """
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig

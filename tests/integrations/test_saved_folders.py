@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.blt.configuration_blt import BltConfig as InTreeConfig
 
 import blt_hf
-from blt_hf.model.cache_name_blt import CACHE_NAME
+from blt_hf.model.names_blt import CACHE_NAME
 from helpers.processes import run_elsewhere
 
 

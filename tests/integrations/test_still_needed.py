@@ -101,6 +101,14 @@ facts["peft_looks_up_single_rows"] = not any(
     )
 )
 
+class Stack(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patcher = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})
+
+adapted = peft.get_peft_model(Stack(), peft.LoraConfig(target_modules=["q_proj"]))
+facts["peft_adapts_by_name"] = any("patcher.q_proj.lora_A" in name for name, _ in adapted.named_modules())
+
 sizes = {"token_dim": 16, "num_layers": 1, "num_attention_heads": 2}
 config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **sizes)
 try:
@@ -115,6 +123,7 @@ NAMES = [
     "importing_peft_is_slow",
     "in_tree_blt_cannot_decode",
     "peft_accepts_prompts",
+    "peft_adapts_by_name",
     "peft_has_no_defaults",
     "peft_looks_up_single_rows",
     "pipelines_cut_letters",

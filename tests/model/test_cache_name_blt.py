@@ -8,7 +8,7 @@ import transformers
 from packaging.version import Version
 
 from blt_hf import BltCache, BltForSequenceClassification, BltForTokenClassification
-from blt_hf.model.cache_name_blt import CACHE_NAME, CACHE_NAMES, takes_cache
+from blt_hf.model.names_blt import CACHE_NAME, CACHE_NAMES, takes_cache
 from helpers.models import tiny_config
 
 

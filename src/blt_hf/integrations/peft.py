@@ -9,23 +9,28 @@ PEFT no longer needs it:
   of hash embeddings then raise on shapes. Test: `peft_looks_up_single_rows`.
 - `BaseTuner.inject_adapter` refuses other methods on hash embeddings, which raise on shapes at the first forward.
   Test: `peft_looks_up_single_rows`.
+- `inject_adapter` of all tuners, and `_set_trainable` (`modules_to_save`, `trainable_token_indices`), do not meet the
+  entropy model of a BLT. PEFT finds what to adapt by names, and an entropy model has a `q_proj` and an `lm_head` as other
+  stacks do; `exclude_modules` is not known to all of its methods. Without it the entropy model gets adapters that never
+  get a gradient, and more memory, and DDP complains. Test: `peft_adapts_by_name`.
 - `_prepare_prompt_learning_config` refuses prompt learning: patches and hashes are found from bytes, and a vector is
   none. The first forward then raises without naming the cause. Test: `peft_accepts_prompts`.
 - A finder stands first in `sys.meta_path` until PEFT is imported, because `import blt_hf` may not take the time to
   import PEFT. The order of imports then matters. Test: `importing_peft_is_slow`.
-
-That PEFT leaves the entropy model alone needs no change: the model itself answers PEFT (`model/peft_blt.py`).
 """
 
 import functools
 import importlib
 import importlib.abc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 from ..model.embedding_blt import BltHashEmbedding
-from ..model.peft_blt import add_default_targets
+from ..model.names_blt import add_default_targets
+from ..model.patcher_blt import BltPatcher
 
 
 _READS_BAGS = ("lora.Embedding", "lora.ParamWrapper", "oft.Embedding")
@@ -44,6 +49,48 @@ def _summing_bags(embed):
     def wrapper(self, *args, **kwargs):
         rows = embed(self, *args, **kwargs)
         return rows.sum(dim=-2) if _sums_bags(self.get_base_layer()) else rows
+
+    return wrapper
+
+
+def _holds_patcher(module: nn.Module) -> bool:
+    """Whether a module is a BLT with an entropy model; by name, for code from the Hub."""
+    return any(cls.__name__ == BltPatcher.__name__ for cls in type(module._modules.get("patcher")).__mro__)
+
+
+@contextmanager
+def _hidden_patchers(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Walks over the modules of `model` do not meet the entropy models in it; gives these. It may be entered again."""
+    holders = [module for module in model.modules() if _holds_patcher(module) and "named_modules" not in vars(module)]
+
+    def hide(holder: nn.Module) -> None:
+        def named_modules(memo=None, prefix="", remove_duplicate=True):
+            memo = set() if memo is None else memo
+            memo.add(holder.patcher)
+            return type(holder).named_modules(holder, memo, prefix, remove_duplicate)
+
+        holder.named_modules = named_modules
+
+    for holder in holders:
+        hide(holder)
+    try:
+        yield [holder.patcher for holder in holders]
+    finally:
+        for holder in holders:
+            del holder.named_modules
+
+
+def _sparing_patchers(function, argument: int):
+    """A function of PEFT that walks over the modules of a model, its argument at position `argument`."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        model = args[argument] if len(args) > argument else kwargs["model"]
+        with _hidden_patchers(model) as patchers:
+            result = function(*args, **kwargs)
+        for patcher in patchers:
+            patcher.requires_grad_(False)  # as PEFT does with all weights that it meets
+        return result
 
     return wrapper
 
@@ -93,6 +140,12 @@ def _replace_everywhere(module, name: str, wrap) -> None:
             setattr(other, name, wrapper)
 
 
+def _with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _with_subclasses(subclass)
+
+
 def teach_peft() -> None:
     """Changes PEFT, which has been imported."""
     add_default_targets()
@@ -103,7 +156,11 @@ def teach_peft() -> None:
     if hasattr(tuner.inject_adapter, _MARK):
         return
     tuner.inject_adapter = _refusing_single_rows(tuner.inject_adapter)
+    for cls in _with_subclasses(tuner):
+        if "inject_adapter" in vars(cls):
+            cls.inject_adapter = _sparing_patchers(cls.inject_adapter, 1)
     setattr(tuner.inject_adapter, _MARK, True)
+    _replace_everywhere(other, "_set_trainable", lambda function: _sparing_patchers(function, 0))
     lora.Embedding._embed = _summing_bags(lora.Embedding._embed)
     _replace_everywhere(other, "_prepare_prompt_learning_config", _refusing_prompts)
 

@@ -16,7 +16,7 @@ from transformers.generation import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .cache_name_blt import CACHE_NAME
+from .names_blt import CACHE_NAME
 
 
 # These look at one distribution alone, so that those of several bytes may go through them at once.

@@ -4,11 +4,10 @@ import torch
 from transformers.generation import CompileConfig, ContinuousBatchingConfig, GenerationMixin
 
 from .cache_blt import BltCache
-from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_tensor
 from .compiling_blt import round_up_bytes
 from .decoding_blt import RaggedText
-from .names_blt import import_from_package, import_serving
+from .names_blt import CACHE_NAME, import_from_package, import_serving, takes_cache
 from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
 
 

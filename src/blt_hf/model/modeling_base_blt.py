@@ -13,13 +13,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 from .cache_blt import BltCache
-from .cache_name_blt import CACHE_NAME, CACHE_NAMES
 from .checks_blt import check_cache
 from .configuration_blt import BltConfig
 from .generation_blt import BltGenerationMixin
-from .names_blt import import_from_package
+from .names_blt import CACHE_NAME, CACHE_NAMES, add_default_targets, import_from_package
 from .patching_blt import PatchingRule
-from .peft_blt import add_default_targets
 from .tracing_blt import is_compiling, is_exporting
 
 

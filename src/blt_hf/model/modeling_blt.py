@@ -9,7 +9,6 @@ from transformers.utils import can_return_tuple
 
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess
-from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_inputs, check_labels, check_row_labels
 from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, make_chunk, number_patches
 from .compiling_blt import CompiledSteps
@@ -24,7 +23,7 @@ from .modeling_base_blt import (
     BltPreTrainedModel,
     keep_positions,
 )
-from .names_blt import import_from_package
+from .names_blt import CACHE_NAME, check_patcher, import_from_package, takes_cache
 from .patcher_blt import BltPatcher
 from .patching_blt import (
     BOS_TOKEN_ID,
@@ -34,7 +33,6 @@ from .patching_blt import (
     patch_ends_from_lengths,
     patch_lengths_from_ends,
 )
-from .peft_blt import asked_by_peft
 from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder
 from .step_blt import run_small, take_draft, take_step
 
@@ -100,13 +98,6 @@ class BltModel(BltPreTrainedModel):
             self.patcher.eval()
         return self
 
-    def named_modules(self, memo=None, prefix="", remove_duplicate=True):
-        """As in torch; but PEFT, which looks here for what to adapt, does not meet the entropy model."""
-        memo = set() if memo is None else memo
-        if asked_by_peft():
-            memo.add(self._modules.get("patcher"))
-        return super().named_modules(memo, prefix, remove_duplicate)
-
     def get_input_embeddings(self):
         return self.local_encoder.embed_tokens
 
@@ -153,6 +144,8 @@ class BltModel(BltPreTrainedModel):
             ValueError: an argument that cannot be honoured.
         """
         config = self.config
+        if self.training and self.patcher is not None:
+            check_patcher(self.patcher)
         width = config.encoder_config.hidden_size
         shape, device = check_inputs(input_ids, inputs_embeds, config.vocab_size, width)
         cache = self._start_cache(past_key_values, use_cache, config)

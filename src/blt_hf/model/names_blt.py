@@ -1,19 +1,37 @@
-"""The names under which other libraries find a BLT, and how its code finds what is in the package alone.
+"""The names under which other libraries know a BLT, and how its code finds what is in the package alone.
 
-TRL and `transformers serve` do `getattr(transformers, config.architectures[0])`. The names `Blt...` there are those of the
-in-tree classes, and code that comes with a checkpoint overrides nothing. So a checkpoint with code says
-`BltHfForCausalLM`, a name that transformers does not have, and its code adds that name: an alias of the Auto class, which
-finds the model's own class in `auto_map`. `import blt_hf` puts the class itself there.
+**The cache** is called `past_key_values` up to transformers 5.23, `cache` from 5.24 on. Our own code says
+`past_key_values` in arguments. In outputs, and in the keyword arguments that `generate` hands around, the name is that of
+the installed transformers.
+
+**Architectures.** TRL and `transformers serve` do `getattr(transformers, config.architectures[0])`. The names `Blt...`
+there are those of the in-tree classes, and code that comes with a checkpoint overrides nothing. So a checkpoint with code
+says `BltHfForCausalLM`, a name that transformers does not have, and its code adds that name: an alias of the Auto class,
+which finds the model's own class in `auto_map`. `import blt_hf` puts the class itself there.
 """
 
 import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from types import ModuleType
+from typing import TypeVar
 
+from torch import nn
+from transformers.generation import GenerateDecoderOnlyOutput
+
+
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAME = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
+IS_FROM_CHECKPOINT = not __name__.startswith("blt_hf.")
+"""This code came with a checkpoint; it is not the installed package."""
+_LIKE = "llama"  # whose default targets of PEFT fit: queries, keys and values have the same names
+_Function = TypeVar("_Function", bound=Callable)
 
 # Class, and the Auto class that loads it.
 AUTO_CLASSES = {
@@ -31,6 +49,31 @@ TASK_TABLES = {
     "BltForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "BltForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
 }
+
+
+def takes_cache(function: _Function) -> _Function:
+    """Lets the argument `past_key_values` of a function be called `cache` as well.
+
+    The signature shows the name of the installed transformers, which reads it to see what a model accepts.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if "cache" in kwargs:
+            cache = kwargs.pop("cache")
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("`past_key_values` and `cache` are two names of one argument; got both.")
+            kwargs["past_key_values"] = cache
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    wrapper.__signature__ = signature.replace(
+        parameters=[
+            parameter.replace(name=CACHE_NAME) if parameter.name == "past_key_values" else parameter
+            for parameter in signature.parameters.values()
+        ]
+    )
+    return wrapper
 
 
 def architecture_name(class_name: str) -> str:
@@ -62,6 +105,40 @@ def add_tasks() -> None:
             table[architecture_name(class_name)] = class_name
 
 
+def add_default_targets() -> None:
+    """Adds model types to PEFT's tables of default targets, if PEFT is there: what it adapts in a Llama.
+
+    A model type that is in a table keeps what it has there.
+    """
+    if "peft" not in sys.modules:
+        return
+    # Not as a statement: code on the Hub is refused where a package that it imports by name is missing.
+    constants = importlib.import_module("peft.utils.constants")
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and _LIKE in table:
+            for model_type in ("blt", "blt_patcher"):
+                table.setdefault(model_type, table[_LIKE])
+
+
+def check_patcher(patcher: nn.Module) -> None:
+    """Refuses to train a model whose entropy model has a weight that requires a gradient.
+
+    The package hides the entropy model from PEFT (`integrations/peft.py`), so this concerns code from a checkpoint alone.
+
+    Raises:
+        ValueError: names the weight.
+    """
+    if not IS_FROM_CHECKPOINT:
+        return
+    for name, weight in patcher.named_parameters():
+        if weight.requires_grad:
+            raise ValueError(
+                f"the entropy model is not trained with the rest, and its weight {name!r} requires a gradient. Give PEFT "
+                "`exclude_modules=r'.*patcher.*'`, or install the package (`pip install blt-hf`) and `import blt_hf` "
+                "before the model is loaded; what no adapter brought is frozen by `freeze_patcher()` of the `BltModel`."
+            )
+
+
 def import_from_package(name: str, feature: str) -> ModuleType:
     """Imports `blt_hf.<name>`, which does not travel with checkpoints.
 
@@ -72,7 +149,7 @@ def import_from_package(name: str, feature: str) -> ModuleType:
         ImportError: this code came with a checkpoint. The module would make objects of the package's own classes, which
             are others than these, even where the package is installed.
     """
-    if not __name__.startswith("blt_hf."):
+    if IS_FROM_CHECKPOINT:
         raise ImportError(
             f"{feature} is not part of the code that comes with a checkpoint: `pip install blt-hf`, and `import blt_hf` "
             "before the model is loaded."
@@ -112,8 +189,14 @@ def import_serving() -> ModuleType:
 
 __all__ = [
     "AUTO_CLASSES",
+    "CACHE_NAME",
+    "CACHE_NAMES",
+    "IS_FROM_CHECKPOINT",
     "add_architectures",
+    "add_default_targets",
     "architecture_name",
+    "check_patcher",
     "import_from_package",
     "import_serving",
+    "takes_cache",
 ]

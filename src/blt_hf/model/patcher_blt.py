@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
 from .cache_blt import BltCache
-from .cache_name_blt import CACHE_NAME, takes_cache
 from .checks_blt import check_inputs, check_labels
 from .chunk_blt import ByteChunk, make_chunk, number_patches
 from .configuration_blt import BltPatcherConfig
@@ -25,6 +24,7 @@ from .modeling_base_blt import (
     keep_positions,
     keeps_all,
 )
+from .names_blt import CACHE_NAME, takes_cache
 from .patching_blt import entropy_from_logits
 
 

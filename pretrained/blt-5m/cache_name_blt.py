@@ -1,1 +1,0 @@
-../../src/blt_hf/model/cache_name_blt.py
