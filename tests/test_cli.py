@@ -18,7 +18,6 @@ from blt_hf.evaluation import measure_bits_per_byte
 from blt_hf.evaluation.flops import flops_per_byte, preset_config
 from blt_hf.training.calibration import calibrate_threshold
 from blt_hf_cli import app
-from helpers import processes
 from helpers.cli import in_a_shell, run
 from helpers.models import make_model, tiny_config
 
@@ -222,7 +221,7 @@ def test_imports_bring_no_optional_package():
         "import sys; import blt_hf.cli; names = ('evaluate', 'datasets', 'matplotlib', 'blt_hf.evaluation');"
         "before = [n for n in names if n in sys.modules]; blt_hf.plot_patches; print(before, 'matplotlib' in sys.modules)"
     )
-    done = processes.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "[] False"
 
 

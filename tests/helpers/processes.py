@@ -3,7 +3,8 @@
 `run` is `subprocess.run` for commands that begin with this interpreter or with a script of its environment. They are
 started by a server, one for each process of pytest, that has imported torch and what else transformers imports, but
 nothing that reads the variables of a test: not transformers, not the Hub's client, not this package. A fork of it gets
-the program's arguments, variables, folder and path, and ends as any interpreter does.
+the program's arguments, variables, folder and path, and ends as any interpreter does. What a program imports, and in
+which order, is therefore not tested with it.
 """
 
 import array
@@ -61,6 +62,9 @@ def run(
 ) -> subprocess.CompletedProcess:
     """What `subprocess.run` gives. Without `capture_output`, what the program prints goes to pytest's own files."""
     command = [os.fspath(part) if not isinstance(part, str) else part for part in command]
+    if not hasattr(os, "pidfd_open"):  # not Linux
+        options = {"env": env, "cwd": cwd, "capture_output": capture_output, "text": text, "timeout": timeout}
+        return subprocess.run(command, check=check, input=input, **options)
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
         if input is not None:
             stdin.write(input.encode() if isinstance(input, str) else input)

@@ -5,13 +5,13 @@ import itertools
 import json
 import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
 
 import blt_hf
 from blt_hf import BltTokenizer
-from helpers import processes
 from helpers.models import make_model
 
 
@@ -44,7 +44,7 @@ def run_orders(tmp_path_factory):
     (folder / "folders.json").write_text(json.dumps({kind: str(folder / kind) for kind in ("code", "plain")}))
 
     def run(orders: list[str]) -> dict:
-        result = processes.run(
+        result = subprocess.run(
             [sys.executable, str(PROGRAM), str(folder / "folders.json"), *orders],
             capture_output=True,
             text=True,
