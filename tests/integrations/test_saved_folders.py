@@ -1,4 +1,4 @@
-"""Folders that exist already load: one that an earlier version saved, and the bundled model, with and without code."""
+"""Folders that exist already load: what earlier versions saved, and the bundled model, with and without code."""
 
 import json
 import pathlib
@@ -17,15 +17,21 @@ from helpers.processes import run_elsewhere
 pytestmark = pytest.mark.timeout(900)  # a new process that imports everything, for machines that are busy
 FILES = pathlib.Path(__file__).with_name("files")
 BUNDLED = pathlib.Path(__file__).parents[2] / "pretrained" / "blt-5m"
+SAVED = ("8dad2dd", "659172c")
 TEXT = "The import statement "
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """`old`: what `save_pretrained` of commit 8dad2dd wrote, with a text, its ids and 8 logits of each byte."""
+    """What `save_pretrained` of these commits wrote, with a text, its ids and 8 logits of each byte.
+
+    The later one also has a mask embedding, and says what it writes greedily after the text. Its code is of the time when
+    block diffusion, continuous batching and patches as data travelled.
+    """
     folder = tmp_path_factory.mktemp("folders")
-    with zipfile.ZipFile(FILES / "saved_by_8dad2dd.zip") as archive:
-        archive.extractall(folder / "old")
+    for name in SAVED:
+        with zipfile.ZipFile(FILES / f"saved_by_{name}.zip") as archive:
+            archive.extractall(folder / name)
     (folder / "bundled").symlink_to(BUNDLED, target_is_directory=True)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(BUNDLED), AutoTokenizer.from_pretrained(BUNDLED)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
@@ -34,15 +40,21 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def test_an_earlier_version_saved_it(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder / "old")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "old")
+@pytest.mark.parametrize("name", SAVED)
+def test_an_earlier_version_saved_it(folder, name):
+    model = AutoModelForCausalLM.from_pretrained(folder / name)
+    tokenizer = AutoTokenizer.from_pretrained(folder / name)
     assert type(model) is blt_hf.BltForCausalLM and type(tokenizer) is blt_hf.BltTokenizer
-    expected = json.loads((folder / "old" / "expected.json").read_text())
+    expected = json.loads((folder / name / "expected.json").read_text())
     assert tokenizer(expected["text"]).input_ids == expected["ids"]
     with torch.no_grad():
         logits = model(torch.tensor([expected["ids"]])).logits[0, :, :8]
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), atol=1e-5, rtol=1e-5)
+    for settings in ({}, {"diffusion_block_size": 3, "verify": True}) if "written" in expected else ():
+        out = model.generate(
+            torch.tensor([expected["ids"]]), max_new_tokens=12, do_sample=False, eos_token_id=None, **settings
+        )
+        assert out[0, len(expected["ids"]) :].tolist() == expected["written"], settings
 
 
 ELSEWHERE = """
@@ -52,13 +64,15 @@ import transformers
 seen = {}
 # The code that was saved then does not know the name that transformers 5.24 gave to the cache.
 has_new_name = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
-old = json.loads((folder / "old" / "expected.json").read_text())
-for trust in (False, True):  # plain transformers first: code of the earlier version changes it
-    for name, text, text_ids, wanted in (
-        ("bundled", TEXT, ids.tolist()[0], expected["bundled"][0]),
-        ("old", old["text"], old["ids"], torch.tensor(old["logits"])),
-    ):
-        if trust and name == "old" and has_new_name:
+cases = [("bundled", TEXT, ids.tolist()[0], expected["bundled"][0])]
+written = {}
+for name in ("659172c", "8dad2dd"):
+    old = json.loads((folder / name / "expected.json").read_text())
+    cases.append((name, old["text"], old["ids"], torch.tensor(old["logits"])))
+    written[name] = old.get("written")
+for trust in (False, True):  # plain transformers first: code of the earliest version changes it
+    for name, text, text_ids, wanted in cases:
+        if trust and name == "8dad2dd" and has_new_name:
             continue
         arguments = {"trust_remote_code": True} if trust else {}
         model = AutoModelForCausalLM.from_pretrained(folder / name, **arguments).eval()
@@ -68,6 +82,9 @@ for trust in (False, True):  # plain transformers first: code of the earlier ver
         if trust or name == "bundled":
             tokenizer = AutoTokenizer.from_pretrained(folder / name, **arguments)
             assert tokenizer(text).input_ids == text_ids
+        if trust and written.get(name):
+            out = model.generate(torch.tensor([text_ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+            assert out[0, len(text_ids) :].tolist() == written[name]
         if trust and name == "bundled":
             assert transformers.BltForCausalLM.__module__.startswith("transformers.models.blt")
             named = getattr(transformers, model.config.architectures[0]).from_pretrained(folder / name, **arguments)
@@ -80,14 +97,14 @@ print(json.dumps(seen))
 
 def test_they_load_where_the_package_is_not(folder):
     seen = run_elsewhere(ELSEWHERE, folder)
-    for name in ("bundled", "old"):
-        if name == "bundled" or CACHE_NAME != "cache":
+    for name in ("bundled", *SAVED):
+        if name != "8dad2dd" or CACHE_NAME != "cache":
             module, difference = seen[f"{name} True"]
             assert module.startswith("transformers_modules.") and module.endswith("modeling_blt")
             assert difference < 1e-4, (name, difference)
         module, difference = seen[f"{name} False"]
         assert module == "transformers.models.blt.modeling_blt"
-        # The old one's window is shorter than its text, and the in-tree class of transformers 5.17 knows no windows.
+        # The windows of the old ones are shorter than their texts, and the in-tree class of 5.17 knows no windows.
         if name == "bundled" or "local_attention_window_len" in InTreeConfig().to_dict():
             assert difference < 1e-4, (name, difference)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(BUNDLED), AutoTokenizer.from_pretrained(BUNDLED)
