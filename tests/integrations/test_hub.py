@@ -201,6 +201,39 @@ def test_every_file_that_is_needed_travels(saved, name):
         assert path.read_text() == (SOURCE / path.name).read_text()
 
 
+# Whoever passes `trust_remote_code=True` has to trust these files, so few and short ones. The goal is 15 and 6,300.
+MAX_FILES, MAX_LINES = 20, 6300
+
+
+def test_the_folder_is_what_travels(saved):
+    """File for file; all of it with a language model, and no more than the budget allows."""
+    files = shipped(saved / "lm")
+    assert {path.name for path in files} == {path.name for path in SOURCE.iterdir() if path.suffix} - {"__init__.py"}
+    assert len(files) <= MAX_FILES and sum(len(path.read_text().splitlines()) for path in files) <= MAX_LINES
+
+
+NOT_IMPORTED = {"concurrent", "ctypes", "gc", "multiprocessing", "queue", "socket", "subprocess", "_thread"}
+NOT_NAMED = {"_getframe", "_current_frames", "currentframe", "Thread", "Timer", "meta_path"}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("*_blt.py")), ids=lambda path: path.name)
+def test_code_that_travels_does_nothing_that_a_reader_would_not_expect(path):
+    """No walk over frames or over the garbage collector's objects, no thread (a lock is none), no file of the system, no
+    module of its own making."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {module.partition(".")[0] for module in modules} & NOT_IMPORTED, ast.unparse(node)
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in NOT_NAMED, ast.unparse(node)
+        if isinstance(node, ast.Name):
+            assert node.id not in NOT_NAMED | {"open", "eval", "exec"}, node.id
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert "/proc" not in node.value and "/sys/" not in node.value, node.value
+        if isinstance(node, ast.Assign):
+            assert not any(ast.unparse(target).startswith("sys.modules") for target in node.targets), ast.unparse(node)
+
+
 ALLOWED = {"torch", "transformers", "numpy", "tokenizers", "huggingface_hub", *sys.stdlib_module_names}
 
 
