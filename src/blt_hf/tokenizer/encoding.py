@@ -1,12 +1,10 @@
-"""From texts to rows of ids with numpy: byte `b` is id `b + 4`, and a text is split at the added tokens in it.
+"""From texts to rows of ids: byte `b` is id `b + 4`, and a text is split at the added tokens in it.
 
-Rows are cut and padded as bytes, and one addition makes ids of a whole batch. For this the *symbol* of an id is the byte
-`(id - 4) % 256`: UTF-8 text is its own symbols, and ids 0 to 3 have the symbols 0xFC to 0xFF, which do not occur in UTF-8.
-In a batch with ids from 256 on (of binary data, or of tokens that were added) symbols have four bytes.
+A row is a bytes object that holds `id - 4` for each id, modulo 256: text is what it was, and ids 0 to 3 are the bytes 0xFC
+to 0xFF, which do not occur in UTF-8. So one addition makes ids of a whole batch, a fifth faster than one for each row. In
+a batch with ids from 256 on (of binary data, or of tokens that were added) each id has four bytes.
 """
 
-import contextlib
-import gc
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -19,8 +17,8 @@ from ..model.patching_blt import BYTE_OFFSET, VOCAB_SIZE
 
 SPECIAL_NAMES = ("<boe>", "<s>", "</s>", "<bpe>")  # ids 0 to 3
 
-_SHIFT = bytes((byte + BYTE_OFFSET) % 256 for byte in range(256))
-_LOW_BYTES = bytes(range(256 - BYTE_OFFSET))  # their ids fit in a byte; UTF-8 has no others
+_IDS = bytes((byte + BYTE_OFFSET) % 256 for byte in range(256))  # what rows hold -> ids, for `bytes.translate`
+_LOW_BYTES = bytes(range(256 - BYTE_OFFSET))  # their ids are below 256; UTF-8 has no others
 
 
 def _byte_symbols() -> list[str]:
@@ -64,11 +62,6 @@ def byte_ids(text: str | bytes) -> list[int]:
 def bytes_of(ids: Iterable[int]) -> bytes:
     """Returns the bytes among `ids`; special and added tokens have none."""
     return bytes(index - BYTE_OFFSET for index in ids if BYTE_OFFSET <= index < VOCAB_SIZE)
-
-
-def to_symbol(index: int, size: int = 1) -> bytes:
-    """What stands for an id until a batch is shifted."""
-    return ((index - BYTE_OFFSET) % 256**size).to_bytes(size, "little")
 
 
 class AddedTokens:
@@ -132,116 +125,109 @@ class LazyEncodings(Sequence):
         return self._rows[index]
 
 
-class PausedCollection(contextlib.ContextDecorator):
-    """Without it, Python looks for garbage after every 700 new lists; in a batch of 10,000 that is most of the time."""
-
-    def __enter__(self):
-        self._was_enabled = gc.isenabled()
-        gc.disable()
-
-    def __exit__(self, *exception):
-        if self._was_enabled:
-            gc.enable()
-
-
 class Rows(NamedTuple):
-    """The rows of a batch, not yet padded, as symbols of `size` bytes each."""
+    """The rows of a batch, not yet padded.
+
+    Attributes:
+        data: `id - 4` for each id, as unsigned integers of `size` bytes (1, or 4 in little-endian order).
+        size: bytes of an id.
+        lengths: ids of each row.
+    """
 
     data: list[bytes]
     size: int
+    lengths: list[int]
 
-    def lengths(self) -> list[int]:
-        return [len(row) // self.size for row in self.data]
+    def pad(self, width: int, side: str, pad_id: int) -> list[bytes]:
+        """Returns the rows with padding up to `width` ids; `pad_id` must fit into `size` bytes."""
+        fill = _shifted(pad_id, self.size)
+        if side == "left":
+            return [fill * (width - length) + row for row, length in zip(self.data, self.lengths)]
+        return [row + fill * (width - length) for row, length in zip(self.data, self.lengths)]
 
 
 def encode_rows(
     texts: list,
     added: AddedTokens,
     ends: tuple[list[int], list[int]],
+    pad_id: int,
     room: int | None,
     side: str,
     split_special: bool,
     parse_bytes: bool,
 ) -> Rows | None:
-    """The rows of a batch of texts; None where an added token occurs that is not literal.
+    """Returns the rows of a batch of texts, not padded yet; None where an added token occurs that is not literal.
 
     Args:
         ends: the ids before and after every text.
+        pad_id: of the padding that may follow.
         room: how many ids of a text truncation leaves, `side` where it cuts; None without truncation.
         split_special: special tokens in a text are ordinary bytes.
         parse_bytes: look for added tokens in bytes objects as well.
     """
-    is_utf8 = {*map(type, texts)} <= {str}
     try:
-        data = [*map(str.encode, texts)] if is_utf8 else [*map(to_bytes, texts)]
-    except UnicodeEncodeError:
+        data, is_utf8 = [*map(str.encode, texts)], True
+    except (TypeError, UnicodeEncodeError):
         data, is_utf8 = [*map(to_bytes, texts)], False
-    pieces, ids = None, {}
+    pieces = None
     # All in one search; that a token may seem to span two texts costs time and nothing else
     if (data[0] if len(data) == 1 else b"".join(data)) in added:
         parsed = [parse_bytes or isinstance(text, str) for text in texts]
         if not added.is_literal and any(parse and row in added for row, parse in zip(data, parsed)):
             return None
         pieces = [added.split(row, split_special) if parse else [row] for row, parse in zip(data, parsed)]
-        ids = {name: added.ids[name] for row in pieces for name in row[1::2]}
 
+    ids = {name: added.ids[name] for row in pieces or () for name in row[1::2]}
     has_high_bytes = not is_utf8 and any(row.translate(None, _LOW_BYTES) for row in data)
-    size = 4 if has_high_bytes or max([*sum(ends, []), *ids.values()], default=0) > 255 else 1
+    size = 4 if has_high_bytes or max([pad_id, *ends[0], *ends[1], *ids.values()]) > 255 else 1
     if ids:
-        symbols = {name: to_symbol(index, size) for name, index in ids.items()}
-        data = [
-            b"".join([symbols[p] if i % 2 and p in symbols else _widen(p, size) for i, p in enumerate(row)])
-            for row in pieces
-        ]
+        tokens = {name: _shifted(index, size) for name, index in ids.items()}
+        data = [b"".join([tokens[p] if i % 2 else _widened(p, size) for i, p in enumerate(row)]) for row in pieces]
     elif size > 1:
-        data = [_widen(row, size) for row in data]
-    before, after = (b"".join(to_symbol(index, size) for index in end) for end in ends)
-    keep = (
-        slice(None)
-        if room is None
-        else slice(room * size)
-        if side == "right" or not room
-        else slice(-room * size, None)
-    )
-    return Rows([before + row[keep] + after for row in data], size)
+        data = [_widened(row, size) for row in data]
+    before, after = (b"".join(_shifted(index, size) for index in end) for end in ends)
+    if room is not None:
+        # A slice that ends at -0 would be empty, so no room is no slice from the end
+        kept = slice(room * size) if side == "right" or not room else slice(-room * size, None)
+        data = [row[kept] for row in data]
+    data = [before + row + after for row in data]
+    return Rows(data, size, [len(row) // size for row in data])
 
 
-def _widen(data: bytes, size: int) -> bytes:
+def _shifted(index: int, size: int) -> bytes:
+    return ((index - BYTE_OFFSET) % 256**size).to_bytes(size, "little")
+
+
+def _widened(data: bytes, size: int) -> bytes:
     return data if size == 1 else data.decode("latin-1").encode("utf-32-le")
 
 
 def to_lists(rows: Rows, width: int, side: str, pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
-    """`input_ids` and `attention_mask` as lists; rows shorter than `width` are padded."""
+    """Returns `input_ids` and `attention_mask` as lists; rows shorter than `width` are padded."""
+    padded = rows.pad(width, side, pad_id) if width else rows.data
     if rows.size == 1:
-        ids = [[*row.translate(_SHIFT)] for row in rows.data]
+        ids = [[*row.translate(_IDS)] for row in padded]
     else:
-        ids = [(np.frombuffer(row, dtype="<u4") + np.uint32(BYTE_OFFSET)).tolist() for row in rows.data]
-    mask = [[1] * len(row) for row in ids]
-    for columns, value in ((ids, pad_id), (mask, 0)) if width else ():
-        for i, row in enumerate(columns):
-            padding = [value] * (width - len(row))
-            columns[i] = padding + row if side == "left" else row + padding
+        ids = [(np.frombuffer(row, dtype="<u4") + np.uint32(BYTE_OFFSET)).tolist() for row in padded]
+    mask = [[1] * length for length in rows.lengths]
+    if width:
+        mask = [[0] * (width - len(row)) + row if side == "left" else row + [0] * (width - len(row)) for row in mask]
     return ids, mask
 
 
 def to_arrays(rows: Rows, width: int, side: str, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """`input_ids` and `attention_mask` as int64 `(rows, T)`; rows shorter than `width` are padded."""
-    lengths = np.array(rows.lengths(), dtype=np.int32)
+    """Returns `input_ids` and `attention_mask` as int64 `(rows, T)`; rows shorter than `width` are padded."""
+    lengths = np.array(rows.lengths, dtype=np.int32)
     check_one_length(np.maximum(lengths, width).tolist())
     width = int(max(width, lengths[0])) if len(lengths) else 0
-    has_symbol = rows.size == 1 and pad_id < 256
-    fill = to_symbol(pad_id) if has_symbol else b"\0"
-    pad = bytes.rjust if side == "left" else bytes.ljust
-    text = bytearray().join([pad(row, width * rows.size, fill) for row in rows.data])
-    symbols = np.frombuffer(text, dtype=f"<u{rows.size}").reshape(len(lengths), width)
-    symbols += BYTE_OFFSET  # modulo 256 where symbols are bytes
-    ids = symbols.astype(np.int64)
+    data = bytearray().join(rows.pad(width, side, pad_id))
+    shifted = np.frombuffer(data, dtype=f"<u{rows.size}").reshape(len(lengths), width)
+    shifted += BYTE_OFFSET  # modulo 256 where ids have one byte
+    ids = shifted.astype(np.int64)
     mask = np.ones_like(ids)
     if (lengths < width).any():
         columns, lengths = np.arange(width, dtype=np.int32), lengths[:, None]
         np.copyto(mask, columns >= width - lengths if side == "left" else columns < lengths)
-        if not has_symbol:
-            ids[mask == 0] = pad_id
     return ids, mask
 
 

@@ -26,14 +26,12 @@ from .encoding import (
     SPECIAL_NAMES,
     AddedTokens,
     LazyEncodings,
-    PausedCollection,
     byte_ids,
     check_one_length,
     encode_rows,
     to_arrays,
     to_bytes,
     to_lists,
-    to_symbol,
 )
 
 
@@ -66,7 +64,7 @@ DEFAULT_CHAT_TEMPLATE = """\
 # attribute: `datasets` takes its fingerprints from all attributes, and a first call must not change them.
 _ADDED_TOKENS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
-_UNSHIFT = bytes((byte - BYTE_OFFSET) % 256 for byte in range(256))
+_BYTES = bytes((index - BYTE_OFFSET) % 256 for index in range(256))  # bytes of ids below 256, for `bytes.translate`
 _SYMBOL_BYTES = {symbol: bytes([byte]) for byte, symbol in enumerate(BYTE_SYMBOLS)}
 
 # What a call may ask for, with the defaults; some clients pass the languages to every tokenizer.
@@ -337,7 +335,6 @@ class BltTokenizer(PreTrainedTokenizerFast):
         batch = self._encode_plainly(text, text_pair, options)
         return self._encode_by_backend(text, text_pair, options) if batch is None else batch
 
-    @PausedCollection()
     def _encode_plainly(self, text, text_pair, options: dict) -> BatchEncoding | None:
         """`input_ids` and `attention_mask` of single texts; None where the call is about more than that."""
         batched = isinstance(text, (list, tuple))
@@ -353,10 +350,13 @@ class BltTokenizer(PreTrainedTokenizerFast):
         if needs_backend and (texts or options["is_split_into_words"]):
             return None
         split = options["split_special_tokens"]
+        max_length, pads = options["max_length"], options["padding_strategy"] != PaddingStrategy.DO_NOT_PAD
+        pad_id = self.pad_token_id if pads else 0
         rows = encode_rows(
             texts,
             self._added_tokens(),
             self._ends(options["add_special_tokens"]),
+            pad_id,
             self._room(1, options),
             self.truncation_side,
             split_special=self.split_special_tokens if split is None else split,
@@ -365,10 +365,10 @@ class BltTokenizer(PreTrainedTokenizerFast):
         if rows is None:
             return None
 
-        width, pad_id, longest, max_length = 0, 0, max(lengths := rows.lengths(), default=0), options["max_length"]
-        if options["padding_strategy"] != PaddingStrategy.DO_NOT_PAD:
+        width, longest = 0, max(rows.lengths, default=0)
+        if pads:
             has_length = options["padding_strategy"] == PaddingStrategy.MAX_LENGTH and max_length is not None
-            width, pad_id = max_length if has_length else longest, self.pad_token_id
+            width = max_length if has_length else longest
             width += -width % (options["pad_to_multiple_of"] or 1)
         self._eventual_warn_about_too_long_sequence(range(max(width, longest)), max_length, options["verbose"])
         tensor_type = options["return_tensors"]
@@ -381,7 +381,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         if tensor_type is None and not batched:
             columns = {name: column[0] for name, column in columns.items()}
         if options["return_length"]:
-            columns["length"] = [max(width, length) for length in lengths]
+            columns["length"] = [max(width, length) for length in rows.lengths]
         ask = functools.partial(self._ask_later, self._settings(), texts, options | {"return_tensors": None})
         return BatchEncoding(columns, LazyEncodings(len(texts), ask), tensor_type, n_sequences=1)
 
@@ -512,9 +512,10 @@ class BltTokenizer(PreTrainedTokenizerFast):
                 names = added.names | {byte + BYTE_OFFSET: bytes([byte]) for byte in range(256)}
                 return b"".join([names[index] for index in ids.tolist() if index not in skipped])
             raw = ids.astype(np.uint8).tobytes()
-        data = raw.translate(_UNSHIFT, bytes(index for index in skipped if index < 256))
+        # Ids 0 to 3 become the bytes 0xFC to 0xFF, which no other id below 256 becomes
+        data = raw.translate(_BYTES, bytes(index for index in skipped if index < 256))
         for index in range(BYTE_OFFSET):
-            data = data.replace(to_symbol(index), added.names[index])
+            data = data.replace(_BYTES[index : index + 1], added.names[index])
         return data
 
     def decode(
