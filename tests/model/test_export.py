@@ -363,3 +363,53 @@ def test_onnx_of_every_mode(mode, tmp_path):
 @pytest.mark.parametrize("variant", ["mean", "documents", "windows over patches", "no windows"])
 def test_onnx_of_variants(variant, tmp_path):
     compare_onnx(make_small(**VARIANTS[variant]), ("attention_mask",), tmp_path)
+
+
+def one_row_program(model, *names):
+    """As users export it: the batch is 1 and stays so, the length is dynamic."""
+    inputs = make_inputs(model, 1, 45, names)
+    length, patches = torch.export.Dim("length", min=2, max=200), torch.export.Dim("patches", min=2, max=200)
+    shapes = {name: {1: patches if name == "patch_lengths" else length} for name in inputs}
+    with torch.no_grad():
+        return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+
+
+# Below and above a block of attention, whole blocks, and the ends of the range.
+ONE_ROW = [(1, length) for length in (2, 3, 11, 32, 57, 64, 130, 200)]
+
+
+@pytest.mark.parametrize(
+    "mode", ["entropy", *(pytest.param(mode, marks=pytest.mark.slow) for mode in list(MODES)[1:])]
+)
+def test_one_row_of_dynamic_length(mode):
+    model = make_small(**MODES[mode])
+    compare(model, one_row_program(model), shapes=ONE_ROW)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("attention_mask",), marks=pytest.mark.slow),
+        pytest.param(("attention_mask", "position_ids"), marks=pytest.mark.slow),
+        pytest.param(("patch_lengths",), marks=pytest.mark.slow),
+    ],
+    ids="+".join,
+)
+def test_one_row_with_more_arguments(names):
+    model = make_small()
+    compare(model, one_row_program(model, *names), *names, shapes=ONE_ROW[2:])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_one_row_of_the_entropy_model(implementation):
+    model = BltPatcher(make_small().config.patcher_config).eval()
+    model.set_attn_implementation(implementation)
+    compare(model, one_row_program(model), shapes=ONE_ROW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", [BltForSequenceClassification, BltForTokenClassification])
+def test_one_row_of_a_classifier(model_class):
+    torch.manual_seed(0)
+    model = model_class(make_small().config).eval()
+    compare(model, one_row_program(model), shapes=ONE_ROW)

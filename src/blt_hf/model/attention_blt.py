@@ -181,13 +181,12 @@ class AttentionSpan:
         block, history = self.block, self.window - 1
         num_blocks = self._count_blocks(length)
         tail = num_blocks * block - length
-        query = (
-            nn.functional.pad(query, (0, 0, 0, tail)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
-        )
+        query = nn.functional.pad(query, (0, 0, 0, tail)).unflatten(2, (num_blocks, block)).transpose(1, 2)
         extra = max(key.shape[2] + missing - history - length, 0)  # keys of the past beyond the window
         key, value = (nn.functional.pad(states[:, :, extra:], (0, 0, missing, tail)) for states in (key, value))
         key, value = (sliding_windows(states, 2, history + block, block) for states in (key, value))
-        key, value = (states.permute(0, 2, 1, 4, 3).flatten(0, 1) for states in (key, value))
+        key, value = (states.permute(0, 2, 1, 4, 3) for states in (key, value))
+        query, key, value = (_merge_rows(states) for states in (query, key, value))
         output, _ = self._call(module, query, key, value, mask, dropout)
         return take_columns(output.reshape(rows, num_blocks * block, heads, size), 0, length)
 
@@ -213,7 +212,17 @@ class AttentionSpan:
         # Queries of the padding see themselves, so that no softmax is empty.
         first_key = nn.functional.pad(self.first_key.clamp_min(0), (0, tail)).view(rows, num_blocks, block, 1)
         visible = self._build_interior_mask(device)[0] & (keys >= first_key - offset[:, None, None])
-        return visible.flatten(0, 1)[:, None]
+        return _merge_rows(visible)[:, None]
+
+
+def _merge_rows(states: Tensor) -> Tensor:
+    """`(B, N, ...)` -> `(B * N, ...)`.
+
+    A program of one row may not ask how its dynamic `N` divides 1, as flattening does, or strides, as attention does.
+    """
+    if not (is_exporting() and states.shape[0] == 1):
+        return states.flatten(0, 1)
+    return states.squeeze(0).contiguous()
 
 
 class SlotSpan(AttentionSpan):
