@@ -67,7 +67,7 @@ _ADDED_TOKENS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _BYTES = bytes((index - BYTE_OFFSET) % 256 for index in range(256))  # bytes of ids below 256, for `bytes.translate`
 _SYMBOL_BYTES = {symbol: bytes([byte]) for byte, symbol in enumerate(BYTE_SYMBOLS)}
 
-# What a call may ask for, with the defaults; some clients pass the languages to every tokenizer.
+# The arguments of a call, with the defaults; some clients pass the languages to every tokenizer.
 _PARAMETERS = inspect.signature(PreTrainedTokenizerFast._encode_plus).parameters
 _OPTIONS = {name: parameter.default for name, parameter in [*_PARAMETERS.items()][3:] if name != "kwargs"}
 _OPTIONS |= {"split_special_tokens": None, "sanitize_control_tokens": False, "src_lang": None, "tgt_lang": None}
@@ -77,7 +77,7 @@ for _name in ("return_attention_mask", "return_length", "return_tensors"):
 
 
 def _build_backend(names: Sequence[str]) -> Tokenizer:
-    """The `tokenizers` model that maps text to the same ids; `names` are the tokens with ids 0 to 3."""
+    """Returns the `tokenizers` model that maps text to the same ids; `names` are the tokens with ids 0 to 3."""
     vocab = {str(name): index for index, name in enumerate(names)}
     vocab.update({symbol: byte + BYTE_OFFSET for byte, symbol in enumerate(BYTE_SYMBOLS)})
     if len(vocab) != VOCAB_SIZE:
@@ -125,7 +125,7 @@ def _at_least(least: int, name: str, value: int | None) -> int | None:
 
 
 def _split_rows(text, text_pair, has_words: bool) -> list[tuple]:
-    """The one or two texts of each row of a call."""
+    """Returns the one or two texts of each row of a call."""
 
     def is_batch(entry) -> bool:
         return isinstance(entry, (list, tuple)) and (not has_words or (entry and isinstance(entry[0], (list, tuple))))
@@ -156,9 +156,9 @@ class BltTokenizer(PreTrainedTokenizerFast):
 
     Example: `BltTokenizer()("hé").input_ids` is `[1, 108, 199, 173]`.
 
-    Files that this class did not write (they have no `errors` in `tokenizer_config.json`) may ask for EOS after every
-    text and name tokens beyond the 260 rows of the embedding. There `add_eos_token` counts only when the caller passes
-    it, an `unk_token` beyond the 260 is dropped and a `pad_token` beyond them becomes id 0.
+    Files that this class did not write may ask for EOS after every text and name tokens beyond the 260 rows of the
+    embedding. There `add_eos_token` counts only if the caller passes it, an `unk_token` beyond the 260 is dropped and a
+    `pad_token` beyond them becomes id 0 (`integrations/tokenizer_files.py`).
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
@@ -213,39 +213,32 @@ class BltTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files, *args, **kwargs):
+        from ..integrations.tokenizer_files import is_foreign  # `integrations` imports this class
+
         config = {}
         if (path := resolved_vocab_files.get("tokenizer_config_file")) is not None:
             with open(path, encoding="utf-8") as reader:
                 config = json.load(reader)
         droppable = ()
-        if "errors" not in config:  # not written by this class
-            droppable = {"pad_token", "unk_token"} - kwargs.keys()
+        if is_foreign(config):
+            droppable = {"pad_token", "unk_token"} - kwargs.keys()  # what the caller asks for stays
             kwargs.setdefault("add_eos_token", False)
         return super()._from_pretrained(resolved_vocab_files, *args, _droppable=droppable, **kwargs)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code=False, _droppable=(), tokenizer_file=None, **kwargs):
-        """Turn a `tokenizer.json` into a backend. `from_pretrained` passes all that is to go to `__init__`."""
-        spec, names, added = None, dict(enumerate(SPECIAL_NAMES)), []
+        """Turns a `tokenizer.json` into a backend; `from_pretrained` passes all that is to go to `__init__`."""
+        from ..integrations.tokenizer_files import drop_tokens, flags_of_template, name_special_ids
+
+        spec, names = None, dict(enumerate(SPECIAL_NAMES))
         if tokenizer_file is not None:
             with open(tokenizer_file, encoding="utf-8") as reader:
                 spec = json.load(reader)
-            added, vocab = spec["added_tokens"], spec["model"].get("vocab")
+            vocab = spec["model"].get("vocab")
             _check_byte_vocabulary(vocab if isinstance(vocab, dict) else {}, f"`{tokenizer_file}`")
-            names |= {index: name for name, index in vocab.items() if index < BYTE_OFFSET}
-            vocab |= {name: index for index, name in names.items()}
-            if "single" in (template := spec.get("post_processor") or {}):
-                is_text = ["Sequence" in piece for piece in template["single"]]
-                kwargs = {"add_bos_token": not is_text[0], "add_eos_token": not is_text[-1]} | kwargs
-
-        # An `unk_token` or `pad_token` without a row of the 260 is forgotten, unless other tokens follow it.
-        dropped = {key: str(kwargs[key]) for key in _droppable if kwargs.get(key)}
-        dropped = {key: name for key, name in dropped.items() if name not in names.values()}
-        if {token["content"] for token in added if token["id"] >= VOCAB_SIZE} <= {*dropped.values()}:
-            kwargs |= {key: names[0] if key == "pad_token" else None for key in dropped}
-            added[:] = [token for token in added if token["content"] not in dropped.values()]
-            decoder = kwargs.get("added_tokens_decoder") or {}
-            kwargs["added_tokens_decoder"] = {i: t for i, t in decoder.items() if str(t) not in dropped.values()}
+            names = name_special_ids(spec, names)
+            kwargs = flags_of_template(spec) | kwargs
+        kwargs = drop_tokens(spec, names, _droppable, kwargs)
         if spec is not None:
             kwargs["tokenizer_object"] = Tokenizer.from_str(json.dumps(spec))
         return kwargs
@@ -263,7 +256,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         return super()._save_pretrained(save_directory, file_names, *args, **kwargs)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """No file: the bytes are the vocabulary."""
+        """Saves no file: the bytes are the vocabulary."""
         return ()
 
     def train_new_from_iterator(self, *args, **kwargs):
@@ -296,7 +289,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         return added
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
-        """1 for each special token, 0 for the others, in the row that these ids make (or made already)."""
+        """Returns 1 for each special token and 0 for the others, in the row that these ids make (or made already)."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
         bos, eos = [1] * bool(self.add_bos_token), [1] * bool(self.add_eos_token)
@@ -305,7 +298,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
 
     @functools.wraps(PreTrainedTokenizerFast.__call__, assigned=())
     def __call__(self, text=None, *args, **kwargs) -> BatchEncoding:
-        """As in every tokenizer of transformers; texts may be `bytes` as well. Unknown arguments are an error."""
+        """Tokenizes as every tokenizer of transformers does; texts may be `bytes`. Unknown arguments are an error."""
         kwargs.setdefault("split_special_tokens", None)  # tells a default from a request
         return super().__call__(text, *args, **kwargs)
 
@@ -336,7 +329,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         return self._encode_by_backend(text, text_pair, options) if batch is None else batch
 
     def _encode_plainly(self, text, text_pair, options: dict) -> BatchEncoding | None:
-        """`input_ids` and `attention_mask` of single texts; None where the call is about more than that."""
+        """Returns `input_ids` and `attention_mask` of single texts; None where a call asks for more than that."""
         batched = isinstance(text, (list, tuple))
         texts = [*text] if batched else [text]
         truncates = options["truncation_strategy"] != TruncationStrategy.DO_NOT_TRUNCATE
@@ -386,7 +379,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         return BatchEncoding(columns, LazyEncodings(len(texts), ask), tensor_type, n_sequences=1)
 
     def _room(self, num_texts: int, options: dict) -> int | None:
-        """How many ids truncation leaves for the texts of a row; None without truncation."""
+        """Returns how many ids truncation leaves for the texts of a row; None without truncation."""
         if options["truncation_strategy"] == TruncationStrategy.DO_NOT_TRUNCATE:
             return None
         num_special = sum(map(len, self._ends(options["add_special_tokens"]))) * num_texts
@@ -395,24 +388,24 @@ class BltTokenizer(PreTrainedTokenizerFast):
         return options["max_length"] - num_special
 
     def _ends(self, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
-        """The ids before and after each text."""
+        """Returns the ids before and after each text."""
         bos = self.bos_token_id if add_special_tokens and self.add_bos_token else None
         eos = self.eos_token_id if add_special_tokens and self.add_eos_token else None
         return [] if bos is None else [bos], [] if eos is None else [eos]
 
     def _settings(self) -> tuple:
-        """What rows depend on beside the arguments of the call."""
+        """Returns the settings that the rows of a call depend on."""
         added = self.pad_token_id, self._tokenizer.get_vocab_size(), self.split_special_tokens
         return self._ends(), self.truncation_side, added
 
     def _ask_later(self, settings: tuple, texts: list, options: dict) -> list[Encoding]:
-        """What the backend says of rows that were made without it."""
+        """Asks the backend about rows that were made without it."""
         if settings != self._settings():
             raise RuntimeError("the tokenizer was changed after this call; call it again to ask about its rows.")
         return self._encode_by_backend(texts, None, options).encodings
 
     def _encode_by_backend(self, text, text_pair, options: dict) -> BatchEncoding:
-        """All that a call can ask for, of texts that are UTF-8."""
+        """Returns everything that a call can ask for, of texts that are UTF-8."""
         text, text_pair = self._to_str(text, options), text_pair and self._to_str(text_pair, options)
         if options["truncation_strategy"] != TruncationStrategy.DO_NOT_TRUNCATE:
             for texts in _split_rows(text, text_pair, options["is_split_into_words"]):
@@ -423,7 +416,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         return result
 
     def _to_str(self, text, options: dict):
-        """A text, or lists of texts, as the backend takes them."""
+        """Turns a text, or lists of texts, into what the backend takes."""
         if isinstance(text, (list, tuple)):
             return type(text)([self._to_str(entry, options) for entry in text])
         data = to_bytes(text)
@@ -440,7 +433,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
             ) from error
 
     def _check_stride(self, texts: tuple, options: dict) -> None:
-        """The backend panics where it cuts a text to no more tokens than `stride`."""
+        """Refuses a stride as large as the room for a text: the backend panics there."""
         strategy, stride, room = options["truncation_strategy"], options["stride"], self._room(len(texts), options)
         if len(texts) > 1 and strategy == TruncationStrategy.LONGEST_FIRST:
             room //= 2
@@ -451,7 +444,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
             raise ValueError(f"`stride` must be less than what `max_length` leaves for a text, {room}; got {stride}.")
 
     def _ask_backend(self, text, text_pair, options: dict) -> BatchEncoding:
-        """transformers' own way, which does not remember, nor save, what this call asked for."""
+        """Calls the method of transformers; the backend forgets truncation and padding of the call afterwards."""
         split = self._tokenizer.encode_special_tokens
         self.update_post_processor()  # the names of BOS and EOS may have changed since
         try:
@@ -549,7 +542,7 @@ class BltTokenizer(PreTrainedTokenizerFast):
         return self.decode(token_ids, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of tokens as `tokenize` returns them."""
+        """Returns the text of tokens as `tokenize` returns them."""
         data = b"".join(_SYMBOL_BYTES[token] if token in _SYMBOL_BYTES else to_bytes(token) for token in tokens)
         return data.decode("utf-8", self._errors)
 
