@@ -76,10 +76,17 @@ class _Request:
         state: what transformers keeps of it.
         cache: a cache of one row while the prompt is read; None before and after.
         remaining: ids of the prompt that are still to be read.
+        generator: numbers of its own, if it named a seed.
     """
 
-    def __init__(self, state: RequestState, config: GenerationConfig, processors: LogitsProcessorList):
-        self.state, self.config, self.processors = state, config, processors
+    def __init__(
+        self,
+        state: RequestState,
+        config: GenerationConfig,
+        processors: LogitsProcessorList,
+        generator: torch.Generator | None = None,
+    ):
+        self.state, self.config, self.processors, self.generator = state, config, processors, generator
         self.cache = None
         self.remaining = list(state.initial_tokens)
         self.stop_strings = [to_bytes(s) for s in _as_list(config.stop_strings)]
@@ -99,7 +106,7 @@ class _Request:
             text = self.state.initial_tokens + self.state.generated_tokens
             logits = self.processors(torch.tensor([text], device=logits.device), logits)
         if self.config.do_sample:
-            return int(torch.multinomial(logits.softmax(dim=-1), num_samples=1))
+            return int(torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=self.generator))
         return int(logits.argmax(dim=-1))
 
     def take(self, token_id: int, logprob: float | None) -> bool:
@@ -171,8 +178,12 @@ class RunningBatch:
         Raises:
             ValueError: its settings are not those of a generation configuration, or it never fits.
         """
-        config = copy.deepcopy(self.generation_config)
+        config, generator = copy.deepcopy(self.generation_config), None
         for name, value in state.logit_processor_kwargs.items():
+            if name == "seed":
+                if value is not None:
+                    generator = torch.Generator(self.model.device).manual_seed(value)
+                continue
             if not hasattr(config, name):
                 raise ValueError(f"`{name}` is not a field of a generation configuration; got {name}={value!r}.")
             setattr(config, name, value)
@@ -194,7 +205,7 @@ class RunningBatch:
             device=self.model.device,
         )
         config.stop_strings = stop_strings
-        request = _Request(state, config, processors)
+        request = _Request(state, config, processors, generator)
         if self._memory(1, request.max_bytes) > self.max_memory:
             raise ValueError(
                 f"a request of {request.max_bytes} bytes (prompt and `max_new_tokens`) may need "
@@ -427,7 +438,8 @@ class BltContinuousBatchingManager(ContinuousBatchingManager):
             request_id: its name; None: one is made.
             max_new_tokens: bytes to make at most; None: what the generation configuration says.
             streaming: deliver a result for every byte, rather than one at the end.
-            **kwargs: `eos_token_id`, `record_timestamps`, and fields of a generation configuration.
+            **kwargs: `eos_token_id`, `record_timestamps`, fields of a generation configuration, and `seed`: the request
+                samples with numbers of its own, so that its text does not depend on its neighbours.
         Returns:
             The request's name; None if the manager is stopping.
         Raises:
