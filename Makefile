@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` set up what they need; the scripts say which variables they read.
-.PHONY: coverage links quickstart quality style test test-gpu test-lowest test-properties test-slow
+.PHONY: coverage links quickstart quality style test test-gpu test-lowest test-properties test-slow test-vllm
 
 bin = $(or $(BLT_VENV),.venv)/bin
 
@@ -19,6 +19,11 @@ test-gpu:
 	BLT_TEST_DEVICE=cuda bash scripts/test.sh -m "not slow and not hub" tests/gpu tests/model/test_exactness.py \
 		$(patsubst %,tests/model/test_%_blt.py,cache continuous decoding generation patching speculation) \
 		tests/conformance/test_generation_suite.py tests/conformance/test_meta_reference.py
+
+# vLLM's CPU build with the plugin, and Ray; in an environment of their own (2.6 GB). `BLT_VLLM_VERSION=0.29.0 make test-vllm`: the
+# oldest that is supported. `bash scripts/test_vllm.sh -m fuzz`: a thousand random texts.
+test-vllm:
+	bash scripts/test_vllm.sh
 
 # The oldest versions that are supported, in an environment of their own (some GB).
 test-lowest:
