@@ -109,6 +109,24 @@ class Stack(torch.nn.Module):
 adapted = peft.get_peft_model(Stack(), peft.LoraConfig(target_modules=["q_proj"]))
 facts["peft_adapts_by_name"] = any("patcher.q_proj.lora_A" in name for name, _ in adapted.named_modules())
 
+def fails(function, error):
+    try:
+        function()
+    except error:
+        return True
+    return False
+
+from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling as take_columns
+from peft.tuners.lora.variants import calculate_alora_offsets
+from peft.tuners.xlora.layer import XLoraLayer
+bytes_, patches = torch.ones(1, 5, dtype=torch.bool).nonzero(), torch.zeros(1, 3, 4)
+alora = {"default": peft.LoraConfig(alora_invocation_tokens=[7, 8])}
+facts["peft_counts_positions"] = [
+    calculate_alora_offsets(alora, "default", torch.tensor([[5, 7, 8, 9]])) == [3],  # whatever a layer reads
+    fails(lambda: take_columns(patches, bytes_, ""), IndexError),
+    fails(lambda: XLoraLayer.apply_scalings_to_x(patches, torch.ones(1, 5, 2), 0), RuntimeError),
+] == [True] * 3
+
 sizes = {"token_dim": 16, "num_layers": 1, "num_attention_heads": 2}
 config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **sizes)
 try:
@@ -124,6 +142,7 @@ NAMES = [
     "in_tree_blt_cannot_decode",
     "peft_accepts_prompts",
     "peft_adapts_by_name",
+    "peft_counts_positions",
     "peft_has_no_defaults",
     "peft_looks_up_single_rows",
     "pipelines_cut_letters",

@@ -15,6 +15,7 @@ PEFT no longer needs it:
   get a gradient, and more memory, and DDP complains. Test: `peft_adapts_by_name`.
 - `_prepare_prompt_learning_config` refuses prompt learning: patches and hashes are found from bytes, and a vector is
   none. The first forward then raises without naming the cause. Test: `peft_accepts_prompts`.
+- Methods that count positions are refused: `peft_positions.py`.
 - A finder stands first in `sys.meta_path` until PEFT is imported, because `import blt_hf` may not take the time to
   import PEFT. The order of imports then matters. Test: `importing_peft_is_slow`.
 """
@@ -31,6 +32,7 @@ from torch import nn
 from ..model.embedding_blt import BltHashEmbedding
 from ..model.names_blt import add_default_targets
 from ..model.patcher_blt import BltPatcher
+from .peft_positions import refuse_counting_methods
 
 
 _READS_BAGS = ("lora.Embedding", "lora.ParamWrapper", "oft.Embedding")
@@ -155,6 +157,7 @@ def teach_peft() -> None:
     tuner = tuners_utils.BaseTuner
     if hasattr(tuner.inject_adapter, _MARK):
         return
+    refuse_counting_methods(_replace_everywhere)
     tuner.inject_adapter = _refusing_single_rows(tuner.inject_adapter)
     for cls in _with_subclasses(tuner):
         if "inject_adapter" in vars(cls):
