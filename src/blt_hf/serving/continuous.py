@@ -5,8 +5,8 @@ running row and then reads a piece of one waiting prompt, in a cache of its own;
 a free row while its neighbours go on. [`BltContinuousBatchingManager`] runs rounds in a thread and speaks to the
 outside: its queues, its results and its life cycle are those of transformers' manager.
 
-A model may have come with its own copy of the classes in `blt_hf.model` (code from the Hub). So no class is imported
-from there: the cache is the one that the model makes.
+A model may have come with its own copy of the classes in `blt_hf.model` (code from the Hub). So nothing is
+imported from this package, whose `__init__` also changes transformers: the cache is the one that the model makes.
 """
 
 import copy
@@ -27,8 +27,6 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.utils import logging
 
-from ..tokenizer.encoding import bytes_of, to_bytes
-
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +34,7 @@ _MAX_ROWS = 32  # rows of a batch where nobody says how many
 _PREFILL_BYTES = 256  # bytes of a prompt between two steps of the running rows
 _NEW_BYTES = 20  # what `generate` makes where no length is given
 _MEMORY_SHARE = 0.8  # of the memory that is free at the start
+_BYTE_OFFSET = 4  # byte `b` has id `b + 4`
 
 
 def free_memory(device: torch.device) -> int:
@@ -89,7 +88,7 @@ class _Request:
         self.state, self.config, self.processors, self.generator = state, config, processors, generator
         self.cache = None
         self.remaining = list(state.initial_tokens)
-        self.stop_strings = [to_bytes(s) for s in _as_list(config.stop_strings)]
+        self.stop_strings = [s.encode() for s in _as_list(config.stop_strings)]
 
     @property
     def max_bytes(self) -> int:
@@ -116,7 +115,8 @@ class _Request:
             longest = max(map(len, self.stop_strings))
             tail = (self.state.initial_tokens + self.state.generated_tokens[-longest:])[-longest:]
             # Ids of special tokens stand for no byte, and no stop string reaches across them.
-            tail = b"".join(bytes_of([i]) or b"\0" for i in tail)
+            offsets = (i - _BYTE_OFFSET for i in tail)
+            tail = b"".join(bytes([i]) if 0 <= i < 256 else b"\0" for i in offsets)
             is_complete = tail.endswith(tuple(self.stop_strings))
             if is_complete:
                 self.state.status = RequestStatus.FINISHED
