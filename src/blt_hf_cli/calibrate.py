@@ -27,25 +27,23 @@ from .common import (
 def calibrate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a BLT, or of an entropy model.")],
     texts: Texts,
-    patch_size: Annotated[float, typer.Option(help="Mean bytes of a patch that are wanted.")] = 4.5,
+    patch_size: Annotated[float, typer.Option(help="Mean number of bytes of a patch to reach.")] = 4.5,
     monotonic: Annotated[bool, typer.Option("--monotonic", help="The threshold is for rises of the entropy.")] = False,
-    threshold_add: Annotated[
-        float | None, typer.Option(help="Nats by which the entropy must rise as well as exceed the threshold.")
-    ] = None,
-    max_patch_length: Annotated[int | None, typer.Option(help="Longer patches are split; bytes.")] = None,
+    threshold_add: Annotated[float | None, typer.Option(help="Nats by which the entropy must also rise.")] = None,
+    max_patch_length: Annotated[int | None, typer.Option(help="Split patches of more bytes than this.")] = None,
     newline_reset: Annotated[
         bool, typer.Option("--newline-reset", help="The entropy model forgets what came before a newline.")
     ] = False,
-    write: Annotated[bool, typer.Option("--write", help="Save the rule in the config.json of MODEL.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Save the rule to the config.json of MODEL.")] = False,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
-    max_length: Annotated[int, typer.Option(help="Longer texts are cut into rows of so many bytes.")] = 8192,
+    max_length: Annotated[int, typer.Option(help="Cut longer texts into rows of this many bytes.")] = 8192,
     text_column: TextColumn = "text",
     dtype: Weights = Dtype.auto,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the entropy threshold for a patch size. What no option says is as in MODEL.
+    """Find the entropy threshold for a patch size. Options that are not given are as in MODEL.
 
     Examples:
 
@@ -90,7 +88,7 @@ def calibrate(
 
 
 def _writable_config(model: str) -> Path:
-    """The config.json of a BLT in a local folder."""
+    """Returns the config.json of a BLT in a local folder."""
     path = Path(model).expanduser() / "config.json"
     if not path.is_file():
         raise ValueError(f"--write needs a local folder with a config.json; {model} is none.")
@@ -101,7 +99,7 @@ def _writable_config(model: str) -> Path:
 
 
 def _write_settings(path: Path, found) -> None:
-    """Sets the fields of the rule and leaves all others; the file is replaced whole."""
+    """Sets the fields of the rule, keeps all others, and replaces the file in one step."""
     from blt_hf.model.configuration_blt import BltConfig
 
     content = {**json.loads(path.read_text(encoding="utf-8")), **found.settings}

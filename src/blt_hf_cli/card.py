@@ -13,19 +13,20 @@ def card(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="Folder or file to write to; MODEL itself, if it is a folder.")
     ] = None,
-    repo_id: Annotated[str | None, typer.Option(help="user/name that it will have on the Hub.")] = None,
-    license: Annotated[str | None, typer.Option(help="The Hub's name of the licence, such as apache-2.0.")] = None,
+    repo_id: Annotated[str | None, typer.Option(help="user/name of the model on the Hub.")] = None,
+    license: Annotated[str | None, typer.Option(help="The Hub's id of the licence, such as apache-2.0.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="ISO code, such as en; may be repeated.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set; may be repeated.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of the model that it was made from.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="One more tag; may be repeated.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the model that this one was made from.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A tag to add; may be repeated.")] = None,
     description: Annotated[str | None, typer.Option(help="A paragraph below the title.")] = None,
     evaluate: Annotated[
-        list[str] | None, typer.Option(help="File or folder to measure bits per byte on, for the card's results.")
+        list[str] | None,
+        typer.Option(help="File or folder on which to measure bits per byte for the card; may be repeated."),
     ] = None,
     text_column: TextColumn = "text",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write an existing README.md anew instead of adding to its metadata.")
+        bool, typer.Option("--overwrite", help="Replace an existing README.md instead of completing its metadata.")
     ] = False,
     dtype: Weights = Dtype.auto,
     device: Device = None,
@@ -34,7 +35,7 @@ def card(
 ) -> None:
     """Write a model card: README.md with the metadata that the Hub reads.
 
-    A README.md that is there keeps its text; its metadata is completed.
+    An existing README.md keeps its text, and its metadata is completed.
 
     Examples:
 

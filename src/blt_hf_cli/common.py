@@ -1,4 +1,4 @@
-"""What the commands share: options, messages in one line, loading a model by name."""
+"""Options, one-line messages and loading of models, for all commands."""
 
 import os
 import sys
@@ -33,14 +33,14 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model", "-m", envvar=MODEL_VARIABLE, show_envvar=True,
-        help="Folder or Hub id; the model that comes with the project, in a clone of it, if not given.",
+        help="Folder or Hub id. Default, in a clone of the project: the model that comes with it.",
     ),
 ]  # fmt: skip
 
 
 @contextmanager
 def plain_messages() -> Iterator[None]:
-    """Tells user errors and warnings in one line each, on stderr; an error ends the command with status 1."""
+    """Prints user errors and warnings on stderr, one line each. An error ends the command with status 1."""
 
     def show(message, *args, **kwargs):
         typer.secho(f"note: {message}", err=True, fg="yellow")
@@ -59,7 +59,7 @@ def plain_messages() -> Iterator[None]:
 
 
 def need_extra(package: str, extra: str) -> None:
-    """Says which extra of this package brings `package`, if it is missing."""
+    """Raises a `ValueError` that names the extra to install if `package` is missing."""
     from importlib.util import find_spec
 
     if find_spec(package) is None:
@@ -67,7 +67,7 @@ def need_extra(package: str, extra: str) -> None:
 
 
 def model_or_default(name: str | None) -> str:
-    """`name`, or the folder of the model that comes with the project."""
+    """Returns `name`, or the folder of the model that comes with the project."""
     if name is not None:
         return name
     for root in (Path.cwd(), Path(__file__).parents[2]):
@@ -80,7 +80,7 @@ def model_or_default(name: str | None) -> str:
 
 
 def load(load: Callable, name: str, *args, **kwargs):
-    """`load(name, ...)`; what transformers says of a name that it cannot load becomes a user error."""
+    """Calls `load(name, ...)`, and turns transformers' error for a name that cannot be loaded into a user error."""
     import blt_hf  # noqa: F401 (registers the classes)
 
     try:
@@ -92,7 +92,7 @@ def load(load: Callable, name: str, *args, **kwargs):
 
 
 def _why_not(name: str, told: str) -> str:
-    """Why `name` cannot be loaded, in words that say what to do."""
+    """Says why `name` cannot be loaded, and what to do."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         inside = [found.parent.name for found in sorted(path.glob("*/config.json"))]
@@ -135,7 +135,7 @@ def print_rows(rows: list[tuple[str, str]], title: str | None = None) -> None:
 
 
 def print_histogram(histogram: dict[int, int], num_rows: int = 16, width: int = 40) -> None:
-    """Patches by length: a bar for each length; the longest patches share the last one."""
+    """Prints a bar for each length of patches; all lengths from `num_rows` on share the last bar."""
     counts = {n: count for n, count in histogram.items() if n < num_rows}
     longer = sum(count for n, count in histogram.items() if n >= num_rows)
     total, most = sum(histogram.values()), max(*counts.values(), longer, 1)
@@ -147,7 +147,7 @@ def print_histogram(histogram: dict[int, int], num_rows: int = 16, width: int = 
 
 
 def read_input(texts: list[str] | None) -> list[str | bytes]:
-    """Texts from the command line; `-` is what stands on stdin, as bytes, and so is no text at all."""
+    """Returns the texts of the command line. `-`, or no text, stands for the bytes of stdin."""
     from blt_hf.tokenizer.encoding import to_bytes
 
     if not texts:
@@ -158,7 +158,7 @@ def read_input(texts: list[str] | None) -> list[str | bytes]:
 
 
 def write_whole(path: str, write: Callable[[Path], None]) -> None:
-    """`write(partial)` beside `path`, then moves it there, so that no reader finds half a file."""
+    """Calls `write` with a file beside `path`, then moves that file to `path`, so that no reader sees half a file."""
     target = Path(path)
     if not target.parent.is_dir():
         raise ValueError(f"{target} cannot be written: there is no folder {target.parent}.")

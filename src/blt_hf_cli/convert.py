@@ -22,20 +22,22 @@ class PatchingSource(str, Enum):
 
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id, such as facebook/blt-1b.")],
-    out: Annotated[str, typer.Argument(help="Folder to make; it appears whole or not at all.")],
+    out: Annotated[str, typer.Argument(help="Folder to make; it appears when it is complete.")],
     to: Annotated[Layout, typer.Option(help="Layout of OUT.")] = Layout.transformers,
     entropy_model: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the entropy model, if it is not in SOURCE.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Type of the weights in OUT; auto keeps each one's.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type of the weights in OUT; auto keeps the type of each tensor.")
+    ] = Dtype.auto,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Largest weights file, such as 500MB; 5GB if not given.")
+        str | None, typer.Option(help="Size limit of a weights file, such as 500MB. Default: 5GB.")
     ] = None,
     patching: Annotated[
         PatchingSource, typer.Option(help="Whose patching settings to use where the files of SOURCE disagree.")
     ] = PatchingSource.auto,
     meta_args: Annotated[
-        str | None, typer.Option(help="With --to meta: meta_args.json of the conversion that SOURCE comes from.")
+        str | None, typer.Option(help="With --to meta: the meta_args.json that the conversion to transformers wrote.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of SOURCE on the Hub.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is not empty.")] = False,

@@ -25,9 +25,11 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id: a BLT, an entropy model, or a token model.")],
     texts: Texts,
     max_length: Annotated[
-        int | None, typer.Option(help="Ids in a window; what the config says, at most 4096, if not given.")
+        int | None, typer.Option(help="Ids in a window. Default: the limit of the config, at most 4096.")
     ] = None,
-    stride: Annotated[int | None, typer.Option(help="Ids by which windows move on; half a window.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Ids from one window to the next. Default: half a window.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
     tokenizer: Annotated[str | None, typer.Option(help="Of a token model, if it is not in MODEL.")] = None,
     text_column: TextColumn = "text",
@@ -36,7 +38,9 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Bits per byte, bytes a patch and bytes a second of a model on texts; token models give the same number.
+    """Measure bits per byte, bytes a patch and bytes a second of a model on texts.
+
+    Bits per byte of a BLT, an entropy model and a token model can be compared.
 
     Examples:
 

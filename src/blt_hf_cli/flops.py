@@ -11,16 +11,16 @@ from .common import AsJson, load, plain_messages, print_rows
 def flops(
     config: Annotated[str | None, typer.Argument(help="Folder or Hub id of a BLT or a Llama-like model.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="A known shape instead: blt-1b, blt-7b, llama-3-8b or llama-3.2-1b.")
+        str | None, typer.Option(help="A known shape, instead of CONFIG: blt-1b, blt-7b, llama-3-8b or llama-3.2-1b.")
     ] = None,
     patch_bytes: Annotated[list[float] | None, typer.Option(help="Mean bytes of a patch; may be repeated.")] = None,
     context_bytes: Annotated[float, typer.Option(help="Bytes of the text.")] = 8192,
     bytes_per_token: Annotated[float, typer.Option(help="Of token models.")] = 4.4,
-    training: Annotated[bool, typer.Option("--training", help="Forward and backward instead of a forward.")] = False,
+    training: Annotated[bool, typer.Option("--training", help="Count forward and backward.")] = False,
     against: Annotated[str | None, typer.Option(help="A preset, folder or Hub id to compare with.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """FLOPs for a byte by the paper's equations, part by part, with and without the entropy model.
+    """Count FLOPs a byte by the paper's equations, part by part, with and without the entropy model.
 
     Examples:
 

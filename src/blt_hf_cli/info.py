@@ -21,25 +21,25 @@ from .common import (
 
 def info(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or Hub id, or blt-1b or blt-7b; the bundled model, if not given.")
+        str | None, typer.Argument(help="Folder or Hub id, or blt-1b or blt-7b. Default: the bundled model.")
     ] = None,
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Files or folders to find patches in (loads the weights).")
+        list[str] | None, typer.Argument(help="Files or folders in which to count patches (loads the weights).")
     ] = None,
     context_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a text, for memory and FLOPs.")] = 8192,
     patch_bytes: Annotated[
-        float | None, typer.Option(min=1, help="Mean bytes of a patch; what TEXTS say, or 4.5, if not given.")
+        float | None, typer.Option(min=1, help="Mean bytes of a patch. Default: that of TEXTS, or 4.5.")
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Type of the weights and the cache; auto is the saved one.")
+        Dtype, typer.Option(help="Type of the weights and the cache; auto is the saved type.")
     ] = Dtype.auto,
     text_column: TextColumn = "text",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Shape, parameters by part, FLOPs a byte, memory for a context, and the patches of texts.
+    """Print shape, parameters by part, FLOPs a byte, memory for a context, and the patches of texts.
 
-    The weights are read for the patches of texts alone; all else follows from the configuration.
+    Only the patches of texts need the weights; everything else is computed from the configuration.
 
     Examples:
 

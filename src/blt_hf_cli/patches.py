@@ -27,23 +27,25 @@ from .common import (
 
 
 def patches(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; - or none: what stands on stdin.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts. Default, or -: stdin.")] = None,
     model: Model = None,
     threshold: Annotated[
         float | None, typer.Option(help="Another threshold than the model's, in nats (entropy rules).")
     ] = None,
     entropies: Annotated[
-        bool, typer.Option("--entropies", help="A bar above each character: the entropy before it.")
+        bool, typer.Option("--entropies", help="Draw a bar above each character: the entropy before it.")
     ] = False,
     spell: Annotated[
-        bool, typer.Option("--spell", help="Bytes instead of a character that lies in several patches.")
+        bool, typer.Option("--spell", help="Show bytes for a character that lies in several patches.")
     ] = False,
-    svg: Annotated[str | None, typer.Option(help="Also draw the entropies and patches to this file.")] = None,
-    png: Annotated[str | None, typer.Option(help="Likewise.")] = None,
-    width: Annotated[int | None, typer.Option(help="Cells of a line; those of the terminal, if not given.")] = None,
+    svg: Annotated[str | None, typer.Option(help="Also draw entropies and patches to this SVG file.")] = None,
+    png: Annotated[str | None, typer.Option(help="Also draw entropies and patches to this PNG file.")] = None,
+    width: Annotated[int | None, typer.Option(help="Columns of a line. Default: those of the terminal.")] = None,
     corpus: Annotated[
         list[str] | None,
-        typer.Option(help="Files or folders; their patches go to files in --output, to train from.", metavar="PATH"),
+        typer.Option(
+            help="Files or folders whose patches are written to files in --output, for training.", metavar="PATH"
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option(help="Folder of Parquet files (with --corpus).")] = None,
     shard: Annotated[

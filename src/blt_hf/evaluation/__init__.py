@@ -1,4 +1,4 @@
-"""Bits per byte: as an `evaluate` metric, in `Trainer`, and of a model on texts; model cards that tell them."""
+"""Bits per byte (as an `evaluate` metric, in `Trainer`, of a model on texts), FLOPs, memory and model cards."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from .trainer import TrainerBitsPerByte
 
 
 def load_bits_per_byte(**kwargs):
-    """The metric module, as `evaluate.load` gives it; `kwargs` go there (`experiment_id`, ...)."""
+    """Loads the metric with `evaluate.load`, which gets `kwargs` (`experiment_id`, ...)."""
     import evaluate
 
     return evaluate.load(str(Path(__file__).parent / "bits_per_byte"), **kwargs)

@@ -70,12 +70,12 @@ class FlopsPerByte:
 
     @property
     def paper(self) -> float:
-        """What the paper's equations count: all but `projections` and `patcher`."""
+        """The total of the paper's equations: all parts but `projections` and `patcher`."""
         return self.without_patcher - self.projections.total
 
     @property
     def without_patcher(self) -> float:
-        """As in training with precomputed patches."""
+        """The total without the entropy model, as in training with precomputed patches."""
         return self.total - self.patcher.total
 
     @property
@@ -83,12 +83,12 @@ class FlopsPerByte:
         return sum(part.total for part in self.parts.values())
 
     def training(self) -> "FlopsPerByte":
-        """Forward and backward, which costs twice as much; the entropy model is frozen and only runs forward."""
+        """Counts forward and backward, which costs twice a forward. The frozen entropy model runs forward only."""
         return replace(self, **{name: 3 * part for name, part in self.parts.items() if name != "patcher"})
 
 
 def _self_attention_layers(config, positions: float, window: int | None) -> Flops:
-    """All layers of a stack, for one position among `positions`.
+    """Counts all layers of a stack for one position among `positions`.
 
     A position sees half of the others on average, itself included: `(m + 1) / 2` keys. So the paper counts windows
     too, though beyond the first window each position sees the whole of it.
@@ -104,7 +104,7 @@ def _self_attention_layers(config, positions: float, window: int | None) -> Flop
 
 
 def _cross_attention_layers(config, queries: float, keys: float, seen: float) -> Flops:
-    """All cross attentions of a local model, for one byte.
+    """Counts all cross attentions of a local model for one byte.
 
     Args:
         queries, keys: how many a byte; `seen`: keys of each query.
@@ -122,21 +122,20 @@ def flops_per_byte(
     context_bytes: float = DEFAULT_CONTEXT_BYTES,
     bytes_per_token: float = DEFAULT_BYTES_PER_TOKEN,
 ) -> FlopsPerByte:
-    """Operations of a forward for each byte of a text.
+    """Counts the operations of a forward for each byte of a text.
 
     Feed-forward layers are counted with the three matrices that they have. The paper writes two matrices of width
     `4 h`; three of width `8 h / 3` cost the same.
 
     Args:
         config: a [`BltConfig`], a [`BltPatcherConfig`], or the config of a Llama-like token model.
-        patch_bytes: mean bytes of a patch; what a rule gives on a text is what `blt-hf calibrate` and `blt-hf evaluate`
-            print.
+        patch_bytes: mean bytes of a patch, as `blt-hf calibrate` and `blt-hf evaluate` print it for a text.
         context_bytes: bytes of the text; a token model gets `context_bytes / bytes_per_token` tokens.
         bytes_per_token: of a token model.
     Returns:
-        [`FlopsPerByte`]; `.training()` of it counts the backward too.
+        [`FlopsPerByte`]; its method `training` adds the backward.
     Raises:
-        ValueError: the config is of another kind of model, or a number is not positive.
+        ValueError: the config is of another kind of model, or a number is below 1.
     """
     given = {"patch_bytes": patch_bytes, "context_bytes": context_bytes, "bytes_per_token": bytes_per_token}
     for name, value in given.items():

@@ -65,16 +65,16 @@ def measure_bits_per_byte(
     batch_size: int = 4,
     on_progress: Callable[[float], None] | None = None,
 ) -> Measurement:
-    """Bits per byte of a causal language model.
+    """Measures bits per byte of a causal language model.
 
-    Each text follows a start token (the tokenizer's BOS, or its EOS if it has no BOS). A text that does not fit into
-    `max_length` is read in windows that move on by `stride`; each begins with the start token and scores only what no
-    window before it did, with what is left of its room as context.
+    Each text begins with a start token (the tokenizer's BOS, or its EOS if it has no BOS). A text longer than
+    `max_length` is read in windows, each `stride` ids after the one before. Each window begins with the start token
+    and scores only ids that no window before it has scored; the ids before these are its context.
 
     Args:
         model: a BLT, a [`BltPatcher`], or any causal language model of transformers, with `tokenizer`.
-        texts: a token model needs UTF-8.
-        tokenizer: of a token model. Byte models read the bytes as they are: nothing in a text is a special token.
+        texts: UTF-8 for a token model, any bytes for a byte model.
+        tokenizer: of a token model. Byte models read the bytes as they are, without special tokens.
         max_length: ids a window, start token included; None: what the config says, at most 4096.
         stride: ids scored in each window after the first; None: half a window.
         batch_size: windows at a time.
@@ -175,7 +175,7 @@ def _token_encoder(tokenizer) -> Callable[[str | bytes], tuple[int, list[int], i
 
 
 def _windows(start: int, ids: list[int], max_length: int, stride: int) -> Iterator[_Window]:
-    """Windows of `max_length` ids that score each of `ids` once."""
+    """Yields windows of `max_length` ids that together score each of `ids` once."""
     room = max_length - 1
     scored = 0
     while scored < len(ids):
@@ -186,7 +186,7 @@ def _windows(start: int, ids: list[int], max_length: int, stride: int) -> Iterat
 
 
 def _score(model: nn.Module, windows: list[_Window], has_patches: bool) -> tuple[float, int]:
-    """Summed nats of what the windows score, and the patches that start there."""
+    """Sums the nats of the scored ids, and counts the patches that start at them."""
     width = max(len(window.ids) for window in windows)
     device = next(model.parameters()).device
     ids = pad_rows([window.ids for window in windows], 0).to(device)
@@ -207,7 +207,7 @@ def _score(model: nn.Module, windows: list[_Window], has_patches: bool) -> tuple
 
 
 def _patch_starts(patch_lengths: Tensor, width: int) -> Tensor:
-    """bool `(B, width)`: positions that start a patch."""
+    """Returns bool `(B, width)`: positions that start a patch."""
     starts = patch_lengths.cumsum(dim=1) - patch_lengths
     is_start = (patch_lengths > 0) & (starts < width)
     found = torch.zeros(patch_lengths.shape[0], width + 1, dtype=torch.int64, device=patch_lengths.device)

@@ -1,4 +1,4 @@
-"""Weights and memory from a configuration alone."""
+"""Counts weights and memory from a configuration."""
 
 import torch
 
@@ -7,7 +7,7 @@ from ..model.modeling_blt import BltForCausalLM
 
 
 def count_parameters(config: BltConfig) -> dict[str, int]:
-    """Weights of each part of a [`BltForCausalLM`], by name; nothing is allocated.
+    """Counts the weights of each part of a [`BltForCausalLM`], by name, without allocating them.
 
     Returns:
         `patcher` (if there is one), `hash_tables`, `encoder`, `global_transformer`, `decoder`, `head`.
@@ -28,7 +28,7 @@ def count_parameters(config: BltConfig) -> dict[str, int]:
 
 
 def cache_bytes(config: BltConfig, num_bytes: float, num_patches: float, dtype: str | torch.dtype) -> int:
-    """Bytes of memory of the keys and values that a cache keeps for one text.
+    """Computes the memory, in bytes, of the keys and values that a cache keeps for one text.
 
     The local models keep a window of bytes, the global transformer every patch. What else a cache holds (the open
     patch, the last ids, room to grow) does not depend on the length of the text.

@@ -10,24 +10,23 @@ from ..tokenizer.encoding import to_bytes
 
 
 class TrainerBitsPerByte:
-    """`bits_per_byte` among the results of `Trainer.evaluate`, for byte models and for token models.
+    """Adds `bits_per_byte` to the results of `Trainer.evaluate`, for byte models and for token models.
 
         metric = TrainerBitsPerByte()
         Trainer(..., compute_metrics=metric, preprocess_logits_for_metrics=metric.preprocess_logits)
 
-    Of each row only two numbers are kept, not its logits. Counted are the labels that are not -100, the first column
-    aside (nothing predicts it); special tokens count neither as nats nor as bytes.
+    Keeps two numbers of each row instead of its logits. Labels of -100, special tokens, and the first column, which
+    nothing predicts, are not counted.
 
     Args:
-        tokenizer: of a token model: how many bytes a row has is what its labels decode to. None: labels are a BLT's
-            ids.
+        tokenizer: of a token model; the bytes of a row are those of its decoded labels. None: labels are ids of a BLT.
     """
 
     def __init__(self, tokenizer=None):
         self.tokenizer = tokenizer
 
     def preprocess_logits(self, logits: Tensor | tuple, labels: Tensor) -> Tensor:
-        """Nats and counted tokens of each row, fp32 `(B, 2)`, from logits `(B, S, V)` (or a tuple that begins so)."""
+        """Sums nats and counts tokens of each row, fp32 `(B, 2)`, from logits `(B, S, V)`, alone or first in a tuple."""
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         labels = self._counted(labels)[:, 1:]
         nats = nn.functional.cross_entropy(
@@ -36,7 +35,7 @@ class TrainerBitsPerByte:
         return torch.stack([nats.view(labels.shape).sum(dim=1), (labels != IGNORED_LABEL).sum(dim=1).float()], dim=1)
 
     def _counted(self, labels: Tensor) -> Tensor:
-        """`labels` with -100 in the place of special tokens."""
+        """Replaces special tokens in `labels` by -100."""
         if self.tokenizer is None:
             is_special = (labels < BYTE_OFFSET) | (labels >= VOCAB_SIZE)
         else:
@@ -44,7 +43,7 @@ class TrainerBitsPerByte:
         return torch.where(is_special, IGNORED_LABEL, labels)
 
     def __call__(self, prediction) -> dict[str, float]:
-        """From what `Trainer` has gathered: `predictions` are those of `preprocess_logits`."""
+        """Computes the metric from what `Trainer` has gathered of `preprocess_logits`."""
         rows = torch.as_tensor(prediction.predictions, dtype=torch.float64)
         if rows.dim() != 2 or rows.shape[1] != 2:
             raise ValueError(

@@ -1,20 +1,20 @@
-"""The Auto classes: after `import blt_hf` they give this package's classes for `model_type: "blt"`.
+"""The Auto classes: after `import blt_hf` they return this package's classes for `model_type: "blt"`.
 
 What is changed, why, what breaks without it, and the test in tests/integrations/test_still_needed.py that fails when
 transformers no longer needs it:
 
-- The mappings of the Auto classes, through their own `register`, in the place of the in-tree classes. Without it a BLT
-  does not decode with a cache. Test: `in_tree_blt_cannot_decode`.
+- The mappings of the Auto classes: their own `register` replaces the in-tree classes. Without it a BLT does not decode
+  with a cache. Test: `in_tree_blt_cannot_decode`.
 - The mapping of tokenizers, with `TOKENIZER_MAPPING_NAMES` and `MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`: tokenizer
-  files name a generic class, which `AutoTokenizer` believes unless the model type is in both. Without it text becomes
-  ids by the generic class: the same ids, slower, and no `BltTokenizer`. Test: `auto_tokenizer_believes_the_files`.
+  files name a generic class, and `AutoTokenizer` uses it unless the model type is in both. Without it `AutoTokenizer`
+  returns the generic class: the same ids, slower, and no `BltTokenizer`. Test: `auto_tokenizer_believes_the_files`.
 - The tables of class names for tasks, `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` and those of the classifiers, get our classes
   (`names_blt.add_tasks`). Without it Trainer does not shift labels for the label smoothing of an entropy model, and model
   cards do not know the task of a classifier. Test: `tables_of_tasks_have_only_the_causal_model`.
-- `tokenization_auto.get_tokenizer_config` says `BltTokenizer` for files that a `BltTokenizer` has saved. Without it a
-  folder with a tokenizer and no model (an adapter's, say) gives the generic class. Test: the same.
+- `tokenization_auto.get_tokenizer_config` returns `BltTokenizer` for files that a `BltTokenizer` has saved. Without it a
+  folder with a tokenizer and no model, such as an adapter's, gives the generic class. Test: the same.
 
-`register_for_auto_class` concerns our own classes alone: `save_pretrained` then ships the code.
+`register_for_auto_class` changes our own classes only: `save_pretrained` then also writes the code.
 """
 
 import functools

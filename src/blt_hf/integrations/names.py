@@ -1,10 +1,10 @@
-"""The module `transformers`: the names of its in-tree BLT give this package's classes.
+"""The module `transformers`: the names of its in-tree BLT classes refer to this package's classes.
 
 - Changed: `transformers.BltForCausalLM` and its eight siblings, and the names that this package adds (see
   `model/names_blt.py`). `transformers.models.blt` keeps the in-tree classes.
 - Why: TRL, `transformers serve` and pipelines take the class that `architectures` in config.json names from there.
-- Without it: they train and serve the in-tree class without a word, or fail in its cached forward.
-- The test that fails when it can go: `in_tree_blt_cannot_decode` in tests/integrations/test_still_needed.py.
+- Without it: they train and serve the in-tree class silently, or fail in its cached forward.
+- The test that fails when it is no longer needed: `in_tree_blt_cannot_decode` in tests/integrations/test_still_needed.py.
 
 There are several module objects of that name to write to: `processing_utils_runs_transformers_again` in the same file
 fails when there is one.

@@ -40,12 +40,12 @@ _MARK = "_knows_blt"
 
 
 def _sums_bags(module: nn.Module | None) -> bool:
-    """Whether a module looks up many rows for each position, and sums them; by name too, for code from the Hub."""
+    """Whether a module sums many rows for each position. Compares names, so that it knows code from the Hub."""
     return any(cls.__name__ == BltHashEmbedding.__name__ for cls in type(module).__mro__)
 
 
 def _summing_bags(embed):
-    """LoRA's own look-up, which the rank-`r` rows of a bag leave one by one."""
+    """Wraps LoRA's look-up, which returns the rows of a bag one by one, and sums them."""
 
     @functools.wraps(embed)
     def wrapper(self, *args, **kwargs):
@@ -56,13 +56,13 @@ def _summing_bags(embed):
 
 
 def _holds_patcher(module: nn.Module) -> bool:
-    """Whether a module is a BLT with an entropy model; by name, for code from the Hub."""
+    """Whether a module is a BLT with an entropy model. Compares names, so that it knows code from the Hub."""
     return any(cls.__name__ == BltPatcher.__name__ for cls in type(module._modules.get("patcher")).__mro__)
 
 
 @contextmanager
 def _hidden_patchers(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """Walks over the modules of `model` do not meet the entropy models in it; gives these. It may be entered again."""
+    """Hides the entropy models in `model` from `named_modules`, and yields them. Can be nested."""
     holders = [module for module in model.modules() if _holds_patcher(module) and "named_modules" not in vars(module)]
 
     def hide(holder: nn.Module) -> None:
@@ -83,7 +83,7 @@ def _hidden_patchers(model: nn.Module) -> Iterator[list[nn.Module]]:
 
 
 def _sparing_patchers(function, argument: int):
-    """A function of PEFT that walks over the modules of a model, its argument at position `argument`."""
+    """Wraps a function of PEFT so that it does not see entropy models. Its model is the argument at `argument`."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -134,7 +134,7 @@ def _refusing_prompts(prepare):
 
 
 def _replace_everywhere(module, name: str, wrap) -> None:
-    """Wraps a function of PEFT, also where it has been imported by name."""
+    """Wraps a function of PEFT in every module that has imported it by name."""
     function = getattr(module, name)
     wrapper = wrap(function)
     for other in list(sys.modules.values()):
@@ -149,7 +149,7 @@ def _with_subclasses(cls: type) -> Iterator[type]:
 
 
 def teach_peft() -> None:
-    """Changes PEFT, which has been imported."""
+    """Makes all changes to PEFT, which must have been imported."""
     add_default_targets()
     tuners_utils, lora, other = (
         importlib.import_module(f"peft.{name}") for name in ("tuners.tuners_utils", "tuners.lora.layer", "utils.other")
@@ -169,7 +169,7 @@ def teach_peft() -> None:
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Calls [`teach_peft`] once `peft` has been imported, and changes nothing else about the import."""
+    """Calls [`teach_peft`] when `peft` is imported, and changes nothing else about the import."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != "peft":
@@ -191,7 +191,7 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
 
 
 def teach_peft_when_imported() -> None:
-    """Calls [`teach_peft`] now if `peft` is there, else when it comes."""
+    """Calls [`teach_peft`] now if `peft` has been imported, else when it is imported."""
     if "peft" in sys.modules:
         teach_peft()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):

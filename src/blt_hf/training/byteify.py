@@ -1,7 +1,7 @@
 """From a token model to a BLT: the global transformer starts from the layers of a pretrained Llama.
 
 Source: arXiv 2412.09871, section 6.2 ("byteifying" Llama 3): the global transformer from the token model's weights, with
-a tenth of the learning rate of the local models, which start from nothing.
+a tenth of the learning rate of the local models, which have random weights.
 """
 
 import copy
@@ -42,18 +42,18 @@ def byteify(
     patcher: BltPatcher | None = None,
     **overrides,
 ) -> BltForCausalLM:
-    """A BLT whose global transformer computes what the layers of `token_model` compute, and whose rest is new.
+    """Makes a BLT whose global transformer computes what the layers of `token_model` compute; the rest is new.
 
-    Queries and keys are reordered, since Llama rotates the halves of a head and BLT its pairs of neighbours. Embeddings
-    and head are left behind. BLT's global transformer has no norm at its end; the weight of the token model's final
-    norm goes into the columns of the decoder's patch projection, and its division by the length of the state changes
-    nothing, because every latent is normalised when it is read.
+    Queries and keys are reordered: Llama rotates the two halves of a head, BLT pairs of neighbours. Embeddings and head
+    are not used. BLT's global transformer has no final norm. The weight of the token model's final norm is multiplied
+    into the columns of the decoder's patch projection; its normalisation is not needed, because every latent is
+    normalised when it is read.
 
     Args:
         token_model: a model of type llama or mistral, with or without its head.
-        config: of the BLT to make; None: that of [`byteify_config`] with `overrides`.
-        patcher: the entropy model; it may be None with patching modes that need none.
-        overrides: fields of [`BltConfig`] that [`byteify_config`] is to set (without `config`).
+        config: of the new BLT; None: [`byteify_config`] with `overrides`.
+        patcher: the entropy model; None with patching modes that need none.
+        overrides: fields of [`BltConfig`] for [`byteify_config`]; not together with `config`.
     Returns:
         [`BltForCausalLM`] in the dtype of `token_model` and on its device.
     Raises:
@@ -87,15 +87,15 @@ def byteify(
 
 
 def byteify_config(token_config, patcher: BltPatcher | None = None, **overrides) -> BltConfig:
-    """The config of a BLT around the layers of a token model.
+    """Makes the config of a BLT around the layers of a token model.
 
-    The local models get a quarter of the width, in 4 latents a patch, one encoder layer and a decoder layer for each
-    five of the token model, near the proportions of the released 7B.
+    The local models have a quarter of the width, 4 latents a patch, one encoder layer, and one decoder layer for every
+    five layers of the token model. These proportions are near those of the released 7B.
 
     Args:
         token_config: of a model of type llama or mistral.
-        patcher: the entropy model, whose config is taken over.
-        overrides: fields of [`BltConfig`] to set; dicts for the components replace single fields of theirs.
+        patcher: the entropy model; its config becomes `patcher_config`.
+        overrides: fields of [`BltConfig`] to set; a dict for a component sets single fields of it.
     Raises:
         ValueError: the token model has a part that a BLT cannot hold.
     """
@@ -132,10 +132,10 @@ def byteify_parameter_groups(
     global_scale: float = GLOBAL_LEARNING_RATE_SCALE,
     weight_decay: float = 0.1,
 ) -> list[dict]:
-    """Parameter groups for an optimizer: what came from the token model learns `global_scale` times as fast.
+    """Makes parameter groups for an optimizer: layers from the token model learn `global_scale` times as fast.
 
-    These are the layers of the global transformer; its input projection is new and learns with the local models.
-    Norms and biases get no weight decay, and parameters that do not train (the entropy model) are in no group.
+    These are the layers of the global transformer; its input projection is new and learns as the local models do.
+    Norms and biases get no weight decay. Frozen parameters, such as the entropy model's, are in no group.
 
     Returns:
         groups with `params`, `lr`, `weight_decay` and `name`, empty ones left out.
@@ -169,7 +169,7 @@ def byteify_optimizer(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> tuple[type[torch.optim.Optimizer], dict]:
-    """AdamW over [`byteify_parameter_groups`], as `Trainer(optimizer_cls_and_kwargs=...)` takes it.
+    """Returns AdamW with [`byteify_parameter_groups`], for `Trainer(optimizer_cls_and_kwargs=...)`.
 
     The schedule of `TrainingArguments` then scales the rate of each group.
     """
@@ -178,10 +178,10 @@ def byteify_optimizer(
 
 
 def interleave_rotary_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows of a query or key projection reordered from Llama's rotation to BLT's, `(H * D, W)` -> `(H * D, W)`.
+    """Reorders the rows of a query or key projection for BLT's rotation, `(H * D, W)` -> `(H * D, W)`.
 
     Llama rotates row `i` of a head with row `i + D / 2`, BLT row `2i` with row `2i + 1`, by the same angle. Queries and
-    keys change alike, so their products stay.
+    keys are reordered in the same way, so their products stay the same.
 
     Example: heads of 4 rows, `0 1 2 3 -> 0 2 1 3`.
     """
@@ -206,7 +206,7 @@ def _check_tensors(base: nn.Module) -> None:
 
 
 def _global_fields(config) -> dict:
-    """Fields of the global transformer's config, from those of a token model."""
+    """Translates the config of a token model to the fields of the global transformer's config."""
     kind = getattr(config, "model_type", None)
     if kind not in _TOKEN_MODEL_TYPES:
         raise ValueError(
@@ -261,7 +261,7 @@ def _check_shapes(shape: dict, config: BltConfig) -> None:
 
 
 def _layer_weights(base: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the global transformer's layers by name."""
+    """Returns the tensors of the global transformer's layers by name."""
     config, state = base.config, base.layers.state_dict()
     expected = {f"{index}.{name}" for index in range(config.num_hidden_layers) for name in _LAYER_TENSORS}
     if state.keys() != expected:

@@ -14,9 +14,9 @@ from .data import PatchFinder, check_texts, pad_rows, without_next_byte
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold, and the patches that it makes of the texts that it was found on.
+    """A threshold, and the patches of the texts on which it was found.
 
-    The first position of each row, a patch of its own by every rule (the BOS), is not counted.
+    The BOS of each row is a patch of its own by every rule; it is not counted.
 
     Attributes:
         rule: the rule with its new threshold.
@@ -37,7 +37,7 @@ class Calibration:
 
     @property
     def threshold(self) -> float:
-        """Nats: of an entropy, or of a rise of it with `rule.monotonicity`."""
+        """In nats: of the entropy, or with `rule.monotonicity` of its rise."""
         return self.rule.threshold
 
     @property
@@ -53,7 +53,7 @@ class Calibration:
         }
 
     def apply(self, config):
-        """Writes the rule into a [`BltConfig`] (or that of a model) and gives it back; it counts from the next forward.
+        """Writes the rule into a [`BltConfig`], or that of a model, and returns it. The next forward uses the rule.
 
         Raises:
             ValueError: the config cannot hold the rule.
@@ -83,11 +83,11 @@ def calibrate_threshold(
 ) -> Calibration:
     """Finds the threshold with which patches hold `target_patch_size` bytes on average.
 
-    The entropy model runs once over the texts. The search then cuts them into patches by the rule itself, so that
-    every part of it (first patches, longest patches) counts, and ends at the closest mean that any threshold gives.
+    The entropy model runs once over the texts. The search then applies the whole rule at many thresholds, and returns
+    the one whose mean is closest.
 
     Args:
-        patcher: a [`BltPatcher`], or a BLT, whose rule then gives what is None below.
+        patcher: a [`BltPatcher`], or a BLT. The rule of a BLT gives the values of arguments that are None.
         texts: texts like those that the model will see, and that the entropy model was not trained on; or lists of ids
             that begin with a BOS.
         target_patch_size: bytes.
@@ -136,7 +136,7 @@ def calibrate_threshold(
 
 
 def _rows(text: str | bytes | Sequence[int], tokenizer, max_length: int) -> Iterator[list[int]]:
-    """The ids of a text in rows of at most `max_length`. If its first id is special, each row begins with it."""
+    """Yields the ids of a text in rows of at most `max_length`. If the first id is special, each row begins with it."""
     if not isinstance(text, (str, bytes)):
         ids = list(text)
     elif tokenizer is not None:
@@ -150,7 +150,7 @@ def _rows(text: str | bytes | Sequence[int], tokenizer, max_length: int) -> Iter
 
 
 def _entropies(finder: PatchFinder, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Entropies fp32 `(B, S)` and mask of a batch, on the CPU."""
+    """Computes entropies, fp32 `(B, S)`, and mask of a batch, on the CPU."""
     mask = pad_rows([[1] * len(row) for row in rows], 0)
     device = finder.patcher.device
     entropies = finder.entropies(pad_rows(rows, 0).to(device), mask.to(device))
@@ -160,7 +160,7 @@ def _entropies(finder: PatchFinder, rows: list[list[int]]) -> tuple[Tensor, Tens
 def _search(
     rule: PatchingRule, newline_reset: bool, batches: list[tuple[Tensor, Tensor]], target: float
 ) -> Calibration:
-    """Searches all thresholds that make a difference by bisection: the mean never falls as the threshold rises."""
+    """Bisects all thresholds that make a difference; the mean never falls as the threshold rises."""
     scores = []
     for entropies, mask in batches:
         if rule.monotonicity:
@@ -170,7 +170,7 @@ def _search(
     scores = torch.cat(scores).unique()
 
     def rule_at(index: int) -> PatchingRule:
-        """With a threshold that the scores from `index` on exceed."""
+        """Returns the rule with a threshold that exactly the scores from `index` on exceed."""
         if index == 0:
             threshold = scores[0] - 1
         elif index == len(scores):
@@ -182,7 +182,7 @@ def _search(
         return dataclasses.replace(rule, threshold=float(threshold))
 
     def count(at: PatchingRule) -> Tensor:
-        """Patches by length, int64."""
+        """Counts patches by length, int64."""
         counts = torch.zeros(1, dtype=torch.int64)
         for entropies, mask in batches:
             lengths = compute_patch_lengths(at, entropies=entropies, attention_mask=mask)

@@ -1,7 +1,7 @@
-"""Patches of a corpus that is too large for one process: each machine takes a share, and takes up where it was stopped.
+"""Patches of a corpus that is too large for one process: each machine computes one shard, and can be restarted.
 
-A share (a *shard*) is every `n`-th text. Its rows go to files of their own, each of which is there whole or not at all.
-So a process that is killed loses the file that it was working on, and the same call again goes on behind the last one.
+A shard is every `n`-th text. Its rows are written to files, and each file appears only when it is complete. So a process
+that is killed loses at most one file; the same call continues after the last complete one.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ EOS_TOKEN_ID = 2
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What a shard came to.
+    """Numbers of a shard.
 
     Attributes:
         num_texts: texts of this shard.
         num_rows, num_bytes: rows in its files, and ids in these.
         num_files: files of the shard.
-        num_new_files, num_new_bytes: those that this call has made; the others were there.
-        seconds: that finding and writing patches took.
+        num_new_files, num_new_bytes: those that this call has written.
+        seconds: time to find and write patches.
     """
 
     num_texts: int
@@ -45,7 +45,7 @@ class ShardSummary:
 
     @property
     def bytes_per_second(self) -> float:
-        """Of the new files; 0 where all were there."""
+        """Of the new files; 0 if this call wrote none."""
         return self.num_new_bytes / self.seconds if self.num_new_bytes else 0.0
 
 
@@ -63,28 +63,27 @@ def write_patches(
 ) -> ShardSummary:
     """Writes rows of ids with their patches, as [`PrecomputePatches`] finds them, to Parquet files.
 
-    Texts stand one after the other with an EOS behind each; rows have a BOS and `context - 1` of these ids. So
-    `datasets.load_dataset("parquet", data_files=f"{output}/*.parquet")` is what `Trainer` trains on, with columns
-    `input_ids` and `patch_lengths`.
+    The texts are joined, each followed by an EOS, and cut into rows of a BOS and `context - 1` ids. `Trainer` trains on
+    `datasets.load_dataset("parquet", data_files=f"{output}/*.parquet")`, with columns `input_ids` and `patch_lengths`.
 
-    Files are called `patches-00003-of-00016-000000.parquet`; when the shard is complete there is a
-    `patches-00003-of-00016.json` with its numbers. `settings.json` says what the files were made from.
+    Files are called `patches-00003-of-00016-000000.parquet`. When the shard is complete, its numbers are written to
+    `patches-00003-of-00016.json`. `settings.json` records from what the files were made.
 
     Args:
         model: a BLT, or an entropy model together with `rule`.
-        paths: files and folders, as [`read_texts`] takes them. They are read from beginning to end, but not kept.
-        output: a folder, which is made.
-        shard: `(i, n)`: the texts number `i`, `i + n`, `i + 2n` ... of the corpus.
+        paths: files and folders, as [`read_texts`] takes them. They are read as a stream.
+        output: a folder; made if it does not exist.
+        shard: `(i, n)`: texts `i`, `i + n`, `i + 2n` ... of the corpus.
         context: ids of a row, at least 2.
         rows_per_file: rows of a file.
         batch_size: rows that the entropy model reads at once.
         column: which field of a `.jsonl` line is the text.
-        rule: patches by another rule than the model's.
-        on_progress: called with the number of ids of each file, also of those that were there.
+        rule: another rule than the model's.
+        on_progress: called with the number of ids of each file, also of existing ones.
     Returns:
         A [`ShardSummary`].
     Raises:
-        ValueError: an argument that is not as above, no text at all, or files in `output` that were made from others.
+        ValueError: an argument that is not as above, no text, or files in `output` with other settings.
     """
     index, count = shard
     if not (0 <= index < count):
@@ -126,7 +125,7 @@ def write_patches(
 
 
 class _Texts:
-    """Every `count`-th text from `index` on, and how many there were."""
+    """Iterates over every `count`-th text from `index` on, and counts all texts and these."""
 
     def __init__(self, texts: Iterator[bytes], index: int, count: int):
         self._texts, self._index, self._count = texts, index, count
@@ -141,7 +140,7 @@ class _Texts:
 
 
 def _rows(texts: Iterable[bytes], context: int) -> Iterator[list[int]]:
-    """Rows of `context` ids, the last of which may be shorter."""
+    """Yields rows of `context` ids; the last may be shorter."""
     ids: list[int] = []
     for text in texts:
         ids += [*byte_ids(text), EOS_TOKEN_ID]
@@ -154,7 +153,7 @@ def _rows(texts: Iterable[bytes], context: int) -> Iterator[list[int]]:
 
 
 def _describe(find: PrecomputePatches, paths: list, column: str, count: int, context: int, rows_per_file: int) -> dict:
-    """What decides what stands in the files, of all shards."""
+    """Returns all settings that change the content of the files, the same for all shards."""
     finder = find.finder
     files = [(path.relative_to(root).as_posix(), path.stat().st_size) for root in paths for path in find_files([root])]
     return {
@@ -179,7 +178,7 @@ def _hash_weights(module: nn.Module) -> str:
 
 
 def _check_settings(path: Path, settings: dict) -> None:
-    """Writes `settings`, or compares them with those that a process has written before, of this machine or another."""
+    """Writes `settings`, or compares them with those that another process has written."""
     partial = path.with_name(f".{os.getpid()}-{time.time_ns()}-{path.name}.partial")
     partial.write_text(json.dumps(settings, indent=2) + "\n")
     try:
@@ -215,7 +214,7 @@ def _write_file(path: Path, rows: list[list[int]], find: PrecomputePatches, batc
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(partial)` beside `path`, then moves it there, so that no reader finds half a file, even if power fails."""
+    """Calls `write` with a file beside `path`, syncs it, and moves it to `path`: no reader ever sees half a file."""
     partial = path.with_name(f".{os.getpid()}-{path.name}.partial")
     try:
         write(partial)

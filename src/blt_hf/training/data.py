@@ -1,4 +1,4 @@
-"""Data sets of bytes: texts from files, patches computed once before training, batches that carry them."""
+"""Data sets of bytes: texts from files, patches computed once before training, and batches with these patches."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from ..tokenizer.encoding import byte_ids, to_bytes
 
 
 def read_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> list[bytes]:
-    """The texts that files hold.
+    """Reads the texts of files.
 
     Args:
         paths: files or folders (all files below them, in the order of their names, hidden ones left out). `.jsonl`
@@ -33,7 +33,7 @@ def read_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> list
 
 
 def stream_texts(paths: Iterable[str | os.PathLike], column: str = "text") -> Iterator[bytes]:
-    """The same one by one, for files that are larger than memory; none where there is no text."""
+    """Yields the texts of [`read_texts`] one by one, for files that are larger than memory. No text is no error."""
     if isinstance(paths, (str, os.PathLike)):
         raise ValueError(f"`paths` must be a list of files and folders; got one {type(paths).__name__}: {paths}.")
     for path in find_files(paths):
@@ -54,7 +54,7 @@ def _lines(path: Path, column: str) -> Iterator[bytes]:
 
 
 def find_files(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
-    """Files, and those below folders in the order of their names, hidden ones left out.
+    """Yields files, and the files in folders in the order of their names, without hidden ones.
 
     Raises:
         ValueError: nothing is there.
@@ -70,7 +70,7 @@ def find_files(paths: Iterable[str | os.PathLike]) -> Iterator[Path]:
 
 
 def check_texts(texts: Iterable) -> None:
-    """Refuses one text where several are wanted: its characters would be taken for texts.
+    """Refuses one text instead of a list; otherwise each of its characters would become a text.
 
     Raises:
         ValueError: `texts` is a str or bytes.
@@ -82,7 +82,7 @@ def check_texts(texts: Iterable) -> None:
 def pad_rows(
     rows: Sequence[Sequence], value: float, side: str = "right", multiple: int | None = None, dtype=torch.int64
 ) -> Tensor:
-    """Rows of different lengths as a tensor `(B, longest row)`, padded with `value` on `side`.
+    """Makes a tensor `(B, longest row)` of rows of different lengths, padded with `value` on `side`.
 
     The width is at least 1 and, if given, a multiple of `multiple`.
     """
@@ -97,7 +97,7 @@ def pad_rows(
 
 
 def without_next_byte(patch_lengths: Tensor) -> Tensor:
-    """Patch lengths without the next, not yet known byte, which the model counts to the last patch.
+    """Takes the next byte out of patch lengths. It is not known yet, but the model counts it in the last patch.
 
     Args:
         patch_lengths: int64 `(B, P)`, rows that sum to their bytes plus 1, as the model gives them.
@@ -116,16 +116,16 @@ class PrecomputePatches:
 
         dataset = dataset.map(PrecomputePatches(model), batched=True, batch_size=16)
 
-    Rows hold `input_ids`, cut to the length that they will have in training (and, if there, `attention_mask` and
-    `position_ids`, as the model takes them). Patch lengths cover the text of a row and the byte after it, which is
-    how the forward of the model wants them. The model itself is not kept, only its entropy model and its rule.
+    Rows hold `input_ids`, cut to their length in training, and may hold `attention_mask` and `position_ids` for the
+    forward. Patch lengths cover the text of a row and the byte after it, as the forward expects. Only the entropy model
+    and the rule are kept, not the model.
 
     Args:
         model: a BLT, or a [`BltPatcher`] together with `rule`.
-        rule: patches by another rule than the model's.
-        add_entropies: also add a column `entropies` (nats of the byte after each byte), to calibrate from, say. The
+        rule: another rule than the model's.
+        add_entropies: also add a column `entropies` (nats of the byte after each byte), for instance to calibrate. The
             model does not read it.
-        device: where to run the entropy model; None: where it is.
+        device: device of the entropy model; None: it stays where it is.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class PrecomputePatches:
         self.device = device
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        """The new columns of a batch of `map(batched=True)`, or of one row."""
+        """Returns the new columns of a batch of `map(batched=True)`, or of one row."""
         is_row = isinstance(batch["input_ids"][0], int)
         names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in batch]
         columns = {name: [batch[name]] if is_row else batch[name] for name in names}
@@ -174,10 +174,10 @@ class BltDataCollator:
     """Makes a batch of rows of ids: `input_ids`, `attention_mask`, `labels`, and `patch_lengths` if the rows have them.
 
     Attributes:
-        padding_free: join the texts to one row whose `position_ids` restart at each, instead of padding them.
-        padding_side: where padding goes, "right" or "left".
-        pad_to_multiple_of: width of the batch (not with `padding_free`).
-        pad_token_id: what stands at padding; the model does not read it.
+        padding_free: join the texts to one row, whose `position_ids` restart at each text, instead of padding them.
+        padding_side: "right" or "left".
+        pad_to_multiple_of: the width of the batch is a multiple of this (not with `padding_free`).
+        pad_token_id: id of padding; the model does not read it.
 
     Rows without `labels` are trained on all of their ids; `labels` are -100 at padding.
     """

@@ -1,4 +1,4 @@
-"""An optimizer for models whose hash tables are most of their weights, and of which a batch touches few rows."""
+"""An optimizer for hash tables, which are most of a model's weights, and of which a batch reads few rows."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,15 +12,15 @@ from ..model.embedding_blt import BltHashEmbedding
 class BltAdamW(torch.optim.AdamW):
     """AdamW, with row-wise Adagrad for parameter groups that have `row_wise=True`.
 
-    Row-wise Adagrad keeps one number of state for each row and works on sparse gradients; recommendation models train
-    their tables with it. The released 1B has 3.07 of its 4.53 billion weights in hash tables, 3 million rows of which a
-    step touches at most `bytes x tables`. A dense gradient would be as large as the tables, and AdamW's state twice
-    that. Here the state is 4 bytes a row, and a step costs what the rows cost that it touches.
+    Row-wise Adagrad works on sparse gradients and keeps one number for each row; recommendation models train their
+    tables with it. The released 1B has 3.07 of its 4.53 billion weights in hash tables of 3 million rows, and a step
+    reads at most `bytes x tables` of these rows. A dense gradient would be as large as the tables, and AdamW's state
+    twice as large. Here the state is 4 bytes a row, and the time of a step depends only on the rows that it reads.
 
-    Gradients of such groups are taken away as the backward pass makes them, and kept until `step`: what clips or
-    measures gradients in between, as `Trainer` does, has no code for sparse ones. So they are not clipped; Adagrad
-    divides by their size and does not need it. Rows get no weight decay. `eps` holds for all groups.
-    [`split_parameters`] makes the groups.
+    The backward pass hands gradients of such groups to the optimizer, which keeps them until `step`, because code that
+    clips or measures gradients, as in `Trainer`, cannot handle sparse ones. So they are not clipped. Adagrad divides by
+    their size and does not need clipping. Rows get no weight decay. `eps` applies to all groups. [`split_parameters`]
+    makes the groups.
 
     Raises:
         ValueError: a row-wise parameter is not two-dimensional, or got a dense gradient.
@@ -94,11 +94,11 @@ class BltAdamW(torch.optim.AdamW):
 
 
 def split_parameters(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:
-    """Parameter groups for [`BltAdamW`]: weights, vectors (no decay), and hash tables, whose gradients become sparse.
+    """Makes parameter groups for [`BltAdamW`]: weights, vectors (no decay), and hash tables (sparse gradients).
 
     Args:
-        model: any model that holds a BLT; what is frozen is left out.
-        weight_decay: of the first group, as in Trainer not for norms and biases.
+        model: any model that holds a BLT; frozen parameters are left out.
+        weight_decay: of the first group. As in Trainer, norms and biases have none.
     Returns:
         groups that are not empty.
     """

@@ -1,4 +1,4 @@
-"""Bits per byte, as a metric module of `evaluate`. It stands alone: nothing here needs `blt_hf`."""
+"""Bits per byte, as a metric module of `evaluate`. Does not need `blt_hf`."""
 
 import math
 
