@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from prometheus_client import REGISTRY, Counter
+from prometheus_client import Counter
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 from vllm.config import VllmConfig
@@ -18,6 +18,16 @@ from . import logger
 from .attention import StackAttention
 from .settings import BltOptions, MemoryPlan, blt_config, num_drafts
 from .state import BltState
+
+
+EVENTS = {
+    name: (text, Counter(f"blt_hf_{name}_patches", text))
+    for name, text in {
+        "split": "A patch reached `max_patch` bytes and was split; such texts are not exactly the model's.",
+        "merged": "A text has more patches than `bytes_per_slot` leaves memory for; some were merged.",
+    }.items()
+}
+"""What makes a text another than the model's, and vLLM's counter of it (of this process)."""
 
 
 class BltForCausalLM(nn.Module, HasInnerState):
@@ -103,30 +113,20 @@ class BltForCausalLM(nn.Module, HasInnerState):
 
 
 class _Counters:
-    """Shows how often a text is not exactly the model's: in vLLM's metrics, and once in the log."""
-
-    EVENTS = {
-        "split": "A patch reached `max_patch` bytes and was split; texts with such patches are not exactly the model's.",
-        "merged": "A text has more patches than `bytes_per_slot` leaves memory for; some were merged.",
-    }
+    """Shows how often a text is not exactly the model's: in vLLM's metrics, and the first time in the log."""
 
     def __init__(self):
-        self._seen = dict.fromkeys(self.EVENTS, 0)
-        self._counters = {name: _counter(f"blt_hf_{name}_patches", text) for name, text in self.EVENTS.items()}
+        self._seen = dict.fromkeys(EVENTS, 0)
 
     def update(self, ragged: RaggedBlt) -> None:
         for name, count in (("split", ragged.num_split), ("merged", ragged.num_merged)):
             new = count - self._seen[name]
             if new:
+                text, counter = EVENTS[name]
                 if not self._seen[name]:
-                    logger.warning(self.EVENTS[name])
-                self._counters[name].inc(new)
+                    logger.warning(text)
+                counter.inc(new)
                 self._seen[name] = count
-
-
-def _counter(name: str, text: str) -> Counter:
-    known = REGISTRY._names_to_collectors.get(name)  # a process may build several engines
-    return known or Counter(name, text)
 
 
 __all__ = ["BltForCausalLM"]
