@@ -1,13 +1,14 @@
 """The cache: what it keeps and for how long, what may be done to it, and that training through it is exact."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from blt_hf import BltForCausalLM
 from blt_hf.model.cache_blt import BltCache, SlotAccess, Slots, SlotTensor, log_field
@@ -505,11 +506,58 @@ def test_foreign_caches_are_refused(model, ids, make):
 
 
 @torch.no_grad()
-def test_empty_foreign_caches_are_placeholders(model, ids):
-    out = model(ids[:, :20], past_key_values=DynamicCache())
-    assert type(out.past_key_values) is BltCache
+@pytest.mark.parametrize("make", [lambda config: DynamicCache(), lambda config: DynamicCache(config=config)])
+def test_an_empty_dynamic_cache_is_filled_in_place(model, ids, make):
+    cache, expected = make(model.config), model(ids[:1], use_cache=False).logits
+    out = model(ids[:1, :-3], past_key_values=cache, use_cache=True)
+    assert out.past_key_values is cache and isinstance(cache, DynamicCache) and isinstance(cache, BltCache)
+    assert cache.get_seq_length() == ids.shape[1] - 3
+    for kept in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
+        assert isinstance(kept, DynamicCache)
+        torch.testing.assert_close(model(ids[:1, -3:], past_key_values=kept).logits, expected[:, -3:])
+    cache.crop(ids.shape[1] - 1)
+    torch.testing.assert_close(model(ids[:1, -1:], past_key_values=cache).logits, expected[:, -1:])
+    cache.reset()
+    torch.testing.assert_close(model(ids[:1], past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "way", [{}, {"num_beams": 2}, {"self_speculation_window": 3}, {"prompt_lookup_num_tokens": 3}]
+)
+def test_generate_fills_a_dynamic_cache(model, ids, way):
+    settings = {"do_sample": False, "eos_token_id": None, **way}
+    expected = model.generate(ids[:, :20], max_new_tokens=12, **settings)
+    cache = DynamicCache()
+    first = model.generate(ids[:, :20], past_key_values=cache, max_new_tokens=6, **settings)
+    assert cache.get_seq_length() == first.shape[1] - 1
+    if "num_beams" not in way:
+        second = model.generate(first, past_key_values=cache, max_new_tokens=6, **settings)
+        assert second.tolist() == expected.tolist()
+
+
+class OwnCache(DynamicCache):
+    pass
+
+
+@torch.no_grad()
+def test_other_empty_caches_are_refused(model, ids):
     static = StaticCache(config=model.config.decoder_config, max_cache_len=4)
-    assert type(model(ids[:, :20], past_key_values=static).past_key_values) is BltCache
+    for cache in (
+        OwnCache(),
+        static,
+        DynamicCache(offloading=True),
+        EncoderDecoderCache(DynamicCache(), DynamicCache()),
+    ):
+        with pytest.raises(ValueError, match=f"`past_key_values` must be .*got {type(cache).__name__}"):
+            model(ids[:, :20], past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
+def test_a_cache_of_another_copy_of_the_code_is_told_apart(model, ids):
+    other = type("BltCache", (DynamicCache,), {"__module__": "transformers_modules.some.cache_blt"})()
+    with pytest.raises(ValueError, match=r"BltCache of blt_hf.*got BltCache, of transformers_modules\.some"):
+        model(ids, past_key_values=other)
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from .checks_blt import cache_facts
+from .checks_blt import cache_facts, check_cache
 from .patching_blt import PATCHING_MODES, PatchingRule
 from .recording_blt import Recorder
 
@@ -393,7 +393,8 @@ class BltCache(Cache):
         self.global_transformer = [
             BltCacheLayer(self, self.patch_slots, "num_patches", None) for _ in range(num_global)
         ]
-        super().__init__(layers=[*self.encoder, *self.decoder, *self.global_transformer, *self.patcher])
+        # Not `super()`: in a [`BltDynamicCache`] that is a DynamicCache, which makes other layers.
+        Cache.__init__(self, layers=[*self.encoder, *self.decoder, *self.global_transformer, *self.patcher])
         self.log = ByteLog(self.recent_slots)
         self.byte_states = [SlotTensor(self.recent_slots) for _ in range(num_cross[0])]  # (B, size, W)
         # (B, size, K*H_kv*D), keys and values for each cross attention
@@ -763,13 +764,43 @@ class BltCache(Cache):
         self._clear()
 
 
+class BltDynamicCache(BltCache, DynamicCache):
+    """A caller's own `DynamicCache` that a BLT writes to: the same object, and still a `DynamicCache`."""
+
+
+def cache_to_write(cache, config) -> BltCache:
+    """The caller's cache, ready for a model of this configuration. An empty `DynamicCache` becomes a BLT's in place.
+
+    Raises:
+        ValueError: another cache, one of another model, or one that moves its layers away (`offloading`).
+    """
+    if isinstance(cache, BltCache):
+        if cache.config is not config:
+            check_cache(cache.made_for, config)
+            cache.config = config  # so that the next call need not compare
+        return cache
+    if type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading:
+        vars(cache).clear()
+        cache.__class__ = BltDynamicCache
+        BltCache.__init__(cache, config)
+        return cache
+    kind = type(cache)
+    state = " that holds something or is offloaded" if kind is DynamicCache else ""
+    raise ValueError(
+        f"`past_key_values` must be a BltCache of {BltCache.__module__}, as a forward or `model.make_cache()` returns it, "
+        f"or an empty DynamicCache; got {kind.__name__}{state}, of {kind.__module__}."
+    )
+
+
 __all__ = [
     "BltCache",
     "BltCacheLayer",
+    "BltDynamicCache",
     "ByteLog",
     "SlotAccess",
     "SlotTensor",
     "Slots",
+    "cache_to_write",
     "log_field",
     "round_up_columns",
 ]

@@ -1,9 +1,10 @@
 """Generation hooks: `generate()` makes a [`BltCache`] and hands the model its next bytes; all else is transformers'."""
 
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.generation import CompileConfig, ContinuousBatchingConfig, GenerationMixin
 
-from .cache_blt import BltCache
+from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
 from .compiling_blt import round_up_bytes
 from .decoding_blt import RaggedText
@@ -201,6 +202,8 @@ class BltGenerationMixin(GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             return
+        if type(model_kwargs.get(CACHE_NAME)) is DynamicCache and generation_config.use_cache is not False:
+            cache_to_write(model_kwargs[CACHE_NAME], self.config)
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

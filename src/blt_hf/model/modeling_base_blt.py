@@ -12,8 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 
-from .cache_blt import BltCache
-from .checks_blt import check_cache
+from .cache_blt import BltCache, cache_to_write
 from .configuration_blt import BltConfig
 from .generation_blt import BltGenerationMixin
 from .names_blt import CACHE_NAME, CACHE_NAMES, add_default_targets, import_from_package
@@ -247,18 +246,7 @@ class BltPreTrainedModel(PreTrainedModel):
                 "A forward with a cache asks the device which patches ended, so it is not one graph: pass "
                 "`use_cache=False` for `fullgraph=True`. (`generate` compiles its steps by itself.)"
             )
-        if cache is None:
-            return BltCache(config)
-        if isinstance(cache, BltCache):
-            if cache.config is not config:
-                check_cache(cache.made_for, config)
-                cache.config = config  # so that the next call need not compare
-            return cache
-        if hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0:
-            return BltCache(config)  # a placeholder that some callers make without asking the model
-        raise ValueError(
-            f"`past_key_values` must be a BltCache (as a forward returns it); got {type(cache).__name__}."
-        )
+        return BltCache(config) if cache is None else cache_to_write(cache, config)
 
 
 def checkpoint_for_gradients(checkpoint: Callable, function: Callable, *args):
