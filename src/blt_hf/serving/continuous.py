@@ -176,7 +176,7 @@ class RunningBatch:
         """Puts a request at the end of those that wait.
 
         Raises:
-            ValueError: its settings are not those of a generation configuration, or it never fits.
+            ValueError: its settings are not those of a generation configuration, ask for beams, or it never fits.
         """
         config, generator = copy.deepcopy(self.generation_config), None
         for name, value in state.logit_processor_kwargs.items():
@@ -189,6 +189,13 @@ class RunningBatch:
             setattr(config, name, value)
         if state.logit_processor_kwargs:
             config.validate()
+        if (config.num_beams or 1) > 1:
+            raise ValueError(
+                f"continuous batching writes one text for each request, by greedy decoding or sampling; got `num_beams="
+                f"{config.num_beams}`. Accepted is 1, and `generate` makes beams."
+            )
+        if config.use_cache is None:
+            config.use_cache = True  # as in `generate`; the processor of `guidance_scale` reads it
         if state.max_new_tokens is None:
             explicit = config.max_length
             state.max_new_tokens = _NEW_BYTES if explicit is None else max(explicit - len(state.initial_tokens), 1)
@@ -198,9 +205,11 @@ class RunningBatch:
         stop_strings = copy.copy(config.stop_strings)
         self.model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=self.model.device)
         config.max_length = len(state.initial_tokens) + state.max_new_tokens
+        prompt = torch.tensor([state.initial_tokens], device=self.model.device)
         processors = self.model._get_logits_processor(
             config,
             input_ids_seq_length=len(state.initial_tokens),
+            encoder_input_ids=prompt,  # some settings are about the bytes of the prompt
             logits_processor=LogitsProcessorList(),
             device=self.model.device,
         )
@@ -423,7 +432,8 @@ class BltContinuousBatchingManager(ContinuousBatchingManager):
 
     def warmup(self) -> None:
         """Makes two bytes of a text of one byte, which builds what the first request would wait for."""
-        batch = RunningBatch(self.model, self.generation_config)
+        # By no setting of the requests: some, as what waits for the end of a text, do not go with `eos_token_id=-1`.
+        batch = RunningBatch(self.model, GenerationConfig())
         bos = self.generation_config.bos_token_id
         batch.add(RequestState("warmup", [1 if bos is None else bos], max_new_tokens=2, eos_token_id=-1))
         while not batch.is_idle:
