@@ -69,6 +69,19 @@ def test_xgrammar(model, tokenizer, prompts):
         check(text)
 
 
+def test_xgrammar_with_drafts(model, tokenizer):
+    """Its matcher takes each byte once."""
+    import xgrammar
+
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=model.config.vocab_size)
+    grammar = xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(SCHEMA), any_whitespace=False)
+    make = lambda: [xgrammar.contrib.hf.LogitsProcessor(grammar)]
+    (plain,) = answers(model, tokenizer, [PROMPT], logits_processor=make())
+    assert answers(model, tokenizer, [PROMPT], logits_processor=make(), self_speculation_window=5) == [plain]
+    with pytest.raises(ValueError, match="`logits_processor`.*2 rows"):
+        answers(model, tokenizer, [PROMPT] * 2, logits_processor=make(), self_speculation_window=5)
+
+
 def test_llguidance(model, tokenizer):
     """The engine of guidance."""
     import llguidance.hf

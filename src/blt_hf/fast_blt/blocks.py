@@ -232,7 +232,7 @@ def fill_block(
         new_logits = read(model, cache, last_state, block, torch.nn.functional.pad(is_masked, (1, 0)))
         if text.has_context:
             text.put_drafts(ids)
-        new_scores = text.process(new_logits)
+        new_scores = new_logits if text.is_in_order else text.process(new_logits)
         if do_sample:
             drawn = torch.multinomial(new_scores.softmax(dim=-1).flatten(0, 1), num_samples=1).view_as(ids)
         else:

@@ -4,15 +4,33 @@ import torch
 from torch import Tensor
 from transformers.generation import (
     EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
+    SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WatermarkLogitsProcessor,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -28,6 +46,56 @@ _WITHOUT_CONTEXT = {
     TypicalLogitsWarper,
     SuppressTokensLogitsProcessor,
 }
+# These look at the text that they are given, and remember nothing of it.
+_WITHOUT_STATE = _WITHOUT_CONTEXT | {
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    WatermarkLogitsProcessor,
+}
+
+
+def may_keep_state(processor) -> bool:
+    """Whether a logits processor may remember the text of its last call, so that it must see each byte once and in order.
+
+    One of a user's is asked for an attribute `keeps_state`. Without it, one that has attributes may, and any function may.
+    """
+    if type(processor) in _WITHOUT_STATE:
+        return False
+    is_function = not isinstance(processor, LogitsProcessor)
+    return bool(getattr(processor, "keeps_state", is_function or vars(processor)))
+
+
+def check_processors(processors: LogitsProcessorList, generation_config, num_rows: int) -> None:
+    """Raises a `ValueError` where drafts or blocks would show a processor with a state bytes out of order."""
+    window, size = (
+        getattr(generation_config, name, None) for name in ("self_speculation_window", "diffusion_block_size")
+    )
+    is_verified = size is None or getattr(generation_config, "verify", False)
+    stateful = next(filter(may_keep_state, processors), None)
+    if stateful is None or (window is None and size is None) or (is_verified and num_rows == 1):
+        return
+    is_guidance = type(stateful) is UnbatchedClassifierFreeGuidanceLogitsProcessor
+    argument = "guidance_scale" if is_guidance else "logits_processor"
+    field = f"self_speculation_window={window}" if size is None else f"diffusion_block_size={size}"
+    raise ValueError(
+        f"`{argument}` asks for a {type(stateful).__name__}, which may keep a state and so must see each byte of a text "
+        f"once and in order; with `{field}` that is possible for one row whose drafts are verified, and got "
+        f"{num_rows} rows{'' if is_verified else ' and no `verify`'}. Leave out one of the two. (A processor that keeps "
+        "no state may say so by an attribute `keeps_state = False`.)"
+    )
 
 
 class RaggedText:
@@ -40,6 +108,7 @@ class RaggedText:
     Attributes:
         sequences: int64 `(B, max_length)`; row `b` holds its text in the first `lengths[b]` columns.
         lengths: columns of each row, on the host.
+        is_in_order: a logits processor may keep a state, so drafts are made without the processors.
         stops: length at which each row met a stopping criterion; None: it has not.
     """
 
@@ -60,6 +129,7 @@ class RaggedText:
         self.lengths, self.stops = [columns] * rows, [None] * rows
         self.logits_processor, self.streamer = logits_processor, streamer
         self.has_context = any(type(processor) not in _WITHOUT_CONTEXT for processor in logits_processor)
+        self.is_in_order = any(map(may_keep_state, logits_processor))
         # As in transformers, only `eos` makes a row that has stopped wait for the others; else it goes on beside them.
         self.waits = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self.eos_token_ids, self._criteria = set(), StoppingCriteriaList()
@@ -210,4 +280,4 @@ class RaggedText:
         return GenerateDecoderOnlyOutput(sequences=sequences, **fields, **{CACHE_NAME: cache})
 
 
-__all__ = ["RaggedText"]
+__all__ = ["RaggedText", "check_processors", "may_keep_state"]

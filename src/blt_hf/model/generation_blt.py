@@ -7,7 +7,7 @@ from transformers.generation import CompileConfig, ContinuousBatchingConfig, Gen
 from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
 from .compiling_blt import round_up_bytes
-from .decoding_blt import RaggedText
+from .decoding_blt import RaggedText, check_processors
 from .names_blt import CACHE_NAME, import_from_package, import_serving, takes_cache
 from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
 
@@ -98,6 +98,7 @@ class BltGenerationMixin(GenerationMixin):
                     "and not under `synced_gpus`; leave out one of the two."
                 )
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        check_processors(logits_processor, generation_config, input_ids.shape[0])
         text = RaggedText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
         cache = model_kwargs[CACHE_NAME]

@@ -71,7 +71,7 @@ class SelfSpeculation(DraftSource):
             logits = self.model.draft_logits(pending, cache)[:, None]
             if ids and text.has_context:
                 text.put_drafts(torch.cat(ids, dim=1))
-            scores = text.process(logits, ahead=step)[:, 0]
+            scores = (logits if text.is_in_order else text.process(logits, ahead=step))[:, 0]
             if self.do_sample:
                 probs.append(scores.softmax(dim=-1))
                 pending = torch.multinomial(probs[-1], num_samples=1)
@@ -111,8 +111,11 @@ def verify(model, text: RaggedText, cache: BltCache, drafts: Drafts, do_sample: 
     logits = model.step_logits(input_ids, cache, None if is_full else lengths)
     if text.has_context:
         text.put_drafts(drafts.ids)
-    scores = text.process(logits)
-    ids, accepted = choose(scores, drafts, do_sample)
+    if text.is_in_order:
+        ids, accepted, scores = choose_in_order(text, logits, drafts, do_sample)
+    else:
+        scores = text.process(logits)
+        ids, accepted = choose(scores, drafts, do_sample)
     counts = [min(count, draft) + 1 if active else 0 for count, draft, active in
               zip(accepted.tolist(), drafts.lengths, is_active)]  # fmt: skip
     cache.crop_rows([length - count for length, count in zip(lengths, counts)])
@@ -150,6 +153,28 @@ def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Ten
     return torch.where(is_own, own, ids), accepted
 
 
+def choose_in_order(
+    text: RaggedText, logits: Tensor, drafts: Drafts, do_sample: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[`choose`] for one row whose logits processors see a draft only when it is accepted; the scores come third."""
+    ids, scores, count = [], logits.clone(), 0
+    for step in range(drafts.lengths[0] + 1):
+        scores[:, step] = text.process(logits[:, step, None], ahead=step)[:, 0]
+        is_draft = step < drafts.lengths[0]
+        here = slice(step, step + 1) if is_draft else slice(0, 0)
+        probs = None if drafts.probs is None else drafts.probs[:, here]
+        # The second of the two scores is what would follow the draft, which is not known yet.
+        pair = scores[:, [step] * (1 + is_draft)]
+        chosen, accepted = choose(pair, Drafts(drafts.ids[:, here], [int(is_draft)], probs), do_sample)
+        ids.append(chosen[:, :1])
+        if not int(accepted) or int(chosen[0, 0]) in text.eos_token_ids:
+            break
+        count += 1
+    rest = drafts.ids.shape[1] + 1 - len(ids)
+    chosen = torch.nn.functional.pad(torch.cat(ids, dim=1), (0, rest), value=text.pad_token_id)
+    return chosen, torch.tensor([count], device=chosen.device), scores
+
+
 def decode_drafted(model, source: DraftSource, text: RaggedText, cache: BltCache, do_sample: bool) -> None:
     """Writes texts to their ends. The cache has read all bytes but the last one of each row, before and after.
 
@@ -183,4 +208,13 @@ def finish_rows(model, text: RaggedText, cache: BltCache) -> None:
     cache.set_columns(text.end - 1)
 
 
-__all__ = ["DraftSource", "Drafts", "SelfSpeculation", "choose", "decode_drafted", "finish_rows", "verify"]
+__all__ = [
+    "DraftSource",
+    "Drafts",
+    "SelfSpeculation",
+    "choose",
+    "choose_in_order",
+    "decode_drafted",
+    "finish_rows",
+    "verify",
+]
