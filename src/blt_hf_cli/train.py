@@ -1,6 +1,8 @@
 """`blt-hf train entropy`, `blt-hf train blt` and `blt-hf train lora`: a thin front to `Trainer` of transformers."""
 
 import dataclasses
+import functools
+import inspect
 import json
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +14,7 @@ from .common import (
     Dtype,
     Quiet,
     TextColumn,
+    Texts,
     load,
     load_model,
     need_byte_model,
@@ -32,7 +35,6 @@ SIZES = {  # encoder and decoder width, decoder layers, global width, global lay
     "1b": (1024, 9, 2048, 25, 500_002),
 }
 ENTROPY_SIZES = {"tiny": (32, 1), "small": (128, 4), "base": (384, 8), "1b": (768, 14)}  # width, layers
-DEFAULT_RATES = {"entropy": 4e-3, "blt": 2e-3, "lora": 2e-3}
 
 
 @app.callback()
@@ -63,13 +65,11 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
         except yaml.YAMLError as error:
             raise ValueError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
-            raise ValueError(
-                f"--config: {path} holds a {type(values).__name__}; options with their values are needed."
-            )
+            raise ValueError(f"--config: {path} holds a {type(values).__name__}; options with values are needed.")
         values = {str(name).replace("-", "_"): value for name, value in values.items()}
         named = {max(p.opts, key=len).lstrip("-").replace("-", "_"): p.name for p in context.command.params}
-        known = sorted(set(named) - {"config", "help"})
-        if unknown := sorted(set(values) - set(known)):
+        known = sorted(named.keys() - {"config", "help"})
+        if unknown := sorted(values.keys() - known):
             raise ValueError(f"--config: {path} sets {', '.join(unknown)}; there are {', '.join(known)}.")
         values = {named[name]: value for name, value in values.items()}
         if isinstance(values.get("set"), dict):
@@ -80,72 +80,67 @@ def _read_config(context: typer.Context, path: str | None) -> str | None:
     return path
 
 
-_Texts = Annotated[list[str], typer.Argument(help="Files or folders. A .jsonl file holds a text in each line.")]
-_Output = Annotated[str, typer.Option("--output", "-o", help="Folder that gets the model and its tokenizer.")]
-_Config = Annotated[
-    str | None, typer.Option("--config", "-c", is_eager=True, callback=_read_config, help="YAML file with options.")
-]
-_HeldOut = Annotated[
-    list[str] | None, typer.Option(help="File or folder to measure on; else some of TEXTS are kept back.")
-]
-_Steps = Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")]
-_Batch = Annotated[int, typer.Option(min=1, help="Rows a step and process.")]
-_Context = Annotated[int, typer.Option(min=16, help="Bytes of a row.")]
-_Rate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
-_Seed = Annotated[int, typer.Option(help="Of the weights and of the order of rows.")]
-_Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")]
-_Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
-_Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="NAME=VALUE: any field of transformers' TrainingArguments; may be repeated."),
-]
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class _Run:
-    """What the three have in common."""
+    """The options that all three commands have, in the order of their help, and what the commands do with them."""
 
-    kind: str
-    output: str
-    steps: int
-    batch_size: int
-    context: int
-    learning_rate: float | None
-    seed: int
-    resume: bool
-    cpu: bool
-    set: list[str] | None
-    as_json: bool
-    quiet: bool
+    texts: Texts
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder that gets the model and its tokenizer.")]
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", is_eager=True, callback=_read_config, help="YAML file with options."),
+    ] = None
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="File or folder to measure on; else some of TEXTS are kept back.")
+    ] = None
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")]
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step and process.")] = 8
+    context: Annotated[int, typer.Option(min=16, help="Bytes of a row.")] = 1024
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order of rows.")] = 0
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")] = (
+        False
+    )
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use no GPU.")] = False
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE: any field of transformers' TrainingArguments; may be repeated."),
+    ] = None
+    text_column: TextColumn = "text"
+    as_json: AsJson = False
+    quiet: Quiet = False
 
     @property
     def folder(self) -> Path:
         return Path(self.output)
 
-    def arguments(self):
-        """`TrainingArguments`, with what --set says on top."""
+    @property
+    def shows_progress(self) -> bool:
+        return not self.quiet and not self.as_json
+
+    def read(self) -> tuple[list[dict], list[bytes]]:
+        """Returns the rows to learn and the texts to measure on, and sets the seed."""
+        from transformers import set_seed
+
+        learned, kept = _read(self.texts, self.held_out, self.text_column)
+        self.arguments()  # what it does not accept is told before the work
+        set_seed(self.seed)
+        return _blocks(learned, self.context), kept
+
+    def arguments(self, **more):
+        """Returns `TrainingArguments`; `more` fields replace those of here, and --set replaces all."""
         from transformers import TrainingArguments
 
         names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
         values = {
-            "output_dir": str(self.folder / "trainer"),
-            "max_steps": self.steps,
-            "per_device_train_batch_size": self.batch_size,
-            "learning_rate": self.learning_rate or DEFAULT_RATES[self.kind],
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": min(2000, self.steps // 10),
-            "weight_decay": 0.0 if self.kind == "lora" else 0.1,
-            "adam_beta2": 0.95,
-            "max_grad_norm": 1.0,
-            "logging_steps": max(self.steps // 20, 1),
-            "save_steps": max(self.steps // 4, 1),
-            "save_total_limit": 2,
-            "report_to": "none",
-            "seed": self.seed,
-            "use_cpu": self.cpu,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": self.quiet or self.as_json,
-        }
+            "output_dir": str(self.folder / "trainer"), "max_steps": self.steps, "seed": self.seed,
+            "per_device_train_batch_size": self.batch_size, "learning_rate": self.learning_rate,
+            "lr_scheduler_type": "cosine", "warmup_steps": min(2000, self.steps // 10), "weight_decay": 0.1,
+            "adam_beta2": 0.95, "max_grad_norm": 1.0, "logging_steps": max(self.steps // 20, 1),
+            "save_steps": max(self.steps // 4, 1), "save_total_limit": 2, "report_to": "none", "use_cpu": self.cpu,
+            "dataloader_pin_memory": False, "disable_tqdm": not self.shows_progress,
+        }  # fmt: skip
+        values |= more
         for setting in self.set or ():
             name, equals, value = setting.partition("=")
             if not equals or name not in names:
@@ -157,24 +152,24 @@ class _Run:
         except (TypeError, ValueError) as error:
             raise ValueError(f"--set: TrainingArguments does not accept this: {error}") from error
 
-    def fit(self, model, rows: list[dict]) -> None:
-        """Runs `Trainer`, and saves nothing but its checkpoints."""
+    def fit(self, model, rows: list[dict], **more) -> None:
+        """Runs `Trainer`, which saves its checkpoints and nothing else."""
         from transformers import Trainer
         from transformers.trainer_callback import PrinterCallback
 
         from blt_hf.training.data import BltDataCollator
 
-        trainer = Trainer(model, self.arguments(), train_dataset=rows, data_collator=BltDataCollator())
+        trainer = Trainer(model, self.arguments(**more), train_dataset=rows, data_collator=BltDataCollator())
         if self.as_json:
             trainer.remove_callback(PrinterCallback)  # stdout is for the result
         trainer.train(resume_from_checkpoint=self.resume or None)
 
     def finish(self, model, held_out: list[bytes], told: dict) -> None:
-        """Measures, and prints what was made."""
+        """Measures `model` on the texts that were kept back, and prints the result with what is `told`."""
         from blt_hf.conversion.files import progress_bar
         from blt_hf.evaluation import measure_bits_per_byte
 
-        with progress_bar(sum(map(len, held_out)), "Scoring", not self.quiet and not self.as_json) as advance:
+        with progress_bar(sum(map(len, held_out)), "Scoring", self.shows_progress) as advance:
             measured = measure_bits_per_byte(model.eval(), held_out, max_length=self.context, on_progress=advance)
         told = {"output": self.output, "steps": self.steps, "bits_per_byte": measured.bits_per_byte, **told}
         if measured.bytes_per_patch is not None:
@@ -182,10 +177,8 @@ class _Run:
         if self.as_json:
             typer.echo(json.dumps(told))
             return
-        rows = [
-            (name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
-            for name, value in told.items()
-        ]
+        told = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in told.items()}
+        rows = [(name.replace("_", " "), value) for name, value in told.items()]
         print_rows(rows, f"Held out, {measured.num_bytes:,} bytes:")
 
 
@@ -200,7 +193,7 @@ def _parsed(value: str):
 
 
 def _read(texts: list[str], held_out: list[str] | None, column: str) -> tuple[list[bytes], list[bytes]]:
-    """Texts to learn and texts to measure on; of one text alone, its end is kept back."""
+    """Returns texts to learn and texts to measure on; of one text alone, its end is kept back."""
     from blt_hf.training.data import read_texts
 
     learned = read_texts(texts, column)
@@ -215,7 +208,7 @@ def _read(texts: list[str], held_out: list[str] | None, column: str) -> tuple[li
 
 
 def _blocks(texts: list[bytes], context: int) -> list[dict]:
-    """Rows of `context` ids: texts one after the other with an EOS behind each, a BOS before each row."""
+    """Returns rows of `context` ids: texts one after the other, an EOS behind each text and a BOS before each row."""
     from blt_hf.model.patching_blt import BOS_TOKEN_ID, EOS_TOKEN_ID
     from blt_hf.tokenizer.encoding import byte_ids
 
@@ -226,7 +219,7 @@ def _blocks(texts: list[bytes], context: int) -> list[dict]:
 
 
 def _with_patches(model, rows: list[dict], run: _Run) -> list[dict]:
-    """Patches found once, before training, as the frozen entropy model finds them."""
+    """Finds the patches of all rows once, before training, with the frozen entropy model."""
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -235,7 +228,7 @@ def _with_patches(model, rows: list[dict], run: _Run) -> list[dict]:
 
     find = PrecomputePatches(model, device="cuda" if torch.cuda.is_available() and not run.cpu else None)
     console = Console(stderr=True)
-    is_hidden = run.quiet or run.as_json or not console.is_terminal
+    is_hidden = not run.shows_progress or not console.is_terminal
     rows = track(rows, "Patches", console=console, transient=True, disable=is_hidden)
     return [{**row, **find(row)} for row in rows]
 
@@ -245,26 +238,35 @@ def _check_size(size: str, sizes: dict) -> None:
         raise ValueError(f"--size must be one of {', '.join(sizes)}; got {size!r}.")
 
 
-@app.command()
+def _command(**defaults):
+    """Makes a command of a function whose first argument is a [`_Run`]; `defaults` are of the options of that."""
+    shared = inspect.signature(_Run).parameters.values()
+    shared = [option.replace(default=defaults.get(option.name, option.default)) for option in shared]
+
+    def register(function):
+        _, *own = inspect.signature(function).parameters.values()
+        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+
+        @functools.wraps(function)
+        def command(**options):
+            with plain_messages():
+                run = _Run(**{option.name: options.pop(option.name) for option in shared})
+                function(run, **options)
+
+        # typer reads both: the options of one command stand behind texts, output and config
+        command.__signature__ = inspect.Signature([*shared[:3], *own, *shared[3:]])
+        command.__annotations__ = {option.name: option.annotation for option in (*shared, *own)}
+        return app.command()(command)
+
+    return register
+
+
+@_command(output="entropy-model", steps=500, batch_size=16, context=512, learning_rate=4e-3)
 def entropy(
-    texts: _Texts,
-    output: _Output = "entropy-model",
-    config: _Config = None,
+    run: _Run,
     size: Annotated[str, typer.Option(help=f"One of {', '.join(ENTROPY_SIZES)}.")] = "small",
     model: Annotated[str | None, typer.Option("--model", "-m", help="Go on with this one instead.")] = None,
     patch_size: Annotated[float, typer.Option(min=1, help="Mean bytes of a patch to calibrate for.")] = 4.5,
-    held_out: _HeldOut = None,
-    steps: _Steps = 500,
-    batch_size: _Batch = 16,
-    context: _Context = 512,
-    learning_rate: _Rate = None,
-    seed: _Seed = 0,
-    resume: _Resume = False,
-    cpu: _Cpu = False,
-    set: _Set = None,
-    text_column: TextColumn = "text",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Train the small byte model that says where patches start, and calibrate its threshold.
 
@@ -275,61 +277,38 @@ def entropy(
     - `blt-hf train entropy texts/ -o entropy-model --steps 2000`
     - `blt-hf train entropy texts.jsonl --size base --patch-size 6 --set gradient_accumulation_steps=4`
     """
-    with plain_messages():
-        from transformers import set_seed
+    from blt_hf import BltPatcher, BltPatcherConfig, BltTokenizer
+    from blt_hf.training.calibration import calibrate_threshold
 
-        from blt_hf import BltPatcher, BltPatcherConfig, BltTokenizer
-        from blt_hf.training.calibration import calibrate_threshold
-
-        run = _Run(
-            "entropy", output, steps, batch_size, context, learning_rate, seed, resume, cpu, set, as_json, quiet
-        )
-        _check_size(size, ENTROPY_SIZES)
-        learned, kept = _read(texts, held_out, text_column)
-        run.arguments()  # what it does not accept is told before the work
-        set_seed(seed)
-        if model is not None:
-            patcher = load_model(model, Dtype.float32, "cpu")
-            need_byte_model(patcher, model, ("blt_patcher",))
-        else:
-            width, layers = ENTROPY_SIZES[size]
-            patcher = BltPatcher(
-                BltPatcherConfig(
-                    hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(width // 64, 2),
-                    intermediate_size=-(-8 * width // 3 // 32) * 32, sliding_window=min(512, context),
-                )
-            )  # fmt: skip
-        run.fit(patcher, _blocks(learned, context))
-        found = calibrate_threshold(patcher.eval(), kept, patch_size)
-        patcher.save_pretrained(run.folder)
-        BltTokenizer().save_pretrained(run.folder)
-        (run.folder / "calibration.json").write_text(json.dumps(found.settings, indent=2) + "\n")
-        told = {"threshold": found.threshold, "bytes_per_patch": found.mean_patch_size}
-        run.finish(patcher, kept, told)
+    _check_size(size, ENTROPY_SIZES)
+    rows, kept = run.read()
+    if model is not None:
+        patcher = load_model(model, Dtype.float32, "cpu")
+        need_byte_model(patcher, model, ("blt_patcher",))
+    else:
+        width, layers = ENTROPY_SIZES[size]
+        patcher = BltPatcher(
+            BltPatcherConfig(
+                hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(width // 64, 2),
+                intermediate_size=-(-8 * width // 3 // 32) * 32, sliding_window=min(512, run.context),
+            )
+        )  # fmt: skip
+    run.fit(patcher, rows)
+    found = calibrate_threshold(patcher.eval(), kept, patch_size)
+    patcher.save_pretrained(run.folder)
+    BltTokenizer().save_pretrained(run.folder)
+    (run.folder / "calibration.json").write_text(json.dumps(found.settings, indent=2) + "\n")
+    run.finish(patcher, kept, {"threshold": found.threshold, "bytes_per_patch": found.mean_patch_size})
 
 
-@app.command()
+@_command(output="my-blt", steps=1000)
 def blt(
-    texts: _Texts,
-    output: _Output = "my-blt",
-    config: _Config = None,
+    run: _Run,
     patcher: Annotated[
         str | None, typer.Option("--patcher", "-p", help="Entropy model; without one, patches follow the spaces.")
     ] = None,
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "small",
     model: Annotated[str | None, typer.Option("--model", "-m", help="Go on with this BLT instead.")] = None,
-    held_out: _HeldOut = None,
-    steps: _Steps = 1000,
-    batch_size: _Batch = 8,
-    context: _Context = 1024,
-    learning_rate: _Rate = None,
-    seed: _Seed = 0,
-    resume: _Resume = False,
-    cpu: _Cpu = False,
-    set: _Set = None,
-    text_column: TextColumn = "text",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Train a BLT, from nothing or further. Its patches are found once, before the first step.
 
@@ -339,28 +318,21 @@ def blt(
     - `blt-hf train blt more-texts/ --model my-blt --learning-rate 5e-4 --resume`
     - `blt-hf train blt --config recipe.yaml --steps 20000`
     """
-    with plain_messages():
-        from transformers import set_seed
+    from blt_hf import BltTokenizer
 
-        from blt_hf import BltTokenizer
-
-        run = _Run("blt", output, steps, batch_size, context, learning_rate, seed, resume, cpu, set, as_json, quiet)
-        _check_size(size, SIZES)
-        if model is not None and patcher is not None:
-            raise ValueError("--model has an entropy model of its own; leave out --patcher.")
-        learned, kept = _read(texts, held_out, text_column)
-        run.arguments()
-        set_seed(seed)
-        if model is not None:
-            trained = load_model(model, Dtype.float32, "cpu")
-            need_byte_model(trained, model)
-        else:
-            trained = _new_blt(size, patcher)
-        rows = _with_patches(trained, _blocks(learned, context), run)
-        run.fit(trained, rows)
-        trained.save_pretrained(run.folder)
-        BltTokenizer().save_pretrained(run.folder)
-        run.finish(trained, kept, {})
+    _check_size(size, SIZES)
+    if model is not None and patcher is not None:
+        raise ValueError("--model has an entropy model of its own; leave out --patcher.")
+    rows, kept = run.read()
+    if model is not None:
+        trained = load_model(model, Dtype.float32, "cpu")
+        need_byte_model(trained, model)
+    else:
+        trained = _new_blt(size, patcher)
+    run.fit(trained, _with_patches(trained, rows, run))
+    trained.save_pretrained(run.folder)
+    BltTokenizer().save_pretrained(run.folder)
+    run.finish(trained, kept, {})
 
 
 def _new_blt(size: str, patcher_name: str | None):
@@ -374,9 +346,8 @@ def _new_blt(size: str, patcher_name: str | None):
         need_byte_model(patcher, patcher_name, ("blt_patcher",))
         calibration = Path(patcher_name, "calibration.json")
         rule = json.loads(calibration.read_text()) if calibration.is_file() else {"patching_mode": "entropy"}
-    heads, feed_forward = max(width // 64, 2), 11 * width // 4
     local = {
-        "hidden_size": width, "num_attention_heads": heads, "intermediate_size": feed_forward,
+        "hidden_size": width, "num_attention_heads": max(width // 64, 2), "intermediate_size": 11 * width // 4,
         "hidden_size_global": global_width,
     }  # fmt: skip
     config = BltConfig(
@@ -387,41 +358,25 @@ def _new_blt(size: str, patcher_name: str | None):
         encoder_config=local,
         decoder_config={**local, "num_hidden_layers": decoder_layers},
         global_config={
-            "hidden_size": global_width,
-            "num_attention_heads": max(global_width // 128, 2),
-            "num_hidden_layers": global_layers,
-            "intermediate_size": 11 * global_width // 4,
+            "hidden_size": global_width, "num_attention_heads": max(global_width // 128, 2),
+            "num_hidden_layers": global_layers, "intermediate_size": 11 * global_width // 4,
         },
-    )
+    )  # fmt: skip
     model = BltForCausalLM(config)
     if patcher is not None:
         model.set_patcher(patcher)
     return model
 
 
-@app.command()
+@_command(output="my-adapter", steps=200)
 def lora(
-    texts: _Texts,
+    run: _Run,
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the BLT to adapt.")],
-    output: _Output = "my-adapter",
-    config: _Config = None,
     rank: Annotated[int, typer.Option(min=1, help="Of the adapter's matrices.")] = 16,
     alpha: Annotated[int | None, typer.Option(help="Scale of the adapter; twice the rank, if not given.")] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Save a whole model with the adapter merged into it, not the adapter.")
     ] = False,
-    held_out: _HeldOut = None,
-    steps: _Steps = 200,
-    batch_size: _Batch = 8,
-    context: _Context = 1024,
-    learning_rate: _Rate = None,
-    seed: _Seed = 0,
-    resume: _Resume = False,
-    cpu: _Cpu = False,
-    set: _Set = None,
-    text_column: TextColumn = "text",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Fine-tune a BLT with LoRA on every linear layer (needs peft: `pip install "blt-hf[train]"`).
 
@@ -430,26 +385,20 @@ def lora(
     - `blt-hf train lora src/ --model pretrained/blt-5m -o code-adapter`
     - `blt-hf train lora chats.jsonl -m my-blt --rank 32 --merge -o my-blt-chat`
     """
-    with plain_messages():
-        need_extra("peft", "train")
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoTokenizer, set_seed
+    need_extra("peft", "train")
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
 
-        run = _Run("lora", output, steps, batch_size, context, learning_rate, seed, resume, cpu, set, as_json, quiet)
-        learned, kept = _read(texts, held_out, text_column)
-        run.arguments()
-        set_seed(seed)
-        base = load_model(model, device="cpu")
-        need_byte_model(base, model)
-        rows = _with_patches(base, _blocks(learned, context), run)
-        lora_config = LoraConfig(
-            task_type="CAUSAL_LM", r=rank, lora_alpha=alpha or 2 * rank, target_modules="all-linear"
-        )
-        adapted = get_peft_model(base, lora_config)
-        run.fit(adapted, rows)
-        trained = adapted.merge_and_unload() if merge else adapted
-        trained.save_pretrained(run.folder)
-        load(AutoTokenizer.from_pretrained, model).save_pretrained(run.folder)
-        if not merge:
-            trained = adapted.merge_and_unload()
-        run.finish(trained, kept, {})
+    rows, kept = run.read()
+    base = load_model(model, device="cpu")
+    need_byte_model(base, model)
+    rows = _with_patches(base, rows, run)
+    scale = alpha or 2 * rank
+    adapted = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=scale, target_modules="all-linear")
+    )
+    run.fit(adapted, rows, weight_decay=0.0)
+    trained = adapted.merge_and_unload() if merge else adapted
+    trained.save_pretrained(run.folder)
+    load(AutoTokenizer.from_pretrained, model).save_pretrained(run.folder)
+    run.finish(trained if merge else adapted.merge_and_unload(), kept, {})
