@@ -1,10 +1,9 @@
-"""Meta's arguments and tensor names, and what they are here; used by `convert`."""
+"""Meta's arguments and the fields of a [`BltConfig`], in both directions."""
 
 import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -133,9 +132,41 @@ _PATCHER_IGNORED = (
     "patching_device device entropy_model_checkpoint_dir realtime_patching log_time data_loader_patching entropy_model"
 )
 
+# ---- Fields of ours, and the keys of Meta that hold the same value: read in both directions. ----
+
+_SAME_NAMES = (
+    "vocab_size", "local_attention_window_len", "cross_attn_k", "encoder_hash_byte_group_vocab",
+    "encoder_hash_byte_group_nb_functions", "patching_mode", "patching_threshold", "patching_threshold_add",
+    "monotonicity", "max_patch_length", "patch_size",
+)  # fmt: skip
+_MODEL_FIELDS = dict(zip(_SAME_NAMES, _SAME_NAMES))
+_RULE_FIELDS = {
+    "patching_mode": "patching_mode", "patching_threshold": "threshold", "patching_threshold_add": "threshold_add",
+    "monotonicity": "monotonicity", "max_patch_length": "max_patch_length", "patch_size": "patch_size",
+    "patching_batch_size": "patching_batch_size",
+}  # fmt: skip
+# `{}` is the name of a part; keys without it hold one value for all parts.
+_STACK_FIELDS = {
+    "hidden_size": "dim{}", "num_attention_heads": "n_heads{}", "num_hidden_layers": "n_layers{}",
+    "rms_norm_eps": "norm_eps",
+}  # fmt: skip
+_LOCAL_FIELDS = {"cross_attn_all_layers": "cross_attn_all_layers{}", "cross_attn_window": "cross_attn_window{}"}
+_ENTROPY_FIELDS = {
+    "vocab_size": "vocab_size", "max_position_embeddings": "max_seqlen", "sliding_window": "sliding_window",
+}  # fmt: skip
+_TOKEN_IDS = {"pad_token_id": BOE_TOKEN_ID, "bos_token_id": BOS_TOKEN_ID, "eos_token_id": EOS_TOKEN_ID}
+
+
+def _to_ours(fields: dict[str, str], args: dict, part: str = "") -> dict:
+    return {name: args[key.format(part)] for name, key in fields.items()}
+
+
+def _to_meta(fields: dict[str, str], config, part: str = "") -> dict:
+    return {key.format(part): getattr(config, name) for name, key in fields.items()}
+
 
 def _fill(given: dict, where: str, defaults: dict, checked: dict, ignored: str) -> dict:
-    """`defaults`, with the values in `given` in their place, all of them checked.
+    """Returns `defaults` with the values of `given` in their place, all of them checked.
 
     Raises:
         ValueError: names the key, its value and what is supported.
@@ -165,7 +196,9 @@ def _ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
     return multiple_of * math.ceil(width / multiple_of)
 
 
-def _check_head_dim(where: str, args: dict, dim: int, heads: int | None) -> None:
+def _stack(where: str, args: dict, part: str, kv_heads: int | None) -> dict:
+    """Returns the fields that every stack of layers has."""
+    dim, heads = args[f"dim{part}"], args[f"n_heads{part}"]
     if not heads:
         raise ValueError(f"`{where}`: the number of heads is needed; got {heads}.")
     if args["head_dim"] not in (None, dim // heads):
@@ -173,12 +206,17 @@ def _check_head_dim(where: str, args: dict, dim: int, heads: int | None) -> None
             f"`{where}.head_dim` = {args['head_dim']} is not supported; supported: null or {dim // heads} "
             f"(width {dim} / {heads} heads)."
         )
+    return _to_ours(_STACK_FIELDS, args, part) | {
+        "num_key_value_heads": kv_heads or heads,
+        "intermediate_size": _ffn_width(dim, args["multiple_of"], args["ffn_dim_multiplier"]),
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(args["rope_theta"])},
+    }
 
 
 def config_from_meta_args(
     args: dict, patcher_args: dict, entropy_args: dict | None, entropy_fixed: bool = True
 ) -> tuple[BltConfig, list[str]]:
-    """The [`BltConfig`] that Meta's arguments describe.
+    """Returns the [`BltConfig`] that Meta's arguments describe.
 
     Args:
         args: arguments of the byte latent transformer (`config.json`, key `args`).
@@ -232,33 +270,25 @@ def config_from_meta_args(
     if mode == "static":
         notes.append("Static patching: the first patch here is 1 byte, since Meta's model rejects any other length.")
 
-    def component(part: str, kv_heads: int | None, positions: int) -> dict:
-        dim, heads = a[f"dim_{part}"], a[f"n_heads_{part}"]
-        _check_head_dim("args", a, dim, heads)
-        return {
-            "hidden_size": dim,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads or heads,
-            "num_hidden_layers": a[f"n_layers_{part}"],
-            "intermediate_size": _ffn_width(dim, a["multiple_of"], a["ffn_dim_multiplier"]),
-            "rms_norm_eps": a["norm_eps"],
-            "dropout": a["dropout"],
-            "max_position_embeddings": positions,
-            "rope_parameters": {"rope_type": "default", "rope_theta": float(a["rope_theta"])},
-        }
+    def stack(part: str, kv_heads: int | None, positions: int) -> dict:
+        return _stack("args", a, part, kv_heads) | {"dropout": a["dropout"], "max_position_embeddings": positions}
 
-    def local(part: str, side: str) -> dict:
-        config = component(part, a["n_kv_heads"], a["max_encoder_seq_length"] or a["max_seqlen"])
+    local_positions = a["max_encoder_seq_length"] or a["max_seqlen"]
+
+    def local(side: str) -> dict:
+        config = stack(f"_local{side}", a["n_kv_heads"], local_positions)
         heads = a["cross_attn_nheads"]
         same = heads == config["num_attention_heads"] == config["num_key_value_heads"]
-        return config | {
-            "vocab_size": a["vocab_size"],
-            "hidden_size_global": a["dim_global"],
-            "cross_attn_k": a["cross_attn_k"],
-            "cross_attn_all_layers": a[f"cross_attn_all_layers_{side}"],
-            "cross_attn_window": a[f"cross_attn_window_{side}"],
-            "num_cross_attention_heads": None if same else heads,
-        }
+        return (
+            config
+            | _to_ours(_LOCAL_FIELDS, a, side)
+            | {
+                "vocab_size": a["vocab_size"],
+                "hidden_size_global": a["dim_global"],
+                "cross_attn_k": a["cross_attn_k"],
+                "num_cross_attention_heads": None if same else heads,
+            }
+        )
 
     pooling = {"avg": "mean"}.get(a["downsampling_by_pooling"], a["downsampling_by_pooling"])
     patch_size = patcher["patch_size"]
@@ -275,31 +305,24 @@ def config_from_meta_args(
         notes += entropy_notes
     elif mode == "entropy":
         raise ValueError("`patcher_args.patching_mode` = 'entropy' needs an entropy model; none was found.")
+    rule = _to_ours(_RULE_FIELDS, patcher) | {
+        "patch_size": patch_size,
+        "monotonicity": monotonic,
+        "patching_threshold": threshold,
+        "patching_threshold_add": threshold_add,
+    }
+    fields = _to_ours(_MODEL_FIELDS, a) | rule | _TOKEN_IDS | {"encoder_hash_byte_group_nb_functions": functions}
     with wrong_types_are_value_errors():
         config = BltConfig(
-            vocab_size=a["vocab_size"],
-            max_position_embeddings=a["max_encoder_seq_length"] or a["max_seqlen"],
+            **fields,
+            max_position_embeddings=local_positions,
             patch_in_forward=patcher_config is not None,
-            patch_size=patch_size,
-            patching_mode=mode,
-            patching_threshold=threshold,
-            patching_threshold_add=threshold_add,
-            monotonicity=monotonic,
-            max_patch_length=patcher["max_patch_length"],
-            patching_batch_size=patcher["patching_batch_size"],
-            local_attention_window_len=a["local_attention_window_len"],
-            cross_attn_k=a["cross_attn_k"],
             encoder_hash_byte_group_size=sizes,
-            encoder_hash_byte_group_vocab=a["encoder_hash_byte_group_vocab"],
-            encoder_hash_byte_group_nb_functions=functions,
-            encoder_config=local("local_encoder", "encoder") | {"patch_pooling": pooling},
-            decoder_config=local("local_decoder", "decoder"),
-            global_config=component("global", a["n_kv_heads_global"], a["max_seqlen"]),
+            encoder_config=local("_encoder") | {"patch_pooling": pooling},
+            decoder_config=local("_decoder"),
+            global_config=stack("_global", a["n_kv_heads_global"], a["max_seqlen"]),
             patcher_config=patcher_config,
             mask_documents=True,
-            pad_token_id=BOE_TOKEN_ID,
-            bos_token_id=BOS_TOKEN_ID,
-            eos_token_id=EOS_TOKEN_ID,
         )
     return config, notes
 
@@ -316,27 +339,13 @@ def wrong_types_are_value_errors() -> Iterator[None]:
 def _patcher_config(entropy_args: dict, fixed: bool) -> tuple[dict, list[str]]:
     given = {**entropy_args, **_ENTROPY_FIXED} if fixed else entropy_args
     e = _fill(given, "entropy_model", _ENTROPY_DEFAULTS, _ENTROPY_CHECKED, _ENTROPY_IGNORED)
-    _check_head_dim("entropy_model", e, e["dim"], e["n_heads"])
     notes = [
         f"`entropy_model.{key}` = {entropy_args[key]!r} is ignored, as in Meta's loader, which uses {value}."
         for key, value in _ENTROPY_FIXED.items()
         if fixed and isinstance(value, float) and entropy_args.get(key, value) != value
     ]
-    config = {
-        "vocab_size": e["vocab_size"],
-        "hidden_size": e["dim"],
-        "num_hidden_layers": e["n_layers"],
-        "num_attention_heads": e["n_heads"],
-        "num_key_value_heads": e["n_kv_heads"] or e["n_heads"],
-        "intermediate_size": _ffn_width(e["dim"], e["multiple_of"], e["ffn_dim_multiplier"]),
-        "rms_norm_eps": e["norm_eps"],
-        "max_position_embeddings": e["max_seqlen"],
-        "sliding_window": e["sliding_window"] or 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(e["rope_theta"])},
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    config = _stack("entropy_model", e, "", e["n_kv_heads"]) | _to_ours(_ENTROPY_FIELDS, e) | _TOKEN_IDS
+    config["sliding_window"] = config["sliding_window"] or 512
     return config, notes
 
 
@@ -344,7 +353,7 @@ _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
 def _ffn_args(widths: dict[int, int], multiples: tuple[int, ...]) -> tuple[int, float]:
-    """`(multiple_of, ffn_dim_multiplier)` that give each `width -> intermediate size`, multiplier 1 preferred."""
+    """Finds the `(multiple_of, ffn_dim_multiplier)` that give each `width -> intermediate size`, best multiplier 1."""
     for multiple_of in multiples:
         low = max((inner - multiple_of + 1) / int(8 * dim / 3) for dim, inner in widths.items())
         high = min((inner + 1) / int(8 * dim / 3) for dim, inner in widths.items())
@@ -360,7 +369,7 @@ def _ffn_args(widths: dict[int, int], multiples: tuple[int, ...]) -> tuple[int, 
 
 
 def meta_args_from_config(config: BltConfig, entropy_fixed: bool = True) -> tuple[dict, dict, dict | None]:
-    """Inverse of [`config_from_meta_args`]: `(args, patcher_args, entropy_args)`, mapped and checked keys only.
+    """Returns `(args, patcher_args, entropy_args)`, the inverse of [`config_from_meta_args`]: no ignored keys.
 
     Args:
         entropy_fixed: write the entropy model's arguments so that Meta's loader of `params.json` understands them.
@@ -372,109 +381,66 @@ def meta_args_from_config(config: BltConfig, entropy_fixed: bool = True) -> tupl
             f"`patching_mode` {config.patching_mode!r} is a rule of your own; Meta's format knows {PATCHING_MODES}."
         )
     encoder, decoder, global_ = config.encoder_config, config.decoder_config, config.global_config
-    multiple_of, multiplier = _ffn_args(
-        {part.hidden_size: part.intermediate_size for part in (global_, encoder, decoder)},
-        _MULTIPLES,
-    )
-
-    def kv_heads(part):
-        return None if part.num_key_value_heads == part.num_attention_heads else part.num_key_value_heads
-
-    args = {key: accepted[0] for key, (accepted, _) in _MODEL_CHECKED.items()} | {
+    args = {key: accepted[0] for key, (accepted, _) in _MODEL_CHECKED.items()} | _to_meta(_MODEL_FIELDS, config)
+    # The encoder comes last: of what has one key for all parts, its value counts
+    for part, name in ((global_, "_global"), (decoder, "_local_decoder"), (encoder, "_local_encoder")):
+        args |= _to_meta(_STACK_FIELDS, part, name)
+    for part, name in ((encoder, "_encoder"), (decoder, "_decoder")):
+        args |= _to_meta(_LOCAL_FIELDS, part, name)
+        args[f"cross_attn_all_layers{name}"] = bool(part.cross_attn_all_layers)
+    has_hashes = config.encoder_hash_byte_group_nb_functions > 0
+    args |= _shared_args([encoder, global_, decoder], _MULTIPLES) | {
+        "n_kv_heads_global": _kv_heads(global_),
         "max_seqlen": global_.max_position_embeddings,
         "max_encoder_seq_length": encoder.max_position_embeddings,
-        "n_kv_heads": kv_heads(encoder),
-        "n_kv_heads_global": kv_heads(global_),
-        "multiple_of": multiple_of,
-        "ffn_dim_multiplier": multiplier,
-        "norm_eps": encoder.rms_norm_eps,
-        "rope_theta": encoder.rope_parameters["rope_theta"],
         "dropout": encoder.dropout,
-        "local_attention_window_len": config.local_attention_window_len,
-        "patch_size": config.patch_size,
-        "patching_mode": config.patching_mode,
-        "patching_threshold": config.patching_threshold,
-        "patching_threshold_add": config.patching_threshold_add,
-        "monotonicity": config.monotonicity,
-        "max_patch_length": config.max_patch_length,
         "downsampling_by_pooling": encoder.patch_pooling,
-        "cross_attn_k": config.cross_attn_k,
         "cross_attn_nheads": encoder.cross_attention_heads[0],
-        "encoder_hash_byte_group_size": list(config.encoder_hash_byte_group_size),
-        "encoder_hash_byte_group_vocab": config.encoder_hash_byte_group_vocab,
-        "encoder_hash_byte_group_nb_functions": config.encoder_hash_byte_group_nb_functions,
-        "vocab_size": config.vocab_size,
-    }
-    if not config.encoder_hash_byte_group_nb_functions:
-        args["encoder_hash_byte_group_size"] = []
-    for part, name in ((global_, "global"), (encoder, "local_encoder"), (decoder, "local_decoder")):
-        args |= {
-            f"dim_{name}": part.hidden_size,
-            f"n_layers_{name}": part.num_hidden_layers,
-            f"n_heads_{name}": part.num_attention_heads,
-        }
-    for part, name in ((encoder, "encoder"), (decoder, "decoder")):
-        args |= {
-            f"cross_attn_all_layers_{name}": bool(part.cross_attn_all_layers),
-            f"cross_attn_window_{name}": part.cross_attn_window,
-        }
-    patcher_args = {
-        "patching_mode": config.patching_mode,
-        "threshold": config.patching_threshold,
-        "threshold_add": config.patching_threshold_add,
-        "max_patch_length": config.max_patch_length,
-        "patch_size": config.patch_size,
-        "monotonicity": config.monotonicity,
-        "patching_batch_size": config.patching_batch_size,
+        "encoder_hash_byte_group_size": list(config.encoder_hash_byte_group_size) if has_hashes else [],
     }
     entropy_args = None
     if config.patch_in_forward:
-        p = config.patcher_config
-        multiple_of, multiplier = _ffn_args(
-            {p.hidden_size: p.intermediate_size}, (256,) if entropy_fixed else _MULTIPLES
-        )
-        entropy_args = {
-            "dim": p.hidden_size,
-            "n_layers": p.num_hidden_layers,
-            "n_heads": p.num_attention_heads,
-            "n_kv_heads": kv_heads(p),
-            "multiple_of": multiple_of,
-            "ffn_dim_multiplier": multiplier,
-            "norm_eps": p.rms_norm_eps,
-            "rope_theta": p.rope_parameters["rope_theta"],
-            "max_seqlen": p.max_position_embeddings,
-            "vocab_size": p.vocab_size,
-            "sliding_window": p.sliding_window,
-            "attn_impl": "xformers",
-            "attn_bias_type": "local_block_causal",
-        }
-    return args, patcher_args, entropy_args
+        patcher = config.patcher_config
+        entropy_args = _to_meta(_STACK_FIELDS | _ENTROPY_FIELDS, patcher)
+        entropy_args |= _shared_args([patcher], (256,) if entropy_fixed else _MULTIPLES)
+        entropy_args |= {key: _ENTROPY_FIXED[key] for key in ("attn_impl", "attn_bias_type")}
+    return args, _to_meta(_RULE_FIELDS, config), entropy_args
+
+
+def _kv_heads(part) -> int | None:
+    return None if part.num_key_value_heads == part.num_attention_heads else part.num_key_value_heads
+
+
+def _shared_args(parts: list, multiples: tuple[int, ...]) -> dict:
+    """Returns the arguments that Meta has once for several parts; those that no width says are of the first one."""
+    multiple_of, multiplier = _ffn_args({part.hidden_size: part.intermediate_size for part in parts}, multiples)
+    return {
+        "n_kv_heads": _kv_heads(parts[0]),
+        "multiple_of": multiple_of,
+        "ffn_dim_multiplier": multiplier,
+        "rope_theta": parts[0].rope_parameters["rope_theta"],
+    }
 
 
 # The fields that decide what a model computes, at the top and in the components.
-_ESSENCE = """
-    patch_in_forward patching_mode patching_threshold patching_threshold_add monotonicity max_patch_length
-    patching_newline_reset local_attention_window_len cross_attn_k encoder_hash_byte_group_size
-    encoder_hash_byte_group_vocab encoder_hash_byte_group_nb_functions vocab_size
-"""
-_PART_ESSENCE = """
-    hidden_size num_attention_heads num_key_value_heads num_hidden_layers intermediate_size rms_norm_eps
-    rope_parameters hidden_act sliding_window cross_attention_heads cross_attn_window cross_attn_all_layers
-    cross_attn_k patch_pooling dropout
-"""
+_ESSENCE = {*_SAME_NAMES, "patch_in_forward", "patching_newline_reset", "encoder_hash_byte_group_size"}
+_PART_ESSENCE = (
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size",
+    "rms_norm_eps", "rope_parameters", "hidden_act", "sliding_window", "cross_attention_heads", "cross_attn_window",
+    "cross_attn_all_layers", "cross_attn_k", "patch_pooling", "dropout",
+)  # fmt: skip
 
 
 def _essence(config: BltConfig) -> dict:
-    """The fields that decide what a model computes, and their values."""
-    essence = {name: getattr(config, name) for name in _ESSENCE.split()}
-    if config.patching_mode == "static":
-        essence["patch_size"] = config.patch_size
+    """Returns the fields that decide what a model computes, and their values."""
+    unread = {"patch_size"} if config.patching_mode != "static" else set()
     if not config.encoder_hash_byte_group_nb_functions:
-        del essence["encoder_hash_byte_group_size"], essence["encoder_hash_byte_group_vocab"]
+        unread |= {"encoder_hash_byte_group_size", "encoder_hash_byte_group_vocab"}
+    essence = {name: getattr(config, name) for name in sorted(_ESSENCE - unread)}
     parts = ["encoder_config", "decoder_config", "global_config"]
     for part in parts + (["patcher_config"] if config.patch_in_forward else []):
         values = getattr(config, part)
-        essence |= {f"{part}.{name}": getattr(values, name) for name in _PART_ESSENCE.split() if hasattr(values, name)}
+        essence |= {f"{part}.{name}": getattr(values, name) for name in _PART_ESSENCE if hasattr(values, name)}
     return essence
 
 
@@ -490,7 +456,7 @@ def entropy_is_fixed(config: BltConfig) -> bool:
 
 
 def argument_files(config: BltConfig, kept: dict | None) -> dict:
-    """Meta's argument files for `config`: `args`, `train_args`, `entropy_params` and `entropy_fixed`.
+    """Returns Meta's argument files for `config`: `args`, `train_args`, `entropy_params` and `entropy_fixed`.
 
     Kept arguments stay as they are, except where the config now says something else than they do.
     """
@@ -532,98 +498,6 @@ def argument_files(config: BltConfig, kept: dict | None) -> dict:
     return files | {"entropy_fixed": fixed}
 
 
-# ---- Tensor names ----
-
-
-@dataclass(frozen=True)
-class _Spec:
-    """One tensor of ours and Meta's tensor that holds it, or several that follow each other along dimension 0."""
-
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    in_patcher: bool = False
-
-    @property
-    def source_shape(self) -> tuple[int, ...]:
-        return (self.shape[0] // max(len(self.sources), 1), *self.shape[1:])
-
-
-def tensor_specs(config: BltConfig) -> list[_Spec]:
-    """Every tensor of a checkpoint, with its shape and its name in Meta's files."""
-    specs = []
-
-    def add(name, shape, *sources, in_patcher=False):
-        specs.append(_Spec(name, shape, sources, in_patcher))
-
-    def add_layers(ours, meta, part, in_patcher=False):
-        width, inner = part.hidden_size, part.intermediate_size
-        kv_width = part.num_key_value_heads * part.head_dim
-        for layer in range(part.num_hidden_layers):
-            for ours_name, meta_name, shape in (
-                ("self_attn.q_proj", "attention.wq", (width, width)),
-                ("self_attn.k_proj", "attention.wk", (kv_width, width)),
-                ("self_attn.v_proj", "attention.wv", (kv_width, width)),
-                ("self_attn.o_proj", "attention.wo", (width, width)),
-                ("mlp.gate_proj", "feed_forward.w1", (inner, width)),
-                ("mlp.up_proj", "feed_forward.w3", (inner, width)),
-                ("mlp.down_proj", "feed_forward.w2", (width, inner)),
-                ("input_layernorm", "attention_norm", (width,)),
-                ("post_attention_layernorm", "ffn_norm", (width,)),
-            ):
-                names = f"{ours}layers.{layer}.{ours_name}.weight", f"{meta}layers.{layer}.{meta_name}.weight"
-                add(names[0], shape, names[1], in_patcher=in_patcher)
-
-    def add_cross_attention(part_name, part):
-        width = part.hidden_size
-        heads, kv_heads = part.cross_attention_heads
-        kv_width = width // heads * kv_heads
-        for layer in range(part.num_hidden_layers if part.cross_attn_all_layers else 1):
-            for ours_name, meta_name, shape in (
-                ("q_proj", "wq", (width, width)),
-                ("k_proj", "wk", (kv_width, width)),
-                ("v_proj", "wv", (kv_width, width)),
-                ("o_proj", "wo", (width, width)),
-                ("q_norm", "cross_attn_norm_q", (width,)),
-                ("k_norm", "cross_attn_norm_kv", (width,)),
-            ):
-                stem = f"{part_name}.cross_attn_layers.{layer}."
-                add(f"model.{stem}{ours_name}.weight", shape, f"{stem}{meta_name}.weight")
-
-    encoder, decoder, global_ = config.encoder_config, config.decoder_config, config.global_config
-    width, pooled = encoder.hidden_size, encoder.hidden_size * config.cross_attn_k
-    num_tables = config.encoder_hash_byte_group_nb_functions * len(config.encoder_hash_byte_group_size)
-    add(
-        "model.encoder_hash_tok_embedding.weight",
-        (num_tables * config.encoder_hash_byte_group_vocab, width),
-        *(f"encoder_hash_tok_embedding.{table}.weight" for table in range(num_tables)),
-    )
-    name = "local_encoder.tok_embeddings.weight"
-    add("model.local_encoder.embed_tokens.weight", (config.vocab_size, width), name)
-    name = "local_encoder.patch_embedding_projection.weight"
-    add(f"model.{name}", (pooled, width), name)
-    add_layers("model.local_encoder.", "local_encoder.", encoder)
-    add_cross_attention("local_encoder", encoder)
-    if pooled != global_.hidden_size:
-        name = "global_transformer.token_embedding_projection.weight"
-        add(f"model.{name}", (global_.hidden_size, pooled), name)
-    add_layers("model.global_transformer.", "global_transformer.", global_)
-    name = "local_decoder.patch_embedding_projection.weight"
-    add(f"model.{name}", (pooled, global_.hidden_size), name)
-    add_layers("model.local_decoder.", "local_decoder.", decoder)
-    add_cross_attention("local_decoder", decoder)
-    add("model.local_decoder.norm.weight", (width,), "local_decoder.norm.weight")
-    add("lm_head.weight", (config.vocab_size, width), "local_decoder.output.weight")
-    if config.patch_in_forward:
-        patcher = config.patcher_config
-        table = (patcher.vocab_size, patcher.hidden_size)
-        add("model.patcher.embed_tokens.weight", table, "tok_embeddings.weight", in_patcher=True)
-        add_layers("model.patcher.", "", patcher, in_patcher=True)
-        add("model.patcher.norm.weight", (patcher.hidden_size,), "norm.weight", in_patcher=True)
-        add("model.patcher.lm_head.weight", table, "output.weight", in_patcher=True)
-    return specs
-
-
 # ---- Which of the files counts ----
 
 
@@ -642,16 +516,13 @@ def check_tokenizer(train_args: dict | None) -> None:
 
 
 def choose_patcher_args(files: dict, choice: str) -> tuple[dict, list[str]]:
-    """The patching settings of a checkpoint, and notes where its files disagree about them."""
+    """Returns the patching settings of a checkpoint, and notes where its files disagree about them."""
     found = {}
     for name, file in (("train_args", files["train_args"]), ("entropy_model", files["entropy_params"])):
         if patcher_args := ((file or {}).get("data") or {}).get("patcher_args"):
             found[name] = patcher_args
     args = {**_MODEL_DEFAULTS, **files["args"]}
-    found["args"] = {key: args[key] for key in ("patching_mode", "monotonicity", "max_patch_length", "patch_size")} | {
-        "threshold": args["patching_threshold"],
-        "threshold_add": args["patching_threshold_add"],
-    }
+    found["args"] = {key: args[name] for name, key in _RULE_FIELDS.items() if name in _MODEL_FIELDS}
     choice = next(iter(found)) if choice == "auto" else choice
     if choice not in found:
         raise ValueError(f"`patching` = {choice!r} is not there; this checkpoint has {', '.join(found)} (or 'auto').")
@@ -686,6 +557,5 @@ __all__ = [
     "config_from_meta_args",
     "entropy_is_fixed",
     "meta_args_from_config",
-    "tensor_specs",
     "wrong_types_are_value_errors",
 ]

@@ -23,7 +23,6 @@ from .arguments import (
     config_from_meta_args,
     entropy_is_fixed,
     meta_args_from_config,
-    tensor_specs,
     wrong_types_are_value_errors,
 )
 from .files import (
@@ -39,6 +38,7 @@ from .files import (
     write_safetensors,
     write_shards,
 )
+from .tensors import tensor_specs
 
 
 META_ARGS_FILE = "meta_args.json"
