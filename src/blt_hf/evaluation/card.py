@@ -10,11 +10,11 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from ..model.names_blt import architecture_name
+from ..model.modeling_base_blt import MODEL_TAGS
+from ..model.names_blt import AUTO_CLASSES, architecture_name
 from .measuring import Measurement
 
 
-TAGS = ["blt", "byte-level", "tokenizer-free"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?|code|multilingual")
@@ -41,7 +41,7 @@ def make_model_card(
     bits_per_byte: Mapping[str, Measurement | float] | None = None,
     description: str | None = None,
 ) -> ModelCard:
-    """The card of a BLT, of an entropy model, or of an adapter to one.
+    """Makes the card of a BLT, of an entropy model, or of an adapter to one.
 
     Args:
         model: a model in memory (also one of PEFT), or the folder or Hub id of one, of which only the configuration is
@@ -74,7 +74,7 @@ def make_model_card(
         pipeline_tag=subject.pipeline_tag,
         base_model=_check_ids("base_model", base_model) or subject.base_model,
         datasets=_as_list(_check_ids("datasets", datasets)) or None,
-        tags=[*TAGS, *subject.tags, *_as_list(tags)],
+        tags=[*MODEL_TAGS, *subject.tags, *_as_list(tags)],
         eval_results=results or None,
         model_name=name.split("/")[-1] if results else None,
     )
@@ -123,7 +123,7 @@ def write_model_card(model, path: str | os.PathLike | None = None, *, overwrite:
 
 
 def _merge(old: ModelCard, new: ModelCard, given: set[str]) -> ModelCard:
-    """`old` with the metadata of `new`: what was given replaces, the rest fills in."""
+    """Returns `old` with the metadata of `new`: given arguments replace its fields, the others fill gaps."""
     results = {_key(result): result for result in [*(old.data.eval_results or []), *(new.data.eval_results or [])]}
     for name, value in new.data.__dict__.items():
         if name in ("tags", "eval_results", "model_name"):
@@ -177,21 +177,13 @@ def _eval_results(bits_per_byte: Mapping[str, Measurement | float] | None) -> li
         common = {
             "task_type": "text-generation",
             "task_name": "Text generation",
-            "dataset_type": name
-            if _HUB_ID.fullmatch(name)
-            else re.sub(r"[^\w.]+", "-", name.lower()).strip("-") or "text",
+            "dataset_type": name if _HUB_ID.fullmatch(name) else _slug(name),
             "dataset_name": name,
         }
-        results.append(
-            EvalResult(
-                **common, metric_type="bits_per_byte", metric_name="Bits per byte", metric_value=round(float(value), 4)
-            )
-        )
+        metrics = [("bits_per_byte", "Bits per byte", round(float(value), 4))]
         if isinstance(measured, Measurement) and measured.bytes_per_patch is not None:
-            patch = round(measured.bytes_per_patch, 3)
-            results.append(
-                EvalResult(**common, metric_type="bytes_per_patch", metric_name="Bytes a patch", metric_value=patch)
-            )
+            metrics.append(("bytes_per_patch", "Bytes a patch", round(measured.bytes_per_patch, 3)))
+        results += [EvalResult(**common, metric_type=t, metric_name=n, metric_value=v) for t, n, v in metrics]
     return results
 
 
@@ -234,17 +226,17 @@ class _Subject:
                 f"`model` must be a BLT, an entropy model, or the folder or Hub id of one; got {type(model).__name__}."
             )
         self.model: nn.Module = model
-        class_name = type(model).__name__.removeprefix("FSDP")
-        self.name = class_name if folder is None else Path(folder).resolve().name
-        self.pipeline_tag = self.PIPELINES.get(class_name, "text-generation")
+        self.class_name = type(model).__name__.removeprefix("FSDP")
+        self.name = self.class_name if folder is None else Path(folder).resolve().name
+        self.pipeline_tag = self.PIPELINES.get(self.class_name, "text-generation")
         self.library = "transformers" if self.adapter is None else "peft"
         self.tags = [] if self.adapter is None else [self.adapter_type.lower()]
         self.is_patcher = self.config.model_type == "blt_patcher"
 
     def _from_folder(self, folder):
-        """A model without weights, of the class and shape that the folder's configuration says."""
+        """Builds a model without weights, of the class and shape that the folder's configuration says."""
         import transformers
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
         from transformers.utils import find_adapter_config_file
 
         if find_adapter_config_file(folder) is not None:
@@ -258,13 +250,10 @@ class _Subject:
             raise ValueError(f"`model`: {folder} has no configuration of a BLT: {str(error).strip()}") from error
         if config.model_type not in ("blt", "blt_patcher"):
             raise ValueError(f"`model` must be a BLT or an entropy model; {folder} is of type {config.model_type!r}.")
-        auto_name = "AutoModelForCausalLM"
-        for name in self.PIPELINES:
-            if {name, architecture_name(name)} & set(config.architectures or []):
-                auto_name = name.replace("BltFor", "AutoModelFor").replace("BltModel", "AutoModel")
-        auto_class = getattr(transformers, auto_name, AutoModelForCausalLM)
+        named = {*(config.architectures or ())}
+        auto_names = (auto for name, auto in AUTO_CLASSES.items() if {name, architecture_name(name)} & named)
         with torch.device("meta"):
-            return auto_class.from_config(config)
+            return getattr(transformers, next(auto_names, "AutoModelForCausalLM")).from_config(config)
 
     def _read_adapter(self, config) -> None:
         self.adapter = config
@@ -287,18 +276,13 @@ class _Subject:
 
     def usage(self, name: str) -> str:
         if self.adapter is not None:
-            auto_class = {
-                "text-classification": "AutoPeftModelForSequenceClassification",
-                "token-classification": "AutoPeftModelForTokenClassification",
-                "feature-extraction": "AutoPeftModelForFeatureExtraction",
-            }.get(self.pipeline_tag, "AutoPeftModelForCausalLM")
+            auto_class = AUTO_CLASSES.get(self.class_name, "AutoModelForCausalLM").replace("Auto", "AutoPeft")
+            if self.class_name == "BltModel":  # the one that PEFT names otherwise
+                auto_class = "AutoPeftModelForFeatureExtraction"
             lines = [f"from peft import {auto_class}", "", f'model = {auto_class}.from_pretrained("{name}")']
         elif self.is_patcher:
-            lines = [
-                "from transformers import AutoModelForCausalLM",
-                "",
-                f'patcher = AutoModelForCausalLM.from_pretrained("{name}")',
-            ]
+            auto_class = "AutoModelForCausalLM"
+            lines = [f"from transformers import {auto_class}", "", f'patcher = {auto_class}.from_pretrained("{name}")']
         else:
             argument = '"The "' + (", max_new_tokens=100" if self.pipeline_tag == "text-generation" else "")
             lines = [

@@ -22,6 +22,8 @@ from .tracing_blt import is_compiling, is_exporting
 
 logger = logging.get_logger(__name__)
 
+MODEL_TAGS = ("blt", "byte-level", "tokenizer-free")
+
 
 @dataclass
 class BltModelOutput(ModelOutput):
@@ -114,7 +116,7 @@ class BltPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        self.model_tags = ["blt", "byte-level", "tokenizer-free"]  # of this instance: trainers append to the list
+        self.model_tags = [*MODEL_TAGS]  # of this instance: trainers append to the list
         if isinstance(self, BltGenerationMixin):
             self.fill_special_token_ids()
         add_default_targets()
