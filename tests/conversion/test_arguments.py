@@ -4,17 +4,13 @@ That the numbers are right is shown in `tests/conformance/test_meta_reference.py
 """
 
 import pytest
-import torch
 
-from blt_hf import BltForCausalLM
 from blt_hf.conversion import arguments as convert_arguments
 from blt_hf.conversion import (
     config_from_meta_args,
     meta_args_from_config,
-    tensor_specs,
 )
 from helpers.meta_checkpoints import ARGS, ENTROPY_ARGS, PATCHER_ARGS
-from helpers.models import tiny_config
 
 
 def test_every_argument_of_metas_is_read_or_has_a_reason_not_to_be():
@@ -210,20 +206,3 @@ def test_arguments_survive_config_and_back(overrides, rule):
     config, _ = config_from_meta_args(ARGS | overrides, PATCHER_ARGS | rule, ENTROPY_ARGS)
     again, _ = config_from_meta_args(*meta_args_from_config(config))
     assert again.to_dict() == config.to_dict()
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"encoder_config": {"num_cross_attention_heads": 4, "num_hidden_layers": 2, "cross_attn_all_layers": True}},
-        {"decoder_config": {"num_key_value_heads": 1, "cross_attn_all_layers": False}, "cross_attn_k": 3},
-        {"patch_in_forward": False, "encoder_hash_byte_group_nb_functions": 2},
-        {"encoder_hash_byte_group_nb_functions": 0},
-    ],
-)
-def test_specs_are_the_models_own_tensors(config):
-    config = tiny_config(**config)
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in BltForCausalLM(config).state_dict().items()}
-    assert {spec.name: spec.shape for spec in tensor_specs(config)} == expected
