@@ -141,8 +141,8 @@ def main() -> None:
     axes.text(last - 0.5, rows["head"] + 1.35, '"w"', fontsize=11, ha="center")
 
     label(axes, rows["bytes"] + 0.3, "bytes", "tokenization.py")
-    label(axes, rows["patcher"] + 0.3, "patcher", "patcher_blt.py, patching_blt.py")
-    label(axes, rows["patcher"] + 1.2, "embeddings", "embedding_blt.py")
+    label(axes, rows["patcher"] + 0.3, "patcher", "stacks_blt.py, patching_blt.py")
+    label(axes, rows["patcher"] + 1.2, "embeddings", "layers_blt.py")
     label(axes, rows["encoder"] + 0.3, "local encoder", "stacks_blt.py, layers_blt.py")
     label(axes, rows["pool"] + 0.3, "bytes to patches", "attention_blt.py")
     label(axes, rows["global"] + 0.3, "global transformer", "stacks_blt.py")

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from blt_hf import BltForCausalLM
-from blt_hf.model.cache_blt import BltCache, SlotAccess, Slots, SlotTensor, log_field
+from blt_hf.model.cache_blt import BltCache, SlotAccess, Slots, SlotTensor
 from helpers.checks import alone, assert_same
 from helpers.models import DEVICE, make_model, model_for, rules, tiny_config
 from helpers.texts import TEXT, encode, text_ids, texts
@@ -101,8 +101,8 @@ def test_what_later_bytes_may_see_is_shown_and_no_more(model, ids):
         for layer in cache.global_transformer:
             assert layer.keys.shape[-2] == layer.get_seq_length() == count
         assert cache.num_bytes.tolist() == [seen] and cache.num_patches.tolist() == [count]
-        last = cache.log.last(cache.num_bytes, min(seen, cache.num_hash_bytes))
-        assert log_field(last, "input_id")[0].tolist() == ids[0, max(seen - 7, 0) : seen].tolist()
+        last = ids[0, max(seen - 7, 0) : seen].tolist()
+        assert cache.history.last_ids[0].tolist() == [0] * (7 - len(last)) + last
     assert len(cache.patcher) == len(cache.decoder) == 2 and len(cache.encoder) == 1
 
 

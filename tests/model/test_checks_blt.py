@@ -38,8 +38,11 @@ def test_wrong_inputs_are_named(request, part, ids):
     model = request.getfixturevalue(part)
     embeds = torch.zeros(1, 5, 16)
     cases = [
-        ({}, ["`input_ids`", "`inputs_embeds`", "neither"]),
-        ({"input_ids": ids, "inputs_embeds": embeds}, ["`input_ids`", "`inputs_embeds`", "both"]),
+        ({}, ["`input_ids`", "`inputs_embeds`", "none of them" if part == "model" else "neither"]),
+        (
+            {"input_ids": ids, "inputs_embeds": embeds},
+            ["`input_ids`", "`inputs_embeds`", "the same bytes" if part == "model" else "both"],
+        ),
         ({"input_ids": ids[0]}, ["`input_ids`", "two-dimensional", str(tuple(ids[0].shape))]),
         ({"input_ids": ids[:, :0]}, ["`input_ids`", "no columns"]),
         (
@@ -74,4 +77,4 @@ def test_packed_rows_with_wide_cross_attention_are_refused(ids):
 def test_documents_in_inputs_embeds_are_refused(ids):
     model = make_model(tiny_config(mask_documents=True))
     with pytest.raises(ValueError, match="`input_ids`.*`inputs_embeds`.*`position_ids`"):
-        model(inputs_embeds=torch.zeros(1, 8, 16), patch_lengths=torch.tensor([[1, 8]]))
+        model(byte_embeds=torch.zeros(1, 8, 16), patch_lengths=torch.tensor([[1, 8]]))

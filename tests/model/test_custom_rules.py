@@ -158,7 +158,7 @@ def test_needs_no_entropy_model(tmp_path):
     assert model.model.patcher is None and not config.uses_patcher
     model(text_ids())
     with pytest.raises(ValueError, match="`inputs_embeds` hide the bytes that `patching_mode='test-lines'` reads"):
-        model(inputs_embeds=torch.zeros(1, 8, 16))
+        model(byte_embeds=torch.zeros(1, 8, 16))
     with pytest.raises(ValueError, match="`patching_mode='test-words'` needs an entropy model"):
         make_model(tiny_config(patching_mode="test-words", patch_in_forward=False))(text_ids())
 

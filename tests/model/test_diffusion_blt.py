@@ -471,7 +471,7 @@ def test_what_cannot_be_honoured_is_refused():
     embeds = torch.zeros(1, 10, 16)
     lengths = torch.tensor([[1, 9]])
     with pytest.raises(ValueError, match="input_ids=None.*`inputs_embeds` hide"):
-        model(inputs_embeds=embeds, labels=ids, patch_lengths=lengths)
+        model(byte_embeds=embeds, labels=ids, patch_lengths=lengths)
     with pytest.raises(ValueError, match="use_cache=True.*leave it False"):
         model(ids, labels=ids, use_cache=True)
     with torch.no_grad():

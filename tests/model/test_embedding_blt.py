@@ -9,7 +9,7 @@ from torch import nn
 from blt_hf import (
     BltForCausalLM,
 )
-from blt_hf.model.embedding_blt import HASH_PRIMES, ngram_hashes
+from blt_hf.model.layers_blt import HASH_PRIMES, ngram_hashes
 from helpers.checks import assert_same
 from helpers.models import make_model, tiny_config
 from helpers.texts import encode
@@ -44,18 +44,25 @@ def test_hashes_against_plain_python():
         assert hashes[0, position].tolist() == expected
 
 
+@pytest.mark.parametrize(
+    "rule", [{"patching_mode": "byte"}, {"patching_mode": "static", "patch_size": 3}, {}, {"patching_mode": "space"}]
+)
 @torch.no_grad()
-def byte_and_hash_embeddings(model, ids):
-    config = model.config
-    hashes = ngram_hashes(
-        ids,
-        None,
-        torch.arange(ids.shape[1]).expand(ids.shape),
-        config.encoder_hash_byte_group_size,
-        config.encoder_hash_byte_group_nb_functions,
-        config.encoder_hash_byte_group_vocab,
-    )
-    return model.get_input_embeddings()(ids) + model.model.encoder_hash_tok_embedding(hashes)
+def test_byte_embeds(rule, padded):
+    """Sums of byte and hash embeddings; without ids, the rules that read bytes need patch lengths."""
+    model = make_model(tiny_config(**rule))
+    _, ids, mask = padded
+    embeds = model.embed_bytes(ids, attention_mask=mask)
+    expected = model(ids, attention_mask=mask, output_patches=True)
+    assert_same(model(ids, byte_embeds=embeds, attention_mask=mask).logits, expected.logits)
+    embeds = torch.where(mask[..., None] != 0, embeds, torch.randn_like(embeds))
+    if model.config.patching_mode in ("entropy", "space"):
+        with pytest.raises(ValueError, match=f"`inputs_embeds`.*'{model.config.patching_mode}'.*`patch_lengths`"):
+            model(byte_embeds=embeds, attention_mask=mask)
+        out = model(byte_embeds=embeds, attention_mask=mask, patch_lengths=expected.patch_lengths)
+    else:
+        out = model(byte_embeds=embeds, attention_mask=mask)
+    assert_same(out.logits, expected.logits)
 
 
 @pytest.mark.parametrize(
@@ -63,20 +70,42 @@ def byte_and_hash_embeddings(model, ids):
 )
 @torch.no_grad()
 def test_inputs_embeds(rule, padded):
-    """Sum of byte and hash embeddings; the rules that read bytes need patch lengths."""
+    """Byte embeddings as `get_input_embeddings` gives them, as for a Llama; hashes and patches come from the ids."""
     model = make_model(tiny_config(**rule))
-    rows, ids, mask = padded
-    embeds = torch.randn(2, 50, 16)
-    for index, row in enumerate(rows):
-        embeds[index, 50 - len(row) :] = byte_and_hash_embeddings(model, torch.tensor([row]))[0]
+    _, ids, mask = padded
+    embeds = model.get_input_embeddings()(ids)
     expected = model(ids, attention_mask=mask, output_patches=True)
-    if model.config.patching_mode in ("entropy", "space"):
-        with pytest.raises(ValueError, match=f"`inputs_embeds`.*'{model.config.patching_mode}'.*`patch_lengths`"):
-            model(inputs_embeds=embeds, attention_mask=mask)
-        out = model(inputs_embeds=embeds, attention_mask=mask, patch_lengths=expected.patch_lengths)
-    else:
-        out = model(inputs_embeds=embeds, attention_mask=mask)
+    assert_same(model(ids, inputs_embeds=embeds, attention_mask=mask).logits, expected.logits)
+    with pytest.raises(ValueError, match="`inputs_embeds` are byte embeddings.*`embed_bytes.*`byte_embeds`"):
+        model(inputs_embeds=embeds, attention_mask=mask, patch_lengths=expected.patch_lengths)
+    with pytest.raises(ValueError, match="`inputs_embeds` and `byte_embeds` cannot be given together"):
+        model(ids, inputs_embeds=embeds, byte_embeds=embeds)
+    plain = make_model(tiny_config(encoder_hash_byte_group_nb_functions=0, **rule))
+    expected = plain(ids, attention_mask=mask, output_patches=True)
+    embeds = plain.get_input_embeddings()(ids)
+    out = plain(inputs_embeds=embeds, attention_mask=mask, patch_lengths=expected.patch_lengths)
     assert_same(out.logits, expected.logits)
+
+
+@torch.no_grad()
+def test_embeddings_in_pieces_with_a_cache(ids):
+    """A later piece has the hashes of the bytes before it."""
+    model = make_model()
+    expected, embed = model(ids).logits, model.get_input_embeddings()
+    first = model(ids[:, :30], inputs_embeds=embed(ids[:, :30]), use_cache=True)
+    cache = first.past_key_values
+    more = model.embed_bytes(ids[:, 30:33], past_key_values=cache)
+    second = model(ids[:, 30:33], byte_embeds=more, past_key_values=cache)
+    third = model(ids[:, 33:], inputs_embeds=embed(ids[:, 33:]), past_key_values=cache)
+    assert_same(torch.cat([first.logits, second.logits, third.logits], dim=1), expected)
+
+
+def test_attribution_to_bytes(ids):
+    """The gradient of a logit at byte embeddings, as attribution methods ask for it."""
+    model = make_model()
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(ids, inputs_embeds=embeds, use_cache=False).logits[0, 20].max().backward()
+    assert embeds.grad[0, :21].abs().sum(dim=-1).min() > 0 and not embeds.grad[0, 21:].any()
 
 
 @pytest.mark.parametrize("rule", [{"patching_mode": "byte"}, {}], ids=["byte", "entropy"])
@@ -86,12 +115,12 @@ def test_ids_after_inputs_embeds(rule, ids):
     model = make_model(tiny_config(**rule))
     expected = model(ids, output_patches=True)
     lengths = None if rule else model(ids[:, :30], output_patches=True).patch_lengths
-    first = model(inputs_embeds=byte_and_hash_embeddings(model, ids[:, :30]), patch_lengths=lengths, use_cache=True)
+    first = model(byte_embeds=model.embed_bytes(ids[:, :30]), patch_lengths=lengths, use_cache=True)
     assert_same(first.logits, expected.logits[:, :30])
     try:
         out = model(ids[:, 30:], past_key_values=first.past_key_values)
     except ValueError as error:
-        assert "`inputs_embeds`" in str(error)
+        assert "`past_key_values` holds bytes that were passed as embeddings" in str(error)
     else:
         assert_same(out.logits, expected.logits[:, 30:])
 

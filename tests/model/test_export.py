@@ -16,7 +16,7 @@ from blt_hf import (
     BltPatcher,
     register_patching_rule,
 )
-from blt_hf.model import embedding_blt
+from blt_hf.model import layers_blt
 from helpers.exporting import dynamic_shapes, export, make_ids, make_inputs, make_small
 from helpers.models import make_model
 from helpers.processes import run
@@ -300,7 +300,7 @@ def test_compiles_before_anything_has_run(monkeypatch):
     """The factors of the hashes are made in the graph then."""
     model, ids = make_small().train(), make_ids(2, 50)
     expected = model(ids, labels=ids).loss
-    monkeypatch.setattr(embedding_blt, "_hash_weights", {})
+    monkeypatch.setattr(layers_blt, "_hash_weights", {})
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for _ in range(2):
         torch.testing.assert_close(compiled(ids, labels=ids).loss, expected, rtol=0, atol=2e-6)

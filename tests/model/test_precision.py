@@ -24,7 +24,7 @@ def test_half_precision(dtype, ids):
     assert_same(own.entropies, torch.distributions.Categorical(logits=logits).entropy())
     first = model(ids[:, :30], use_cache=True)
     second = model(ids[:, 30:], past_key_values=first.past_key_values)
-    assert first.past_key_values.log.entropies.values.dtype == torch.float32
+    assert first.past_key_values.history.entropies.values.dtype == torch.float32
     assert (torch.cat([first.logits, second.logits], dim=1) - own.logits).abs().mean() < 0.1
     text = model.generate(ids[:, :20], max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert text.shape == (1, 32)

@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import ContinuousBatchingConfig, LogitsProcessor
 
 from blt_hf import BltCache, register_patching_rule
-from blt_hf.model import recording_blt, step_blt
+from blt_hf.model import step_blt
+from blt_hf.model.step_blt import StepRunner
 from helpers.checks import assert_same
 from helpers.diffusion import diffusion_model
 from helpers.models import RULES, greedy, make_model, model_for, tiny_config
@@ -64,7 +65,7 @@ def tapes(monkeypatch) -> list[Tape]:
         made.append(tape)
         return result, tape.replay
 
-    monkeypatch.setattr(recording_blt, "record", record)
+    monkeypatch.setattr(step_blt, "record", record)
     monkeypatch.setattr(step_blt, "can_record", lambda device: True)
     return made
 
@@ -180,7 +181,7 @@ def test_with_and_without_the_head(tapes):
             else:
                 found.append(model(byte, past_key_values=cache).logits)
             if index > 9:
-                drafts = model.model.draft(byte, cache), model.draft_logits(byte, cache)
+                drafts = StepRunner(model.model, cache).draft(byte), model.draft_logits(byte, cache)
                 cache.crop_rows([2])
                 found[-1] = torch.cat([found[-1].flatten(), *(draft.flatten() for draft in drafts)])
         assert_same(found[0], found[1])

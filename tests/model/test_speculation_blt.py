@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
-from blt_hf.model.speculation_blt import Drafts, DraftSource, SelfSpeculation, choose
+from blt_hf.model.generation_blt import Drafts, DraftSource, SelfSpeculation, choose
 from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.checks import cases
 from helpers.models import make_model, model_for, rules, tiny_config
@@ -19,13 +19,11 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 24}
 
 def count_passes(model) -> list[int]:
     """Bytes of each pass of the whole model, from now on."""
-    sizes, read = [], model.model._read_bytes
-
-    def counted(chunk, *args):
-        sizes.append(chunk.num_columns)
-        return read(chunk, *args)
-
-    model.model._read_bytes = counted
+    sizes = []
+    # The entropy model reads every byte once, and no draft.
+    model.model.patcher.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: sizes.append(inputs[0].shape[1])
+    )
     return sizes
 
 

@@ -8,7 +8,7 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from blt_hf.fast_blt.blocks import Unmasking, read_block
-from blt_hf.model.step_blt import read_last_byte
+from blt_hf.model.step_blt import StepRunner
 from helpers.checks import cases
 from helpers.diffusion import diffusion_model, slow_decoder
 from helpers.models import RULES, make_model
@@ -234,18 +234,15 @@ def test_blocks_are_streamed_as_they_are_finished():
     assert streamed == out[0, ids.shape[1] :].tolist()
 
 
-def test_one_pass_of_the_whole_model_reads_a_block(monkeypatch):
+def test_one_pass_of_the_whole_model_reads_a_block():
     """24 bytes in blocks of 6: the prompt's pass gives the first byte, and each pass a block's 5 others and the next."""
-    model, ids = diffusion_model(seed=1), torch.tensor([encode(PROMPT)])
-    sizes, step = [], model.step_logits
-
-    def counted(ids, *arguments):
-        sizes.append(ids.shape[1])
-        return step(ids, *arguments)
-
-    monkeypatch.setattr(model, "step_logits", counted)
+    model, ids, sizes = diffusion_model(seed=1), torch.tensor([encode(PROMPT)]), []
+    # The entropy model reads what the whole model reads.
+    model.model.patcher.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: sizes.append(inputs[0].shape[1])
+    )
     model.generate(ids, diffusion_block_size=6, confidence_threshold=0.0, **GREEDY)
-    assert sizes == [6] * 4
+    assert sizes == [ids.shape[1]] + [6] * 4
 
 
 def test_the_cache_goes_on_from_there():
@@ -274,7 +271,7 @@ def test_a_row_without_a_byte_gives_numbers(rule):
     cache = model(torch.tensor([encode(PROMPT)] * 2), use_cache=True).past_key_values
     cache.reset_rows([1])
     last = torch.tensor([[100], [100]])
-    state = read_last_byte(model.model, cache, last)
+    state = StepRunner(model.model, cache).read_last(last)
     ids, is_masked = last.expand(2, 4), torch.tensor([False, True, True, True]).expand(2, 4)
     assert read_block(model, cache, state, ids, is_masked).isfinite().all()
 

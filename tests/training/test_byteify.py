@@ -70,7 +70,8 @@ def global_states(model, inputs_embeds: torch.Tensor) -> torch.Tensor:
     """What the layers of the global transformer make of some patches."""
     count = inputs_embeds.shape[1]
     # The first patches of one row, all in one document.
-    chunk = SimpleNamespace(previous={"num_patches": torch.zeros(1, dtype=torch.int64)}, document_start=None)
+    previous = SimpleNamespace(num_patches=torch.zeros(1, dtype=torch.int64))
+    chunk = SimpleNamespace(previous=previous, document_start=None, packed=None)
     global_transformer = model.model.global_transformer
     global_transformer.token_embedding_projection = nn.Identity()
     with torch.no_grad():

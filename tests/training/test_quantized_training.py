@@ -12,7 +12,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from blt_hf import BltForCausalLM, BltForSequenceClassification, BltForTokenClassification, BltTokenizer
-from blt_hf.model.embedding_blt import BltHashEmbedding
+from blt_hf.model.layers_blt import BltHashEmbedding
 from helpers.adapters import CAUSAL, check_patcher_untouched, ids
 from helpers.models import make_model, tiny_config
 from helpers.training import ARGUMENTS, CONVERSATIONS, assert_same_losses, make_trainer, step_losses

@@ -7,7 +7,7 @@ mask, that of each mask the one behind it. What is *unmasked* is decided by conf
 budget; then the block is read again with these bytes in it, until no mask is left. Nothing of this is kept: finished
 bytes are read by the whole model in one pass, as any text is.
 
-BLT-DV fills in all masks at once and lets the whole model verify them, as other drafts are (`speculation_blt.py`).
+BLT-DV fills in all masks at once and lets the whole model verify them, as other drafts are (`generation_blt.py`).
 
 Dimension letters: `B` rows, `K` bytes of a block (its last byte of the text included), `V` vocabulary, `W` width.
 """
@@ -21,11 +21,10 @@ from torch import Tensor
 from ..model.attention_blt import SlotSpan
 from ..model.cache_blt import BltCache, BltCacheLayer
 from ..model.chunk_blt import next_bytes
-from ..model.compiling_blt import is_compiled
-from ..model.decoding_blt import RaggedText
+from ..model.forward_blt import ForwardSettings
+from ..model.generation_blt import Drafts, DraftSource, RaggedText, finish_rows
 from ..model.layers_blt import PatchReads
-from ..model.speculation_blt import Drafts, DraftSource, finish_rows
-from ..model.step_blt import read_last_byte
+from ..model.step_blt import StepRunner
 
 
 UNMASKING_RULES = ("confidence", "entropy")
@@ -115,12 +114,23 @@ class BlockSpan(SlotSpan):
     """Keys of a block: the slots of the text before it, then its own.
 
     Its first byte is one of the text and sees no mask; the others see the whole block.
+
+    Args:
+        key_positions: int64 `(B, T)`, position that each slot holds, before the block; negative: none.
+        query_positions, window, start, implementation: as in [`SlotSpan`].
     """
+
+    def __init__(self, key_positions: Tensor, query_positions: Tensor, window, start, implementation: str):
+        super().__init__(key_positions.shape[1], query_positions, window, start, implementation)
+        self.key_positions = key_positions
 
     def _build_mask(self, device: torch.device):
         rows, size = self.query_positions.shape
-        keys, first = self.key_positions.to(device)[:, None], self.first.to(device)[..., None]
-        of_text = keys >= first  # slots hold nothing behind the text
+        queries = self.query_positions.to(device)
+        first = torch.zeros_like(queries) if self.start is None else self.start.to(device)
+        if self.longest is not None:
+            first = torch.maximum(first, queries - (self.longest - 1))
+        of_text = self.key_positions.to(device)[:, None] >= first[..., None]
         index = torch.arange(size, device=device)
         of_block = ((index[:, None] > 0) | (index == 0)).expand(rows, -1, -1)
         visible = torch.cat([of_text, of_block], dim=-1)
@@ -141,9 +151,9 @@ class _SlotsBefore:
         self.layer = layer
 
     def update(self, key_states: Tensor, value_states: Tensor, access=None) -> tuple[Tensor, Tensor]:
+        _, keys, values = self.layer.slot_views()
         return tuple(
-            torch.cat([kept.values.transpose(1, 2).to(new.dtype), new], dim=2)
-            for kept, new in ((self.layer._keys, key_states), (self.layer._values, value_states))
+            torch.cat([kept.to(new.dtype), new], dim=2) for kept, new in ((keys, key_states), (values, value_states))
         )
 
 
@@ -152,7 +162,6 @@ class _TextBefore:
     """What the decoder asks of a cache."""
 
     decoder: list[_SlotsBefore]
-    latents: list
 
 
 def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_masked: Tensor) -> Tensor:
@@ -165,19 +174,20 @@ def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_maske
         ids: int64 `(B, K)`; anything where `is_masked`, bool `(B, K)`.
     """
     blt = model.model
-    chunk = next_bytes(ids, None, cache, **blt._document_rules)
+    settings = ForwardSettings.of(blt.config)
+    chunk = next_bytes(ids, None, cache, settings.documents)
     embeds = torch.where(is_masked[..., None], model.mask_embedding.weight[0], blt.local_encoder.embed_tokens(ids))
     states = torch.cat([last_state, embeds[:, 1:].to(last_state.dtype)], dim=1)
-    last = (chunk.previous["num_patches"][:, None] - 1).expand_as(ids)
-    patches, hidden = PatchReads.find(last, blt._cross_windows[1])
+    last = (chunk.previous.num_patches[:, None] - 1).expand_as(ids)
+    patches, hidden = PatchReads.find(last, settings.decoder_window)
     reads = PatchReads(patches % cache.latent_slots.size, hidden)
     start = None if chunk.document_start is None else chunk.document_start[:, :1].expand_as(ids)
     span = BlockSpan(
         cache.local_slots.held(chunk.cached_bytes), chunk.row_positions, blt.config.local_attention_window_len, start,
         blt.config._attn_implementation,
     )  # fmt: skip
-    text = _TextBefore([_SlotsBefore(layer) for layer in cache.decoder], cache.latents)
-    states = blt.local_decoder(states, None, chunk, reads, span, text)
+    text = _TextBefore([_SlotsBefore(layer) for layer in cache.decoder])
+    states = blt.local_decoder(states, cache.latents.values, chunk, reads, span, text)
     return model.lm_head(states[:, :-1]).float()
 
 
@@ -199,8 +209,8 @@ class FilledBlock:
 
 def fill_block(
     model,
+    runner: StepRunner,
     text: RaggedText,
-    cache: BltCache,
     block_size: int,
     needed: list[int],
     choose: Callable[[Tensor, Tensor], Tensor] | None,
@@ -212,16 +222,18 @@ def fill_block(
     still, its most probable value when the block was last read (at first, the padding).
 
     Args:
+        model: a [`BltForCausalLM`] with a mask embedding.
+        runner: of its steps.
         text: the texts; the cache has read all but the last byte of each.
         block_size: `K`.
         needed: bytes of each row that must be filled in; the masks behind them may be left as they are.
         choose: which masked bytes to keep, from scores and what is masked, as [`Unmasking.choose`]. None: all.
     """
-    last, rows = text.last_ids(), len(needed)
+    last, rows, cache = text.last_ids(), len(needed), runner.cache
     read = read_block
-    if is_compiled(model.model, cache, rows):
-        (read,) = model.model.compiled_steps.find("read_block", [read_block], cache, model)
-    last_state = read_last_byte(model.model, cache, last)
+    if rows == 1 and runner.compiles:
+        read = model.model.compiled_steps.find(read_block, (block_size, runner.hooks), cache)
+    last_state = runner.read_last(last)
     ids = last.new_full((rows, block_size - 1), text.pad_token_id)
     is_masked = torch.ones_like(ids, dtype=torch.bool)
     is_needed = torch.arange(block_size - 1, device=ids.device) < torch.tensor(needed, device=ids.device)[:, None]
@@ -254,23 +266,24 @@ class BlockDrafts(DraftSource):
 
     Args:
         model: a [`BltForCausalLM`] with a mask embedding.
+        runner: of its steps.
         block_size: bytes of a block; one of them is the last of the text.
         do_sample: draw the drafts, from what the logits processors make of them.
     """
 
-    def __init__(self, model, block_size: int, do_sample: bool):
-        self.model, self.block_size, self.do_sample = model, block_size, do_sample
+    def __init__(self, model, runner: StepRunner, block_size: int, do_sample: bool):
+        self.model, self.runner, self.block_size, self.do_sample = model, runner, block_size, do_sample
 
     @torch.no_grad()
     def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
         needed = [min(limit, self.block_size - 1) for limit in limits]
-        block = fill_block(self.model, text, cache, self.block_size, needed, None, self.do_sample)
+        block = fill_block(self.model, self.runner, text, self.block_size, needed, None, self.do_sample)
         return Drafts(block.ids, needed, block.scores.softmax(dim=-1) if self.do_sample else None)
 
 
 @torch.no_grad()
 def decode_blocks(
-    model, text: RaggedText, cache: BltCache, block_size: int, unmasking: Unmasking, do_sample: bool
+    model, runner: StepRunner, text: RaggedText, block_size: int, unmasking: Unmasking, do_sample: bool
 ) -> None:
     """BLT-D: writes texts to their ends, block by block, verified by nobody.
 
@@ -284,12 +297,12 @@ def decode_blocks(
             for length, active in zip(text.lengths, is_active)
         ]
         last = text.last_ids()
-        block = fill_block(model, text, cache, block_size, needed, unmasking.choose, do_sample)
+        block = fill_block(model, runner, text, block_size, needed, unmasking.choose, do_sample)
         added = text.append(block.ids, needed, block.logits, block.scores)
         # A row that goes on is read to its last byte and gets another one; of one that has stopped, the last is not read.
         goes_on = [active and still for active, still in zip(is_active, text.active)]
         lengths = [n + on if active else 0 for n, on, active in zip(added, goes_on, is_active)]
-        logits = model.step_logits(torch.cat([last, block.ids], dim=1), cache, lengths)
+        logits = runner.step(torch.cat([last, block.ids], dim=1), lengths)
         if not any(goes_on):
             continue
         at = torch.tensor(lengths, device=logits.device).clamp_min(1)[:, None, None] - 1
@@ -297,7 +310,7 @@ def decode_blocks(
         scores = text.process(logits)
         ids = torch.multinomial(scores[:, 0].softmax(dim=-1), num_samples=1) if do_sample else scores.argmax(dim=-1)
         text.append(ids, [int(on) for on in goes_on], logits, scores)
-    finish_rows(model, text, cache)
+    finish_rows(runner, text)
 
 
 __all__ = [

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from ..model.attention_blt import AttentionSpan
 from ..model.chunk_blt import ByteChunk, PatchNumbers
 from ..model.layers_blt import PatchReads
+from ..model.names_blt import is_compiling, largest_count
 from ..model.patching_blt import IGNORED_LABEL
-from ..model.tracing_blt import is_compiling, largest_count
 
 
 MIN_MASK_PROBABILITY = 1e-3

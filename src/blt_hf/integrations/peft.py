@@ -29,9 +29,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..model.embedding_blt import BltHashEmbedding
+from ..model.layers_blt import BltHashEmbedding
 from ..model.names_blt import add_default_targets
-from ..model.patcher_blt import BltPatcher
+from ..model.stacks_blt import BltPatcher
 from .peft_positions import refuse_counting_methods
 
 

@@ -21,7 +21,7 @@ import inspect
 from torch import nn
 
 from ..model.modeling_blt import BltModel
-from ..model.patcher_blt import BltPatcher
+from ..model.stacks_blt import BltPatcher
 
 
 _NAMES = {BltModel.__name__, BltPatcher.__name__}

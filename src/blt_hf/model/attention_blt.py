@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .tracing_blt import is_exporting, sliding_windows, take_columns
+from .names_blt import is_exporting, sliding_windows, take_columns
 
 
 def repeat_kv_heads(states: Tensor, groups: int, dim: int) -> Tensor:
@@ -88,6 +88,7 @@ class AttentionSpan:
         if is_long and not wants_weights and implementation in ("eager", "sdpa"):
             self.block = min(max(window, 32), 128)
         self._masks: dict[str, object] = {}
+        self.rotations: dict[int, Tensor] = {}  # of packed stacks, which share a span
         self._head: AttentionSpan | None = None
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0):
@@ -95,6 +96,14 @@ class AttentionSpan:
         if self.block:
             return self._attend_in_blocks(module, query, key, value, dropout), None
         return self._call(module, query, key, value, self._mask("whole", query, self._build_mask), dropout)
+
+    def hide_nothing(self) -> None:
+        """Makes all keys visible."""
+        self._masks["whole"] = None
+
+    def whole_mask(self, query: Tensor) -> Tensor | None:
+        """The mask of an attention in one piece, as the attention interface takes it."""
+        return self._mask("whole", query, self._build_mask)
 
     def _call(self, module, query, key, value, mask, dropout):
         if self.implementation == "sdpa" and module.num_key_value_groups == 1:
@@ -115,7 +124,7 @@ class AttentionSpan:
             mask = build(query.device)
             if isinstance(mask, Tensor) and self.implementation == "sdpa":
                 # Otherwise every layer makes, and keeps for its backward, floats of its own.
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+                mask = (~mask * torch.finfo(torch.float32).min).to(query.dtype)
             self._masks[name] = mask
         return self._masks[name]
 
@@ -226,10 +235,12 @@ def _merge_rows(states: Tensor) -> Tensor:
 
 
 class SlotSpan(AttentionSpan):
-    """Keys in slots, in any order; each says which position it holds.
+    """Keys in slots: slot `s` holds the newest position that is `s` modulo the number of slots.
 
     Args:
-        key_positions: int64 `(B or 1, T)`, position that each slot holds.
+        num_slots: slots to read. What lies in a slot is never further back than the query by as many positions as there
+            are slots, so a slot that holds no position of the row yet, or a later one than the query's, counts as one
+            from before the row.
         query_positions: int64 `(B, S)`.
         window: positions that a query sees, itself included; None: no limit.
         start: int64 `(B, S)`, first position that it may see. None: 0.
@@ -238,7 +249,7 @@ class SlotSpan(AttentionSpan):
 
     def __init__(
         self,
-        key_positions: Tensor,
+        num_slots: int,
         query_positions: Tensor,
         window: int | None,
         start: Tensor | None,
@@ -246,29 +257,23 @@ class SlotSpan(AttentionSpan):
         access=None,
     ):
         super().__init__(0, query_positions.shape[1], None, None, implementation, access=access)
-        if window is None:
-            first = torch.zeros_like(query_positions) if start is None else start
-        else:
-            first = (
-                (query_positions - (window - 1)).clamp_min(0)
-                if start is None
-                else torch.maximum(query_positions - (window - 1), start)
-            )
-        self.key_positions, self.query_positions, self.first = key_positions, query_positions, first
+        self.num_slots, self.query_positions = num_slots, query_positions
+        self.longest, self.start = window, start
 
     def _build_mask(self, device: torch.device):
-        keys, queries, first = (t.to(device) for t in (self.key_positions, self.query_positions, self.first))
+        queries = self.query_positions.to(device)
+        limit = queries + 1 if self.start is None else queries + 1 - self.start.to(device)
+        limit = limit if self.longest is None else limit.clamp_max(self.longest)
+        num_slots = self.num_slots
         if self.implementation != "flex_attention":
-            keys = keys[:, None]
-            return ((keys <= queries[..., None]) & (keys >= first[..., None]))[:, None]
+            age = (queries[..., None] - torch.arange(num_slots, device=device)) % num_slots
+            return (age < limit[..., None])[:, None]
         from torch.nn.attention.flex_attention import create_block_mask
 
-        keys = keys.expand(queries.shape[0], -1)
-
         def visible(row, head, query, key):
-            return (keys[row, key] <= queries[row, query]) & (keys[row, key] >= first[row, query])
+            return (queries[row, query] - key) % num_slots < limit[row, query]
 
-        return create_block_mask(visible, queries.shape[0], None, queries.shape[1], keys.shape[1], device=device)
+        return create_block_mask(visible, queries.shape[0], None, queries.shape[1], num_slots, device=device)
 
 
 def segment_attention(
@@ -289,10 +294,12 @@ def segment_attention(
     """
     rows, num_patches, latents, heads, size = query.shape
     if num_patches == 1:  # a decoding row closes one patch at a time, and all its bytes belong to that
-        scores = torch.einsum("bkhd,bthd->bhkt", query[:, 0], key).float() * scaling
-        visible = weight_mask[:, None, None]
-        weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1) * visible
-        return torch.einsum("bhkt,bthd->bkhd", weights.to(value.dtype), value)[:, None]
+        hidden = ~weight_mask[:, None, None]  # (B, 1, 1, T)
+        mask = hidden.to(query.dtype) * torch.finfo(query.dtype).min
+        output = nn.functional.scaled_dot_product_attention(
+            query[:, 0].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, scale=scaling
+        )
+        return (output.transpose(1, 2) * weight_mask.any(dim=1)[:, None, None, None])[:, None]
     flat = (segment + torch.arange(rows, device=segment.device)[:, None] * num_patches).flatten()  # (B*T,)
     queries_of_bytes = query.flatten(0, 1).index_select(0, flat)  # (B*T, K, H, D)
     scores = (queries_of_bytes * key.flatten(0, 1)[:, None]).sum(dim=-1).float() * scaling  # (B*T, K, H)

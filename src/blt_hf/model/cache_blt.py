@@ -11,8 +11,10 @@ A *small* chunk (up to `slack` bytes a row) writes its entries and then reads al
 larger one reads the window before it once, in order, and writes its tail.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +22,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .checks_blt import cache_facts, check_cache
 from .patching_blt import PATCHING_MODES, PatchingRule
-from .recording_blt import Recorder
 
 
 _BLOCK = 32  # numbers of slots are multiples of this, so that few shapes occur
@@ -87,6 +88,8 @@ class Slots:
 
     def find(self, entries: Tensor, rows: Tensor | None = None) -> Tensor:
         """Slot, among those of all rows, of `entries` `(R, S)` of each of `rows` `(R,)` (None: all rows)."""
+        if entries.shape[0] == 1 and rows is None:
+            return entries % self.size
         rows = torch.arange(entries.shape[0], device=entries.device) if rows is None else rows
         return entries % self.size + (rows * self.size)[:, None]
 
@@ -200,30 +203,33 @@ class BltCacheLayer(CacheLayerMixin):
 
     def __init__(self, cache: "BltCache", slots: Slots, counter: str, window: int | None):
         self._cache, self._counter = cache, counter
-        self._keys, self._values = SlotTensor(slots), SlotTensor(slots)
+        self.states = SlotTensor(slots)  # (B, size, 2, H_kv, D): keys, rotated, and values
         self.window, self.is_sliding = window, window is not None
         self.record_past = False
+        self._views: tuple | None = None
         super().__init__()
 
-    def _in_order(self, tensor: SlotTensor) -> Tensor | None:
-        """What later queries may see, `(B, H_kv, T, D)`, the newest last; rows that have less begin with zeros."""
-        if tensor.values is None:
+    def _in_order(self, index: int) -> Tensor | None:
+        """Keys (0) or values (1) that later queries may see, the newest last; rows that have less begin with zeros."""
+        states = self.states.values
+        if states is None:
             return None
-        counts = getattr(self._cache, self._counter).to(tensor.values.device)
+        counts = getattr(self._cache, self._counter).to(states.device)
         length = int(counts.max())
         length = length if self.window is None else min(length, self.window - 1)
         entries = counts[:, None] + torch.arange(-length, 0, device=counts.device)
-        return (tensor.read(tensor.slots.find(entries)) * (entries >= 0)[..., None, None]).transpose(1, 2)
+        held = self.states.read(self.states.slots.find(entries))[:, :, index]
+        return (held * (entries >= 0)[..., None, None]).transpose(1, 2)
 
     @property
     def keys(self) -> Tensor | None:
         """`(B, H_kv, T, D)`, rotated; right-aligned."""
-        return self._in_order(self._keys)
+        return self._in_order(0)
 
     @property
     def values(self) -> Tensor | None:
         """`(B, H_kv, T, D)`; right-aligned."""
-        return self._in_order(self._values)
+        return self._in_order(1)
 
     @keys.setter
     def keys(self, value: None) -> None:
@@ -235,7 +241,7 @@ class BltCacheLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
-        return self._keys.values is not None
+        return self.states.values is not None
 
     @is_initialized.setter
     def is_initialized(self, value: bool) -> None:
@@ -246,12 +252,31 @@ class BltCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, access: SlotAccess) -> tuple[Tensor, Tensor]:
         """Writes `(R, H_kv, S, D)`; returns keys and values that the queries may see, `(R, H_kv, T, D)`."""
-        access = access.on(key_states.device)
-        num_rows = len(self._cache.row_bytes)
-        return tuple(
-            tensor.extend(new.transpose(1, 2), access, num_rows).transpose(1, 2)
-            for tensor, new in ((self._keys, key_states), (self._values, value_states))
-        )
+        states = torch.stack([key_states.transpose(1, 2), value_states.transpose(1, 2)], dim=2)
+        seen = self.states.extend(states, access.on(states.device), len(self._cache.row_bytes))
+        if seen is states:
+            return key_states, value_states
+        return seen[:, :, 0].transpose(1, 2), seen[:, :, 1].transpose(1, 2)
+
+    def slot_views(self, seen: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Views: the slots of all rows `(B*size, 2*H_kv*D)`, and keys and values `(B, H_kv, T, D)` in the first `seen`."""
+        states = self.states.values
+        if torch.compiler.is_compiling():
+            views = self._make_views(states)
+        else:
+            if self._views is None or self._views[0] is not states:
+                self._views = self._make_views(states)
+            views = self._views
+        _, slots, keys, values = views
+        return (slots, keys, values) if seen is None else (slots, keys[:, :, :seen], values[:, :, :seen])
+
+    @staticmethod
+    def _make_views(states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        keys, values = states.permute(2, 0, 3, 1, 4).unbind()
+        return states, states.flatten(0, 1).flatten(1), keys, values
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_views": None}
 
     def get_seq_length(self) -> int:
         counts = self._cache.row_bytes if self._counter == "num_bytes" else self._cache.row_patches
@@ -277,61 +302,150 @@ class BltCacheLayer(CacheLayerMixin):
         pass  # the cache lowers its counters
 
 
-class ByteLog:
-    """What is known of the last bytes of each row; the entry of its last byte is the state of the row.
+class RowState(NamedTuple):
+    """What is known after each byte of a row, int64; in this order in the history. All zeros: no byte yet.
 
-    `integers` `(B, size, F)` int64 holds, for each byte and in this order:
-        input_id;
-        position: index in its text (a text begins where `position_ids` restart);
-        open_bytes: bytes in the open patch after it, 0 if it ended its patch;
-        num_patches: patches of the row closed up to and with it;
-        document_start: row index of the first byte that it may see;
-        context_start: the same for the entropy model;
-        patch_document_start: index of the first patch that the patch of this byte may see;
-        next_patch_document_start: the same for patches that start later;
-        row_position: index in its row;
+    Attributes:
+        input_id: id of the byte.
+        num_bytes, num_patches: bytes of the row up to and with it, and patches that these close.
+        text_bytes: bytes of its text up to and with it (a text begins where `position_ids` restart).
+        open_bytes: bytes in the open patch after it; 0 if it ended its patch.
         byte_patch: index in its row of the patch that holds it.
-    `entropies` `(B, size, 1)` fp32 nats.
+        document_start: row index of the first byte that it may see; context_start: the same for the entropy model.
+        patch_document_start: index of the first patch that the patch of this byte may see.
+        next_patch_document_start: the same for patches that start later.
     """
 
-    FIELDS = (
-        "input_id",
-        "position",
-        "open_bytes",
-        "num_patches",
-        "document_start",
-        "context_start",
-        "patch_document_start",
-        "next_patch_document_start",
-        "row_position",
-        "byte_patch",
-    )
+    input_id: Tensor
+    num_bytes: Tensor
+    num_patches: Tensor
+    text_bytes: Tensor
+    open_bytes: Tensor
+    byte_patch: Tensor
+    document_start: Tensor
+    context_start: Tensor
+    patch_document_start: Tensor
+    next_patch_document_start: Tensor
 
-    def __init__(self, slots: Slots):
-        self.slots = slots
-        self.integers, self.entropies = SlotTensor(slots), SlotTensor(slots)
 
-    def write(self, integers: Tensor, entropies: Tensor | None, access: SlotAccess) -> None:
-        """Entries `(B, S, F)` and entropies `(B, S)` (None: no entropy model, zeros)."""
-        self.integers.write(integers, access)
+class ByteHistory:
+    """What is known after the last bytes of each row, in slots; and after the very last one, where forwards read it.
+
+    Attributes:
+        entries: int64 `(B, size, F)`, a [`RowState`] after each byte.
+        entropies: fp32 `(B, size, 1)`, nats.
+        last: int64 `(B, F)`, entry of the last byte; `state`: its fields, views of it `(B,)`.
+        last_ids: int64 `(B, H)`, ids of the last `H` bytes, the newest last; 0 before their text.
+        last_entropies: fp32 `(B, E)`, entropies after the last `E` bytes.
+
+    Args:
+        num_ids, num_entropies: `H` and `E`.
+    """
+
+    def __init__(self, slots: Slots, num_ids: int, num_entropies: int):
+        self.slots, self.num_ids, self.num_entropies = slots, num_ids, num_entropies
+        self.entries, self.entropies = SlotTensor(slots), SlotTensor(slots)
+        self.clear()
+
+    def clear(self) -> None:
+        self.last: Tensor | None = None
+        self.last_ids: Tensor | None = None
+        self.last_entropies: Tensor | None = None
+        self.state: RowState | None = None
+
+    def start(self, num_rows: int, device: torch.device | str) -> None:
+        """Makes `num_rows` rows without text."""
+        last = torch.zeros(num_rows, len(RowState._fields), dtype=torch.int64, device=device)
+        entropies = torch.zeros(num_rows, self.num_entropies, device=device)
+        self._set(last, last.new_zeros(num_rows, self.num_ids), entropies)
+
+    def _set(self, last: Tensor, last_ids: Tensor, last_entropies: Tensor) -> None:
+        self.last, self.last_ids, self.last_entropies = last, last_ids, last_entropies
+        self.state = RowState(*last.unbind(-1))
+
+    def write(self, entries: Tensor, entropies: Tensor | None, access: SlotAccess) -> None:
+        """Writes entries `(B, S, F)` and entropies `(B, S)` (None: no entropy model, zeros) to their slots."""
+        self.entries.write(entries, access)
         if entropies is not None or self.entropies.values is None:
-            entropies = integers.new_zeros(integers.shape[:2], dtype=torch.float32) if entropies is None else entropies
+            entropies = entries.new_zeros(entries.shape[:2], dtype=torch.float32) if entropies is None else entropies
             self.entropies.write(entropies[..., None], access)
 
-    def last_entropies(self, counts: Tensor, length: int) -> Tensor:
-        """Entropies `(B, length)` after the last bytes of rows of `counts` bytes `(B,)`."""
-        entries = counts[:, None] + torch.arange(-length, 0, device=counts.device)
-        return self.entropies.read(self.slots.find(entries))[..., 0]
+    def advance(self, entries: Tensor, entropies: Tensor | None, num_bytes: Tensor | None, restarts: bool) -> None:
+        """Makes the last of `entries` `(B, S, F)` the last of each row.
 
-    def last(self, counts: Tensor, length: int) -> Tensor:
-        """The last `length` entries of rows of `counts` bytes `(B,)`, `(B, length, F)`."""
-        entries = counts[:, None] + torch.arange(-length, 0, device=counts.device)
-        return self.integers.read(self.slots.find(entries))
+        Args:
+            num_bytes: int64 `(B,)`, how many of them count in each row; None: all.
+            restarts: a text may begin among them.
+        """
+        if self.num_ids:
+            self.last_ids.copy_(_newest(self.last_ids, entries[..., 0], num_bytes))
+        self.last.copy_(_newest(self.last[:, None], entries, num_bytes)[:, 0])
+        if self.num_ids and restarts:
+            self._hide_other_texts()
+        if entropies is not None:
+            self.last_entropies.copy_(_newest(self.last_entropies, entropies, num_bytes))
+
+    def _hide_other_texts(self) -> None:
+        age = torch.arange(self.num_ids, 0, -1, device=self.last.device)
+        self.last_ids.mul_(self.state.text_bytes[:, None] >= age)
+
+    def take_back(self, num_bytes: Tensor, restarts: bool) -> None:
+        """Reads what is known of rows of `num_bytes` bytes `(B,)` from their slots again.
+
+        `restarts`: rows may hold several texts.
+        """
+        length = max(self.num_ids, self.num_entropies, 1)
+        positions = num_bytes[:, None] + torch.arange(-length, 0, device=num_bytes.device)
+        index, exists = self.slots.find(positions), positions >= 0
+        entries = self.entries.read(index) * exists[..., None]
+        self.last.copy_(entries[:, -1])
+        if self.num_ids:
+            self.last_ids.copy_(entries[:, -self.num_ids :, 0])
+            if restarts:
+                self._hide_other_texts()
+        entropies = self.entropies.read(index)[..., 0] * exists
+        self.last_entropies.copy_(entropies[:, -self.num_entropies :])
+
+    def select_rows(self, index: Tensor) -> None:
+        index = index.to(self.last.device)
+        self._set(*(tensor.index_select(0, index) for tensor in (self.last, self.last_ids, self.last_entropies)))
+
+    def write_rows(self, index: Tensor, other: "ByteHistory") -> None:
+        """Makes rows `index` those of `other`."""
+        for name in ("last", "last_ids", "last_entropies"):
+            getattr(self, name).index_copy_(0, index, getattr(other, name).to(index.device))
+
+    def reset_row(self, row: int) -> None:
+        for tensor in (self.last, self.last_ids, self.last_entropies):
+            tensor[row] = 0
+
+    def __deepcopy__(self, memo) -> "ByteHistory":
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(
+            {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "state"}
+        )
+        copied.state = None if copied.last is None else RowState(*copied.last.unbind(-1))
+        return copied
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "state"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, state=None if state["last"] is None else RowState(*state["last"].unbind(-1)))
 
 
-def log_field(entries: Tensor, field: str) -> Tensor:
-    """`field` of log entries `(..., F)`."""
-    return entries[..., ByteLog.FIELDS.index(field)]
+def _newest(old: Tensor, new: Tensor, counts: Tensor | None) -> Tensor:
+    """The last `H` of `old` `(B, H, ...)` and the first `counts[b]` of `new` `(B, S, ...)` behind it (None: all)."""
+    size = old.shape[1]
+    if counts is None and new.shape[1] >= size:
+        return new[:, new.shape[1] - size :]
+    both = torch.cat([old, new], dim=1)
+    if counts is None:
+        return both[:, both.shape[1] - size :]
+    index = counts[:, None] + torch.arange(size, device=counts.device)
+    index = index.view(*index.shape, *[1] * (both.dim() - 2)).expand(*index.shape, *both.shape[2:])
+    return both.gather(1, index)
 
 
 class BltCache(Cache):
@@ -348,7 +462,8 @@ class BltCache(Cache):
         slack: bytes that can be taken back at any time, without `activate_past_recording`.
 
     Attributes:
-        num_bytes, num_patches: int64 `(B,)` on the device, bytes read and patches closed of each row; None while empty.
+        num_bytes, num_patches: int64 `(B,)` on the device, bytes read and patches closed of each row (views of the
+            history's last entries); None while empty.
         row_bytes: `num_bytes` on the host.
         row_patches: an upper bound of `num_patches` on the host.
     """
@@ -374,7 +489,8 @@ class BltCache(Cache):
                 self.num_rule_entropies = max(rule.window - 1, 1)
         self.config, self.made_for = config, cache_facts(config)
         self._first_slack = slack
-        self.compile_config = self.recorder = None  # see `fix_steps`
+        self.is_fixed, self.compile_config = False, None  # see `fix_steps`
+        self.recorder = None  # CUDA graphs of the steps on this cache
         self._starts = 0
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
         self.local_slots = Slots(None if local_window is None else local_window - 1)
@@ -395,15 +511,15 @@ class BltCache(Cache):
         ]
         # Not `super()`: in a [`BltDynamicCache`] that is a DynamicCache, which makes other layers.
         Cache.__init__(self, layers=[*self.encoder, *self.decoder, *self.global_transformer, *self.patcher])
-        self.log = ByteLog(self.recent_slots)
+        self.history = ByteHistory(self.recent_slots, self.num_hash_bytes, self.num_rule_entropies)
         self.byte_states = [SlotTensor(self.recent_slots) for _ in range(num_cross[0])]  # (B, size, W)
-        # (B, size, K*H_kv*D), keys and values for each cross attention
-        self.latents = [(SlotTensor(self.latent_slots), SlotTensor(self.latent_slots)) for _ in range(num_cross[1])]
+        # (B, size, L, 2, K*H_kv*D): keys and values of `L` cross attentions
+        self.latents = SlotTensor(self.latent_slots)
+        self.num_cross_layers = num_cross[1]
         self._clear()
 
     def _clear(self) -> None:
-        self.num_bytes: Tensor | None = None
-        self.num_patches: Tensor | None = None
+        self.history.clear()
         self.row_bytes: list[int] = []
         self.row_patches: list[int] = []
         self.seq_length = 0  # columns seen, padding included
@@ -448,13 +564,13 @@ class BltCache(Cache):
             slots.reserve(num_bytes, slack, None)
         cache.reserve_open(max_open_bytes, 0)
         cache.reserve_patches(0)
-        fields, size = len(ByteLog.FIELDS), dtype.itemsize
+        fields, size = len(RowState._fields), dtype.itemsize
         of_log = cache.recent_slots.size * (8 * fields + 4)
         encoder, decoder = config.encoder_config, config.decoder_config
         of_states = len(cache.byte_states) * cache.recent_slots.size * encoder.hidden_size * size
         head_size = decoder.hidden_size // decoder.cross_attention_heads[0]
         of_patch = config.cross_attn_k * decoder.cross_attention_heads[1] * head_size
-        of_latents = 2 * len(cache.latents) * cache.latent_slots.size * of_patch * size
+        of_latents = 2 * cache.num_cross_layers * cache.latent_slots.size * of_patch * size
         of_layers = sum(
             2 * len(layers) * slots.size * part.num_key_value_heads * part.head_dim * item
             for layers, slots, part, item in (
@@ -468,6 +584,14 @@ class BltCache(Cache):
         return of_log + of_states + of_latents + of_layers
 
     # What a forward asks for.
+
+    @property
+    def num_bytes(self) -> Tensor | None:
+        return None if self.history.state is None else self.history.state.num_bytes
+
+    @property
+    def num_patches(self) -> Tensor | None:
+        return None if self.history.state is None else self.history.state.num_patches
 
     @property
     def is_empty(self) -> bool:
@@ -492,8 +616,7 @@ class BltCache(Cache):
         if not self.is_empty:
             raise ValueError(f"`start` needs an empty cache; this one holds {len(self.row_bytes)} rows.")
         self._clear()
-        self.num_bytes = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.num_patches = torch.zeros_like(self.num_bytes)
+        self.history.start(num_rows, device)
         self._starts += 1
         self.row_bytes, self.row_patches, self._row_stale = [0] * num_rows, [0] * num_rows, [0] * num_rows
 
@@ -505,7 +628,7 @@ class BltCache(Cache):
             compile_config: a `transformers.CompileConfig`, what `torch.compile` is told; None: nothing is compiled.
             max_length: bytes to make room for at once, so that no shape changes as the text grows.
         """
-        self.recorder = Recorder()
+        self.is_fixed = True
         if compile_config is not None:
             self.compile_config = compile_config
             self.compile_settings = compile_config.to_dict()
@@ -575,16 +698,16 @@ class BltCache(Cache):
         """Whether `(B, S)` bytes are a small chunk of the rows that are here."""
         return self.is_small(shape[1]) and shape[0] == len(self.row_bytes)
 
-    def commit(self, chunk, numbers=None) -> None:
+    def commit(self, chunk, numbers, entropies: Tensor | None = None) -> None:
         """Counts a chunk, on the device.
 
         Args:
             chunk: the [`ByteChunk`] that was run.
-            numbers: its [`PatchNumbers`]; None: it closed no patch.
+            numbers: its [`PatchNumbers`].
+            entropies: fp32 `(B, S)`, those of the entropy model; None: it did not run.
         """
-        self.num_bytes.add_(chunk.num_bytes)
-        if numbers is not None:
-            self.num_patches.add_(numbers.num_new)
+        num_bytes = None if chunk.is_text is None else chunk.num_bytes
+        self.history.advance(numbers.entries, entropies, num_bytes, chunk.text_starts is not None)
 
     def count(self, num_columns: int, row_bytes: list[int], counts=None, num_croppable: int | None = None) -> None:
         """Counts it on the host.
@@ -687,9 +810,8 @@ class BltCache(Cache):
             )
         self._row_stale = [max(stale) for stale in zip(stale, self._row_stale)]
         self.row_bytes = [held - n for n, held in zip(counts, self.row_bytes)]
-        self.num_bytes.sub_(torch.tensor(counts, device=self.num_bytes.device))
-        state = self.log.last(self.num_bytes, 1)[:, 0]
-        self.num_patches.copy_(torch.where(self.num_bytes > 0, log_field(state, "num_patches"), 0))
+        counts = torch.tensor(counts, device=self.num_bytes.device)
+        self.history.take_back(self.num_bytes - counts, self.has_documents)
 
     def set_columns(self, count: int) -> None:
         """Says how many columns of `input_ids` the rows, which may have grown differently, stand for."""
@@ -709,9 +831,8 @@ class BltCache(Cache):
         for slots in self._kinds():
             for tensor in slots.tensors:
                 tensor.select_rows(index)
-        on_device = index.to(self.num_bytes.device)
         self._starts += 1
-        self.num_bytes, self.num_patches = (c.index_select(0, on_device) for c in (self.num_bytes, self.num_patches))
+        self.history.select_rows(index)
         rows = index.tolist()
         for name in ("row_bytes", "row_patches", "_row_stale"):
             counts = getattr(self, name)
@@ -720,7 +841,7 @@ class BltCache(Cache):
     def reset_rows(self, index: list[int] | Tensor) -> None:
         """Makes rows empty: the next byte of each is the first of another text."""
         for row in index.tolist() if isinstance(index, Tensor) else index:
-            self.num_bytes[row], self.num_patches[row] = 0, 0
+            self.history.reset_row(row)
             self.row_bytes[row] = self.row_patches[row] = self._row_stale[row] = 0
 
     def write_rows(self, index: list[int], other: "BltCache") -> None:
@@ -741,8 +862,7 @@ class BltCache(Cache):
                 others.resize(slots.size, counts)
             for tensor, values in zip(slots.tensors, others.tensors):
                 tensor.write_rows(rows, values.values, len(self.row_bytes))
-        self.num_bytes.index_copy_(0, rows, other.num_bytes.to(device))
-        self.num_patches.index_copy_(0, rows, other.num_patches.to(device))
+        self.history.write_rows(rows, other.history)
         self.has_documents |= other.has_documents
         self.hides_ids |= other.hides_ids
         self.seq_length = max(self.seq_length, other.seq_length)
@@ -796,11 +916,11 @@ __all__ = [
     "BltCache",
     "BltCacheLayer",
     "BltDynamicCache",
-    "ByteLog",
+    "ByteHistory",
+    "RowState",
     "SlotAccess",
     "SlotTensor",
     "Slots",
     "cache_to_write",
-    "log_field",
     "round_up_columns",
 ]

@@ -34,7 +34,7 @@ def check_tensor(name: str, value, accepted: str) -> None:
 def check_inputs(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int, hidden_size: int
 ) -> tuple[tuple[int, int], torch.device]:
-    """Checks the bytes of a forward.
+    """Checks the bytes of a forward of an entropy model.
 
     Args:
         input_ids: int64 or int32 `(B, S)`, ids in `[0, vocab_size)`.
@@ -49,29 +49,77 @@ def check_inputs(
             "exactly one of `input_ids` and `inputs_embeds` is needed; got "
             f"{'neither' if input_ids is None else 'both'}."
         )
+    if input_ids is None:
+        return _check_embeds("inputs_embeds", inputs_embeds, hidden_size)
+    return _check_ids(input_ids, vocab_size)
+
+
+def check_byte_inputs(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    byte_embeds: Tensor | None,
+    vocab_size: int,
+    hidden_size: int,
+    adds_hashes: bool,
+) -> tuple[tuple[int, int], torch.device]:
+    """Does the same for a BLT, whose ids may come with embeddings.
+
+    Args:
+        inputs_embeds: floats `(B, S, hidden_size)`, byte embeddings.
+        byte_embeds: floats `(B, S, hidden_size)`, sums of byte and hash embeddings.
+        adds_hashes: hashes of ids are added to byte embeddings.
+    Raises:
+        ValueError: also where embeddings are given twice, differ in shape from the ids, or lack the ids for hashes.
+    """
+    if input_ids is None and inputs_embeds is None and byte_embeds is None:
+        raise ValueError("`input_ids` (or `inputs_embeds`, or `byte_embeds`) is needed; got none of them.")
+    if inputs_embeds is not None and byte_embeds is not None:
+        raise ValueError("`inputs_embeds` and `byte_embeds` cannot be given together; got both.")
+    shape = device = None
+    for name, embeds in (("inputs_embeds", inputs_embeds), ("byte_embeds", byte_embeds)):
+        if embeds is not None:
+            shape, device = _check_embeds(name, embeds, hidden_size)
+            if input_ids is not None and tuple(getattr(input_ids, "shape", ())) != shape:
+                got = tuple(getattr(input_ids, "shape", ()))
+                raise ValueError(f"`{name}` and `input_ids` must hold the same bytes; got {shape} and {got}.")
     if input_ids is not None:
-        name, given, num_dims = "input_ids", input_ids, 2
-        check_tensor(name, given, "int64 (rows, bytes)")
-        if given.dtype not in _ID_DTYPES:
-            raise ValueError(f"`input_ids` must hold int64 or int32; got {given.dtype}.")
-    else:
-        name, given, num_dims = "inputs_embeds", inputs_embeds, 3
-        check_tensor(name, given, f"floats (rows, bytes, {hidden_size})")
-        if not given.is_floating_point():
-            raise ValueError(f"`inputs_embeds` must hold floats; got {given.dtype}.")
+        return _check_ids(input_ids, vocab_size)
+    if inputs_embeds is not None and adds_hashes:
+        raise ValueError(
+            "`inputs_embeds` are byte embeddings, and this model adds embeddings of hashed `input_ids` to them; got no "
+            "`input_ids`. Pass both, or the sum that `embed_bytes(input_ids)` gives as `byte_embeds`."
+        )
+    return shape, device
+
+
+def _check_ids(input_ids: Tensor, vocab_size: int) -> tuple[tuple[int, int], torch.device]:
+    check_tensor("input_ids", input_ids, "int64 (rows, bytes)")
+    if input_ids.dtype not in _ID_DTYPES:
+        raise ValueError(f"`input_ids` must hold int64 or int32; got {input_ids.dtype}.")
+    shape = _check_shape("input_ids", input_ids, 2, "two-dimensional (rows, bytes)")
+    _check_range("input_ids", input_ids, vocab_size, "the vocabulary has")
+    return shape, input_ids.device
+
+
+def _check_embeds(name: str, embeds: Tensor, hidden_size: int) -> tuple[tuple[int, int], torch.device]:
+    check_tensor(name, embeds, f"floats (rows, bytes, {hidden_size})")
+    if not embeds.is_floating_point():
+        raise ValueError(f"`{name}` must hold floats; got {embeds.dtype}.")
+    shape = _check_shape(name, embeds, 3, f"of shape (rows, bytes, {hidden_size})")
+    if shape[2] != hidden_size:
+        raise ValueError(f"`{name}` must be {hidden_size} wide; got shape {shape}.")
+    return shape[:2], embeds.device
+
+
+def _check_shape(name: str, given: Tensor, num_dims: int, dims: str) -> tuple[int, ...]:
     shape = tuple(given.shape)
     if len(shape) != num_dims:
-        dims = "two-dimensional (rows, bytes)" if num_dims == 2 else f"of shape (rows, bytes, {hidden_size})"
         raise ValueError(f"`{name}` must be {dims}; got shape {shape}.")
     if shape[0] == 0:
         raise ValueError(f"`{name}` has no rows; at least one is needed, got shape {shape}.")
     if shape[1] == 0:
         raise ValueError(f"`{name}` has no columns; at least one byte a row is needed (a BOS for empty text).")
-    if num_dims == 3 and shape[2] != hidden_size:
-        raise ValueError(f"`inputs_embeds` must be {hidden_size} wide; got shape {shape}.")
-    if num_dims == 2:
-        _check_range("input_ids", given, vocab_size, "the vocabulary has")
-    return shape[:2], given.device
+    return shape
 
 
 def _check_range(name: str, ids: Tensor, size: int, owner: str, ignored: int | None = None) -> None:

@@ -4,16 +4,16 @@ A full forward is a chunk on an empty cache, a decoding step a chunk of one byte
 that begin with their first new byte and knows nothing of padding. Dimension letters as in `patching_blt.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .attention_blt import AttentionSpan, SlotSpan
-from .cache_blt import BltCache, ByteLog, SlotAccess, Slots, log_field, round_up_columns
+from .cache_blt import BltCache, RowState, SlotAccess, Slots, round_up_columns
 from .checks_blt import check_attention_mask, check_position_ids, find_text_starts
+from .names_blt import is_compiling, is_exporting, largest_count, running_max, take_columns
 from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
-from .tracing_blt import is_compiling, is_exporting, largest_count, running_max, take_columns
 
 
 # Traced code has columns for so many patches at least (more than there are hold values that nothing reads): a symbol of
@@ -21,10 +21,10 @@ from .tracing_blt import is_compiling, is_exporting, largest_count, running_max,
 _LEAST_TRACED_PATCHES = 16
 
 
-def _is_any_of(ids: Tensor, token_id: int | list[int]) -> Tensor:
+def _is_any_of(ids: Tensor, token_ids: tuple[int, ...]) -> Tensor:
     found = torch.zeros_like(ids, dtype=torch.bool)
-    for one in [token_id] if isinstance(token_id, int) else token_id:
-        found = found | (ids == one)
+    for token_id in token_ids:
+        found = found | (ids == token_id)
     return found
 
 
@@ -33,14 +33,36 @@ def _running_max(values: Tensor, carried: Tensor) -> Tensor:
     return running_max(torch.maximum(values, carried[:, None]), carried)
 
 
+@dataclass(frozen=True)
+class DocumentRules:
+    """What ends a document inside a row, besides `position_ids` that restart.
+
+    Attributes:
+        mask_documents: a document ends at each of `eos_token_ids`.
+        newline_reset: the entropy model forgets what came before each newline.
+    """
+
+    mask_documents: bool = False
+    newline_reset: bool = False
+    eos_token_ids: tuple[int, ...] = (EOS_TOKEN_ID,)
+
+    @classmethod
+    def of(cls, config) -> "DocumentRules":
+        """The rules of a [`BltConfig`] or a [`BltPatcherConfig`]."""
+        eos = config.eos_token_id
+        ids = (EOS_TOKEN_ID,) if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return cls(bool(config.mask_documents), bool(getattr(config, "patching_newline_reset", False)), ids)
+
+
 @dataclass
 class ByteChunk:
     """New bytes of each row, from its first column on.
 
     Attributes:
         input_ids: int64 `(B, S)`; ids after a row's bytes are whatever the padding was. None with `inputs_embeds`.
-        num_bytes: int64 `(B,)`, bytes of each row in this chunk; `row_bytes` on the host. (What is on the host is None in
-            a step, whose caller counts, and in traced code, where values are not known.)
+        num_bytes: int64 `(B,)`, bytes of each row in this chunk; None in a step: all columns.
+        row_bytes: the same on the host. Host-side fields are None in a decoding step (its caller keeps the counts) and
+            while traced (values are unknown).
         is_small: it is written to the slots of the cache first, and reads them then (see `cache_blt.py`).
         num_croppable: columns at the chunk's end that are text in every row.
         layout: where the bytes stood; None: every column is text.
@@ -49,22 +71,26 @@ class ByteChunk:
         text_starts: bool `(B, S)`, bytes at which `position_ids` begin a new text; None: only at the row's first byte.
         document_start, context_start: int64 `(B, S)`, row index of the first byte that each byte may see, in the
             encoder and decoder, and in the entropy model. None: all bytes before it.
-        previous: last log entry of each row, field by field (zeros in an empty cache).
-        history: int64 `(B, H)`, ids before the chunk, as many as the hashes and the patching rule may ask.
-        past_entropies: fp32 `(B, H)`, nats after the last bytes before the chunk, as many as the patching rule may ask.
+        previous: what is known after the last byte of each row before the chunk; views of the cache, which hold until it
+            counts the chunk.
+        history: int64 `(B, H)`, ids before the chunk, as many as the hashes and the patching rule may ask; 0 before the
+            text. None: there are none.
+        past_entropies: fp32 `(B, E)`, nats after the last bytes before the chunk, as many as the patching rule may ask.
         cached_bytes: int64 `(B,)`, bytes of each row before the chunk; None: there are none.
         is_partial: some columns at the end of rows hold no byte, though there is no `layout`.
+        packed: a [`PackedStacks`] whose stacks run in the place of modules. None: all modules run.
+        spans: those made so far of a small chunk.
     """
 
     input_ids: Tensor | None
-    num_bytes: Tensor
+    num_bytes: Tensor | None
     row_bytes: list[int] | None
     is_small: bool
     num_croppable: int | None
     layout: RowLayout | None
     row_positions: Tensor
     text_positions: Tensor
-    previous: dict[str, Tensor]
+    previous: RowState
     past_entropies: Tensor
     history: Tensor | None
     cached_bytes: Tensor | None
@@ -72,6 +98,12 @@ class ByteChunk:
     text_starts: Tensor | None = None
     document_start: Tensor | None = None
     context_start: Tensor | None = None
+    packed: object | None = None
+    spans: dict = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.row_positions.device
 
     @property
     def num_columns(self) -> int:
@@ -91,7 +123,7 @@ class ByteChunk:
         """bool `(B, S)`: columns that hold a byte; None: all."""
         if self.layout is None and not self.is_partial:
             return None
-        return torch.arange(self.num_columns, device=self.num_bytes.device) < self.num_bytes[:, None]
+        return torch.arange(self.num_columns, device=self.device) < self.num_bytes[:, None]
 
     def pack(self, values: Tensor) -> Tensor:
         return values if self.layout is None else self.layout.pack(values)
@@ -141,8 +173,11 @@ class ByteChunk:
             start: `document_start`, `context_start` or None.
         """
         if self.is_small:
-            last = self.cached_bytes + self.num_columns
-            return SlotSpan(slots.held(last), self.row_positions, window, start, implementation, self.access(slots, 0))
+            key = slots.size, window, id(start), implementation  # stacks of equal windows share a mask
+            if key not in self.spans:
+                access = self.access(slots, 0)
+                self.spans[key] = SlotSpan(slots.size, self.row_positions, window, start, implementation, access)
+            return self.spans[key]
         num_past, access = 0, None
         if cache is not None:
             longest = max(cache.row_bytes)
@@ -175,9 +210,7 @@ def make_chunk(
     cache: BltCache | None,
     shape: tuple[int, int],
     device: torch.device,
-    mask_documents: bool = False,
-    newline_reset: bool = False,
-    eos_token_id: int | list[int] | None = None,
+    rules: DocumentRules,
     in_order: bool = False,
 ) -> ByteChunk:
     """Reads what the caller says about the rows of a chunk.
@@ -188,8 +221,6 @@ def make_chunk(
         position_ids: `(B or 1, S)`; only where they begin anew matters, as the positions of this model are relative.
         cache: what came before; None: nothing, and nothing is kept.
         shape: `(B, S)`.
-        mask_documents: a document ends at each `eos_token_id`.
-        newline_reset: the entropy model forgets what came before each newline.
         in_order: attention is to see its keys in their order, however few bytes come.
     Raises:
         ValueError: a shape does not fit.
@@ -215,62 +246,61 @@ def make_chunk(
     else:
         num_bytes = layout.num_bytes
         input_ids = None if input_ids is None else layout.pack(input_ids)
-    past = _Past.none(rows, device) if is_empty else _Past.of(cache)
-    index = torch.arange(columns, device=device)
-    chunk = ByteChunk(
-        input_ids=input_ids,
-        num_bytes=num_bytes,
-        row_bytes=row_bytes,
-        is_small=not in_order and not is_empty and cache.is_small(columns),
-        num_croppable=num_croppable,
-        layout=layout,
-        row_positions=index.expand(rows, -1) if past.num_bytes is None else past.num_bytes[:, None] + index,
-        text_positions=index + past.state["position"][:, None] + 1,
-        previous=past.state,
-        past_entropies=past.entropies,
-        history=past.ids,
-        cached_bytes=past.num_bytes,
-    )
+    chunk = _continue_rows(input_ids, num_bytes, shape, device, None if is_empty else cache)
+    chunk.row_bytes, chunk.num_croppable, chunk.layout = row_bytes, num_croppable, layout
+    chunk.is_small = not in_order and not is_empty and cache.is_small(columns)
     _find_texts(chunk, position_ids)
-    _find_documents(chunk, not is_empty and cache.has_documents, mask_documents, newline_reset, eos_token_id)
+    _find_documents(chunk, not is_empty and cache.has_documents, rules)
     return chunk
 
 
-def next_bytes(
-    input_ids: Tensor,
-    lengths: Tensor | None,
-    cache: BltCache,
-    mask_documents: bool = False,
-    newline_reset: bool = False,
-    eos_token_id: int | list[int] | None = None,
-) -> ByteChunk:
+def next_bytes(input_ids: Tensor, lengths: Tensor | None, cache: BltCache, rules: DocumentRules) -> ByteChunk:
     """A small chunk without padding or texts to look for: the next bytes `(B, S)` of each row.
 
     Args:
         lengths: int64 `(B,)`, how many of them count in each row; None: all.
         cache: holds at least one byte of some row.
-        mask_documents, newline_reset, eos_token_id: as in [`make_chunk`].
     """
-    rows, columns = input_ids.shape
-    past = _Past.of(cache)
-    index = torch.arange(columns, device=input_ids.device)
-    chunk = ByteChunk(
+    chunk = _continue_rows(input_ids, lengths, input_ids.shape, input_ids.device, cache)
+    chunk.is_small, chunk.is_partial = True, lengths is not None
+    _find_documents(chunk, cache.has_documents, rules)
+    return chunk
+
+
+def _continue_rows(
+    input_ids: Tensor | None,
+    num_bytes: Tensor | None,
+    shape: tuple[int, int],
+    device: torch.device,
+    cache: BltCache | None,
+) -> ByteChunk:
+    """A chunk behind the bytes of `cache` (None: of empty rows), whose columns are text."""
+    rows, columns = shape
+    index = None if columns == 1 and cache is not None else torch.arange(columns, device=device)
+    if cache is None:
+        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+        previous, entropies, history = RowState(*[zeros] * len(RowState._fields)), zeros.float()[:, None], None
+        positions = text_positions = index.expand(rows, -1)
+    else:
+        # Nothing of the cache that the host counts is read here: a compiled step would depend on it.
+        previous, entropies, history = cache.history.state, cache.history.last_entropies, cache.history.last_ids
+        positions, text_positions = previous.num_bytes[:, None], previous.text_bytes[:, None]
+        if index is not None:
+            positions, text_positions = positions + index, text_positions + index
+    return ByteChunk(
         input_ids=input_ids,
-        num_bytes=torch.full_like(past.num_bytes, columns) if lengths is None else lengths,
+        num_bytes=num_bytes,
         row_bytes=None,
-        is_small=True,
+        is_small=False,
         num_croppable=None,
         layout=None,
-        row_positions=past.num_bytes[:, None] + index,
-        text_positions=index + past.state["position"][:, None] + 1,
-        previous=past.state,
-        past_entropies=past.entropies,
-        history=past.ids,
-        cached_bytes=past.num_bytes,
-        is_partial=lengths is not None,
+        row_positions=positions,
+        text_positions=text_positions,
+        previous=previous,
+        past_entropies=entropies,
+        history=history,
+        cached_bytes=None if cache is None else previous.num_bytes,
     )
-    _find_documents(chunk, cache.has_documents, mask_documents, newline_reset, eos_token_id)
-    return chunk
 
 
 def _find_text(
@@ -294,43 +324,6 @@ def _find_text(
     return layout, row_bytes, min(at_end)
 
 
-@dataclass
-class _Past:
-    """What the new bytes of a row follow: bytes before them (None: none), and the last entry of the log.
-
-    `ids` are those before the chunk, as many as the hashes and the patching rule may ask; `entropies` as many as the
-    rule may ask.
-    """
-
-    num_bytes: Tensor | None
-    state: dict[str, Tensor]
-    entropies: Tensor
-    ids: Tensor | None
-
-    @classmethod
-    def none(cls, rows: int, device: torch.device) -> "_Past":
-        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-        state = {**dict.fromkeys(ByteLog.FIELDS, zeros), "position": zeros - 1}
-        return cls(None, state, zeros.float()[:, None], None)
-
-    @classmethod
-    def of(cls, cache: BltCache) -> "_Past":
-        # Nothing of the cache that the host counts is read here: a compiled step would depend on it.
-        counts = cache.num_bytes
-        entries = cache.log.last(counts, max(cache.num_hash_bytes, 1))
-        # A row without text so far has no state.
-        has_text = counts > 0
-        state = dict(zip(ByteLog.FIELDS, torch.where(has_text[:, None], entries[:, -1], 0).unbind(-1)))
-        state["position"] = torch.where(has_text, state["position"], -1)
-        return cls(
-            # A copy, because the counter itself goes on.
-            counts.clone(),
-            state,
-            cache.log.last_entropies(counts, cache.num_rule_entropies),
-            log_field(entries, "input_id") if cache.num_hash_bytes else None,
-        )
-
-
 def _find_texts(chunk: ByteChunk, position_ids: Tensor | None) -> None:
     """Sets where `position_ids` begin another text inside a row, and the positions in it."""
     if position_ids is None:
@@ -343,60 +336,58 @@ def _find_texts(chunk: ByteChunk, position_ids: Tensor | None) -> None:
     chunk.text_starts = find_text_starts(position_ids, chunk.num_bytes, chunk.cached_bytes, chunk.is_traced)
     if chunk.text_starts is not None:
         index = torch.arange(columns, device=position_ids.device)
-        before = -1 - chunk.previous["position"]
+        before = -chunk.previous.text_bytes
         chunk.text_positions = index - running_max(torch.where(chunk.text_starts, index, before[:, None]), before)
 
 
-def _find_documents(
-    chunk: ByteChunk,
-    holds_documents: bool,
-    mask_documents: bool,
-    newline_reset: bool,
-    eos_token_id: int | list[int] | None,
-) -> None:
+def _find_documents(chunk: ByteChunk, holds_documents: bool, rules: DocumentRules) -> None:
     """Sets the first byte that each byte may see, if there is more than one document in some row."""
     may_hold_documents = chunk.text_starts is not None or holds_documents
-    if not (may_hold_documents or mask_documents or newline_reset):
+    if not (may_hold_documents or rules.mask_documents or rules.newline_reset):
         return
-    if chunk.input_ids is None and (mask_documents or newline_reset):
+    if chunk.input_ids is None and (rules.mask_documents or rules.newline_reset):
         raise ValueError(
             "document boundaries are read from `input_ids`; with `inputs_embeds` set them by `position_ids`."
         )
     positions = chunk.row_positions
     begins = torch.zeros_like(positions, dtype=torch.bool) if chunk.text_starts is None else chunk.text_starts
-    previous_ids = None if chunk.input_ids is None else shift_right(chunk.input_ids, chunk.previous["input_id"])
-    if mask_documents:
-        eos_token_id = EOS_TOKEN_ID if eos_token_id is None else eos_token_id
-        begins = begins | (_is_any_of(previous_ids, eos_token_id) & (positions > 0))
-    if may_hold_documents or mask_documents:
-        chunk.document_start = _running_max(positions * begins, chunk.previous["document_start"])
-    if newline_reset:
+    previous_ids = None if chunk.input_ids is None else shift_right(chunk.input_ids, chunk.previous.input_id)
+    if rules.mask_documents:
+        begins = begins | (_is_any_of(previous_ids, rules.eos_token_ids) & (positions > 0))
+    if may_hold_documents or rules.mask_documents:
+        chunk.document_start = _running_max(positions * begins, chunk.previous.document_start)
+    if rules.newline_reset:
         begins = begins | ((previous_ids == NEWLINE_ID) & (positions > 0))
-    chunk.context_start = _running_max(positions * begins, chunk.previous["context_start"])
+    chunk.context_start = _running_max(positions * begins, chunk.previous.context_start)
 
 
 @dataclass
 class PatchNumbers:
-    """Which patch holds each byte, and which it reads. New patches of a row are numbered from 0 in this chunk.
+    """Which patch holds each byte, and which it reads.
 
     Attributes:
         ends: bool `(B, S)`, bytes that end a patch by the rule.
-        closes: bool `(B, S)`, `ends`, and the last byte of each text that is followed by another in the row: its
-            patch gets a latent that nobody reads, so that patches never mix texts.
-        num_new: int64 `(B,)`, patches closed in this chunk.
-        byte_patch: int64 `(B, S)`, index in its row of the patch that holds each byte.
-        read: int64 `(B, S)`, new patch that each byte reads; -1 is the last one closed before the chunk.
-        facts: int64 `(3, B)`, for [`PatchCounts`].
-        log: the chunk's entries for [`ByteLog`], integers `(B, S, F)`.
+        closes: bool `(B, S)`, `ends`, and the last byte of each text that is followed by another in the row. Closing
+            there keeps a patch from spanning two texts; nobody reads the latent of that patch.
+        entries: int64 `(B, S, F)`, the chunk's entries for the history: a [`RowState`] after each byte.
+        read: int64 `(B, S)`, index in its row of the patch that each byte reads; -1: none yet.
+        counts: int64 `(3, B)`, for [`PatchCounts`].
     """
 
     ends: Tensor
     closes: Tensor
-    num_new: Tensor
-    byte_patch: Tensor
+    entries: Tensor
     read: Tensor
-    facts: Tensor
-    log: Tensor
+    counts: Tensor
+
+    def field(self, name: str) -> Tensor:
+        """A field of the entries, int64 `(B, S)`."""
+        return self.entries[..., RowState._fields.index(name)]
+
+    @property
+    def num_new(self) -> Tensor:
+        """int64 `(B,)`, patches closed in this chunk."""
+        return self.counts[1] - self.counts[0]
 
 
 @dataclass
@@ -423,56 +414,56 @@ class PatchCounts:
     @classmethod
     def of(cls, numbers: PatchNumbers) -> "PatchCounts":
         """The one place where the host learns what the patcher decided."""
-        old, new, open_bytes = numbers.facts.tolist()
+        old, after, open_bytes = numbers.counts.tolist()
+        if len(old) == 1:
+            new = [after[0] - old[0]]
+            return cls(old, new, new[0], round_up_columns(after[0]), open_bytes[0])
+        new = [a - o for a, o in zip(after, old)]
         max_new = max(new)
         return cls(old, new, max_new, round_up_columns(max(old) + max_new), max(open_bytes))
 
 
-def number_patches(
-    chunk: ByteChunk, ends: Tensor, mask_documents: bool, eos_token_id: int | list[int] | None
-) -> PatchNumbers:
+def number_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> PatchNumbers:
     """Numbers the patches that `ends` `(B, S)` closes, without asking the device for anything."""
-    is_text = chunk.is_text
+    previous, is_text, is_one = chunk.previous, chunk.is_text, chunk.num_columns == 1 and chunk.is_small
     if is_text is not None:
         ends = ends & is_text
-    closes, unread = ends, None
+    closes, unread, previous_open = ends, None, previous.open_bytes
     if chunk.text_starts is not None:
         none = torch.zeros_like(ends[:, :1])
         unread = take_columns(torch.cat([chunk.text_starts, none], dim=1), 1, ends.shape[1] + 1) & ~ends
         closes = ends | unread
-    closed = closes.long().cumsum(dim=1)
-    old = chunk.previous["num_patches"]
-    byte_patch = old[:, None] + closed - closes.long()
-    read = closed - 1 if unread is None else closed - 1 - unread.long()
-
-    previous_open = chunk.previous["open_bytes"]
-    if chunk.text_starts is not None:
         # A patch that was open when another text begins is never closed.
         previous_open = torch.where(chunk.text_starts[:, 0], torch.zeros_like(previous_open), previous_open)
+    num_patches = previous.num_patches[:, None] + (closes if is_one else closes.long().cumsum(dim=1))
+    read = num_patches - 1 if unread is None else num_patches - 1 - unread.long()
+    byte_patch = previous.num_patches[:, None] if is_one else num_patches - closes.long()
     open_bytes = open_patch_bytes(closes, previous_open)
     if is_text is not None:
-        open_bytes = torch.where(is_text, open_bytes, 0)
-
-    zeros = torch.zeros_like(byte_patch)
-    own = later = zeros
+        open_bytes = open_bytes.masked_fill(~is_text, 0)
+    text_bytes = chunk.text_positions + 1
+    num_bytes = text_bytes if chunk.text_positions is chunk.row_positions else chunk.row_positions + 1
+    document_start = context_start = own = later = zeros = previous.document_start[:, None].expand_as(read)
     if chunk.document_start is not None:
-        own, later = _patch_document_starts(chunk, closes, byte_patch, previous_open, mask_documents, eos_token_id)
-    fields = {
-        "input_id": zeros if chunk.input_ids is None else chunk.input_ids,
-        "position": chunk.text_positions,
-        "open_bytes": open_bytes,
-        "num_patches": old[:, None] + closed,
-        "document_start": zeros if chunk.document_start is None else chunk.document_start,
-        "context_start": zeros if chunk.context_start is None else chunk.context_start,
-        "patch_document_start": own,
-        "next_patch_document_start": later,
-        "row_position": chunk.row_positions,
-        "byte_patch": byte_patch,
-    }
-    log = torch.stack([fields[name] for name in ByteLog.FIELDS], dim=-1)
-    num_new = closed[:, -1]
-    facts = torch.stack([old, num_new, open_bytes.amax(dim=1)])
-    return PatchNumbers(ends, closes, num_new, byte_patch, read, facts, log)
+        document_start = chunk.document_start
+        own, later = _patch_document_starts(chunk, closes, byte_patch, previous_open, rules)
+    if chunk.context_start is not None:
+        context_start = chunk.context_start
+    fields = RowState(
+        input_id=zeros if chunk.input_ids is None else chunk.input_ids,
+        num_bytes=num_bytes,
+        num_patches=num_patches,
+        text_bytes=text_bytes,
+        open_bytes=open_bytes,
+        byte_patch=byte_patch,
+        document_start=document_start,
+        context_start=context_start,
+        patch_document_start=own,
+        next_patch_document_start=later,
+    )
+    longest = open_bytes[:, 0] if is_one else open_bytes.amax(dim=1)
+    counts = torch.stack([previous.num_patches, num_patches[:, -1], longest])
+    return PatchNumbers(ends, closes, torch.stack(fields, dim=-1), read, counts)
 
 
 def first_visible_patches(chunk: ByteChunk, numbers: PatchNumbers, new: Tensor) -> Tensor | None:
@@ -482,12 +473,10 @@ def first_visible_patches(chunk: ByteChunk, numbers: PatchNumbers, new: Tensor) 
     num_new = new.shape[0]
     column = torch.where(numbers.closes, numbers.closes.long().cumsum(dim=1) - 1, num_new).clamp_max(num_new)
     first = torch.zeros(column.shape[0], num_new + 1, dtype=torch.int64, device=column.device)
-    return take_columns(first.scatter(1, column, log_field(numbers.log, "patch_document_start")), 0, num_new)
+    return take_columns(first.scatter(1, column, numbers.field("patch_document_start")), 0, num_new)
 
 
-def _patch_document_starts(
-    chunk, closes, byte_patch, previous_open, mask_documents, eos_token_id
-) -> tuple[Tensor, Tensor]:
+def _patch_document_starts(chunk, closes, byte_patch, previous_open, rules: DocumentRules) -> tuple[Tensor, Tensor]:
     """First patch that the patch of each byte may see, and that later patches may see; both int64 `(B, S)`.
 
     A text that `position_ids` begin starts with a patch of its own. An `eos` in the middle of a patch leaves that
@@ -496,18 +485,18 @@ def _patch_document_starts(
     starts = chunk.text_starts
     begins = torch.zeros_like(byte_patch) if starts is None else byte_patch * starts
     later = begins
-    if mask_documents:
-        eos_token_id = EOS_TOKEN_ID if eos_token_id is None else eos_token_id
-        later = torch.maximum(later, (byte_patch + 1) * _is_any_of(chunk.input_ids, eos_token_id))
-    later = _running_max(later, chunk.previous["next_patch_document_start"])
+    if rules.mask_documents:
+        later = torch.maximum(later, (byte_patch + 1) * _is_any_of(chunk.input_ids, rules.eos_token_ids))
+    later = _running_max(later, chunk.previous.next_patch_document_start)
     starts_patch = shift_right(closes, previous_open == 0)
-    before = shift_right(later, chunk.previous["next_patch_document_start"])
+    before = shift_right(later, chunk.previous.next_patch_document_start)
     own = torch.where(starts_patch, torch.maximum(before, begins), 0)
-    return _running_max(own, chunk.previous["patch_document_start"]), later
+    return _running_max(own, chunk.previous.patch_document_start), later
 
 
 __all__ = [
     "ByteChunk",
+    "DocumentRules",
     "PatchCounts",
     "PatchNumbers",
     "first_visible_patches",

@@ -1,21 +1,503 @@
-"""Generation hooks: `generate()` makes a [`BltCache`] and hands the model its next bytes; all else is transformers'."""
+"""What `generate` needs of a BLT: rows that grow by different numbers, drafts, and the hooks of transformers.
+
+[`RaggedText`] keeps what `generate` promises of each row while it is written. *Drafting*: a source proposes bytes for each
+row, one pass of the whole model verifies them, and each row accepts its own number. Self-speculation (BLT-S, arXiv
+2605.08044) is the first source: encoder and decoder draft alone. Greedy text is that of decoding byte by byte; sampling
+keeps its distribution. The mixin makes the cache and hands the model its next bytes; all else is transformers'.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
-from transformers.generation import CompileConfig, ContinuousBatchingConfig, GenerationMixin
+from transformers.generation import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerationMixin,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StoppingCriteriaList,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
-from .compiling_blt import round_up_bytes
-from .decoding_blt import RaggedText, check_processors
 from .names_blt import CACHE_NAME, import_from_package, import_serving, takes_cache
-from .speculation_blt import DraftSource, SelfSpeculation, decode_drafted
+from .packed_blt import PackedStacks
+from .step_blt import StepRunner, round_up_bytes
+
+
+# These look at one distribution alone, so that those of several bytes may go through them at once.
+_WITHOUT_CONTEXT = {
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    SuppressTokensLogitsProcessor,
+}
+# These look at the text that they are given, and remember nothing of it.
+_WITHOUT_STATE = _WITHOUT_CONTEXT | {
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    WatermarkLogitsProcessor,
+}
+
+
+def may_keep_state(processor) -> bool:
+    """Whether a logits processor may remember the text of its last call, so that it must see each byte once and in order.
+
+    One of a user's is asked for an attribute `keeps_state`. Without it, one that has attributes may, and any function may.
+    """
+    if type(processor) in _WITHOUT_STATE:
+        return False
+    is_function = not isinstance(processor, LogitsProcessor)
+    return bool(getattr(processor, "keeps_state", is_function or vars(processor)))
+
+
+def check_processors(processors: LogitsProcessorList, generation_config, num_rows: int) -> None:
+    """Raises a `ValueError` where drafts or blocks would show a processor with a state bytes out of order."""
+    window, size = (
+        getattr(generation_config, name, None) for name in ("self_speculation_window", "diffusion_block_size")
+    )
+    is_verified = size is None or getattr(generation_config, "verify", False)
+    stateful = next(filter(may_keep_state, processors), None)
+    if stateful is None or (window is None and size is None) or (is_verified and num_rows == 1):
+        return
+    is_guidance = type(stateful) is UnbatchedClassifierFreeGuidanceLogitsProcessor
+    argument = "guidance_scale" if is_guidance else "logits_processor"
+    field = f"self_speculation_window={window}" if size is None else f"diffusion_block_size={size}"
+    raise ValueError(
+        f"`{argument}` asks for a {type(stateful).__name__}, which may keep a state and so must see each byte of a text "
+        f"once and in order; with `{field}` that is possible for one row whose drafts are verified, and got "
+        f"{num_rows} rows{'' if is_verified else ' and no `verify`'}. Leave out one of the two. (A processor that keeps "
+        "no state may say so by an attribute `keeps_state = False`.)"
+    )
+
+
+class RaggedText:
+    """Rows of bytes that may grow by different numbers.
+
+    Args:
+        input_ids: int64 `(B, N)`, the prompts, all of `N` columns.
+        logits_processor, stopping_criteria, generation_config, streamer: as `generate` gives them to its loops.
+
+    Attributes:
+        sequences: int64 `(B, max_length)`; row `b` holds its text in the first `lengths[b]` columns.
+        lengths: columns of each row, on the host.
+        is_in_order: a logits processor may keep a state, so drafts are made without the processors.
+        stops: length at which each row met a stopping criterion; None: it has not.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config,
+        streamer=None,
+    ):
+        rows, columns = input_ids.shape
+        self.max_length = max(stopping_criteria.max_length, columns + 1)
+        pad = getattr(generation_config, "_pad_token_tensor", None)
+        self.pad_token_id = 0 if pad is None else int(pad)
+        self.sequences = input_ids.new_full((rows, self.max_length), self.pad_token_id)
+        self.sequences[:, :columns] = input_ids
+        self.lengths, self.stops = [columns] * rows, [None] * rows
+        self.logits_processor, self.streamer = logits_processor, streamer
+        self.has_context = any(type(processor) not in _WITHOUT_CONTEXT for processor in logits_processor)
+        self.is_in_order = any(map(may_keep_state, logits_processor))
+        # As in transformers, only `eos` makes a row that has stopped wait for the others; else it goes on beside them.
+        self.waits = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self.eos_token_ids, self._criteria = set(), StoppingCriteriaList()
+        for criterion in stopping_criteria:
+            if type(criterion) is EosTokenCriteria:
+                self.eos_token_ids |= set(criterion.eos_token_id.flatten().tolist())
+            elif type(criterion) is not MaxLengthCriteria:
+                self._criteria.append(criterion)
+        returns = generation_config.return_dict_in_generate
+        self.returns_dict = returns
+        self.scores = [] if returns and generation_config.output_scores else None
+        self.logits = [] if returns and generation_config.output_logits else None
+        self._first = self._streamed = columns
+
+    @property
+    def active(self) -> list[bool]:
+        """Rows that are still written."""
+        if self.waits:
+            return [stop is None for stop in self.stops]
+        unstopped = [length for length, stop in zip(self.lengths, self.stops) if stop is None]
+        goal = min(unstopped) if unstopped else max(self.stops)
+        return [stop is None or length < goal for length, stop in zip(self.lengths, self.stops)]
+
+    @property
+    def is_done(self) -> bool:
+        return not any(self.active)
+
+    def last_ids(self) -> Tensor:
+        """The last byte of each row, int64 `(B, 1)`."""
+        if len(set(self.lengths)) == 1:
+            return self.sequences[:, self.lengths[0] - 1, None]
+        return self.sequences.gather(1, torch.tensor(self.lengths, device=self.sequences.device)[:, None] - 1)
+
+    def put_drafts(self, ids: Tensor) -> None:
+        """Writes drafts `(B, k)` behind the texts, for `process` to see; they are not part of them."""
+        offsets = torch.arange(ids.shape[1], device=ids.device)
+        columns = torch.tensor(self.lengths, device=ids.device)[:, None] + offsets
+        rows = torch.arange(len(self.lengths), device=ids.device)[:, None].expand_as(columns)
+        fits = columns < self.max_length
+        self.sequences[rows[fits], columns[fits]] = ids[fits]
+
+    def process(self, logits: Tensor, ahead: int = 0) -> Tensor:
+        """Applies the logits processors to fp32 logits `(B, S, V)`, the `i`-th after text and `ahead + i` drafts.
+
+        Each row is seen with its own text, of its own length.
+        """
+        if not self.logits_processor:
+            return logits
+        rows, steps, size = logits.shape
+        if not self.has_context:
+            return self.logits_processor(None, logits.flatten(0, 1)).view(rows, steps, size)
+        scores = logits.clone()
+        for step in range(steps):
+            for length in set(self.lengths):
+                stop = min(length + ahead + step, self.max_length)
+                processed = self.logits_processor(self.sequences[:, :stop].contiguous(), logits[:, step].clone())
+                if len(set(self.lengths)) == 1:
+                    scores[:, step] = processed
+                else:
+                    chosen = torch.tensor([n == length for n in self.lengths], device=logits.device)
+                    scores[:, step] = torch.where(chosen[:, None], processed, scores[:, step])
+        return scores
+
+    def append(
+        self, ids: Tensor, counts: list[int], logits: Tensor | None = None, scores: Tensor | None = None
+    ) -> list[int]:
+        """Adds the first `counts[b]` of `ids` `(B, n)` to each row, up to where it stops.
+
+        Args:
+            logits, scores: fp32 `(B, n, V)`, what the ids were chosen from, kept if `generate` is to return them.
+        Returns:
+            how many were added to each row.
+        """
+        values, before = ids.tolist(), list(self.lengths)
+        counts = [min(count, self.max_length - length) for count, length in zip(counts, self.lengths)]
+        is_even = len(set(before)) == 1 and len(set(counts)) == 1
+        if is_even:
+            self.sequences[:, before[0] : before[0] + counts[0]] = ids[:, : counts[0]]
+        else:
+            for row, (count, length) in enumerate(zip(counts, before)):
+                self.sequences[row, length : length + count] = ids[row, :count]
+        self._keep(before, counts, logits, scores)
+        added = [0] * len(counts)
+        stopped_at: dict[int, list[bool]] = {}
+        for row, count in enumerate(counts):
+            for index in range(count):
+                length = before[row] + index + 1
+                added[row] = index + 1
+                is_stop = values[row][index] in self.eos_token_ids or length >= self.max_length
+                if self._criteria and self.stops[row] is None:
+                    if length not in stopped_at:
+                        kept = None if self.scores is None else tuple(self.scores[: length - self._first])
+                        stopped_at[length] = self._criteria(self.sequences[:, :length], kept).tolist()
+                    is_stop = is_stop or stopped_at[length][row]
+                if is_stop and self.stops[row] is None:
+                    self.stops[row] = length
+                    if self.waits:
+                        break
+        self.lengths = [length + count for length, count in zip(before, added)]
+        self._stream()
+        return added
+
+    def _keep(self, before: list[int], counts: list[int], logits: Tensor | None, scores: Tensor | None) -> None:
+        for kept, new in ((self.logits, logits), (self.scores, scores)):
+            if kept is None or new is None:
+                continue
+            if counts == [1] * len(counts) and before == [self._first + len(kept)] * len(counts):
+                kept.append(new[:, 0])
+                continue
+            for row, (length, count) in enumerate(zip(before, counts)):
+                for index in range(count):
+                    column = length + index - self._first
+                    while column >= len(kept):
+                        kept.append(new.new_zeros(new.shape[0], new.shape[2]))
+                    kept[column][row] = new[row, index]
+
+    def _stream(self) -> None:
+        """Hands over the columns that every row has reached."""
+        if self.streamer is None:
+            return
+        reached = [length for length, is_active in zip(self.lengths, self.active) if is_active]
+        reached = min(reached) if reached else self.end
+        while self._streamed < reached:
+            self.streamer.put(self.sequences[:, self._streamed].cpu())
+            self._streamed += 1
+
+    @property
+    def end(self) -> int:
+        """Columns of what is returned."""
+        return max(self.lengths) if None in self.stops else max(self.stops)
+
+    def finish(self, cache):
+        """What `generate` returns; rows that ended before others are padded."""
+        end = self.end
+        for row, length in enumerate(self.lengths):
+            if length < end:
+                self.sequences[row, length:end] = self.pad_token_id
+        sequences = self.sequences[:, :end].clone()
+        if self.streamer is not None:
+            self.streamer.end()
+        if not self.returns_dict:
+            return sequences
+        new = end - self._first
+        fields = {
+            "scores": None if self.scores is None else tuple(self.scores[:new]),
+            "logits": None if self.logits is None else tuple(self.logits[:new]),
+        }
+        return GenerateDecoderOnlyOutput(sequences=sequences, **fields, **{CACHE_NAME: cache})
+
+
+@dataclass
+class Drafts:
+    """Proposed bytes.
+
+    Attributes:
+        ids: int64 `(B, k)`.
+        lengths: how many of them count in each row.
+        probs: fp32 `(B, k, V)`, the distribution that each was drawn from. None: they were not drawn.
+    """
+
+    ids: Tensor
+    lengths: list[int]
+    probs: Tensor | None = None
+
+
+class DraftSource(ABC):
+    """Proposes bytes for the rows of a batch."""
+
+    @abstractmethod
+    def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
+        """Drafts for each row, at most `limits[b]`.
+
+        The cache has read all bytes of `text` but the last one of each row, and must be left as it was: what is written
+        to it is taken back with `crop_rows`.
+        """
+
+    def update(self, drafted: list[int], accepted: list[int]) -> None:
+        """Learns how many drafts of each row were verified, and how many accepted; rows that wait have 0 of both."""
+        return
+
+
+class SelfSpeculation(DraftSource):
+    """BLT-S: encoder and decoder draft by themselves, on the last closed patch, as if no patch ended.
+
+    Args:
+        runner: a [`StepRunner`] that gives logits.
+        num_rows: rows of the batch.
+        window: bytes to draft.
+        is_adaptive: each row's window grows by two bytes after all of its drafts were accepted and shrinks by one
+            otherwise; the batch drafts the mean of its rows' windows.
+        do_sample: draw the drafts, from what the logits processors make of them.
+    """
+
+    def __init__(self, runner: StepRunner, num_rows: int, window: int, is_adaptive: bool, do_sample: bool):
+        self.runner, self.windows = runner, [window] * num_rows
+        self.is_adaptive, self.do_sample = is_adaptive, do_sample
+
+    @torch.no_grad()
+    def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
+        windows = [window for window, limit in zip(self.windows, limits) if limit > 0]
+        window = -(-sum(windows) // len(windows)) if windows else 0
+        window = min(window, max(limits), cache.slack - 1)
+        pending, ids, probs = text.last_ids(), [], []
+        for step in range(window):
+            logits = self.runner.draft(pending)
+            if ids and text.has_context:
+                text.put_drafts(torch.cat(ids, dim=1))
+            scores = (logits if text.is_in_order else text.process(logits, ahead=step))[:, 0]
+            if self.do_sample:
+                probs.append(scores.softmax(dim=-1))
+                pending = torch.multinomial(probs[-1], num_samples=1)
+            else:
+                pending = scores.argmax(dim=-1, keepdim=True)
+            ids.append(pending)
+        cache.crop_rows([window] * len(limits))
+        if not ids:
+            return Drafts(pending[:, :0], [0] * len(limits))
+        lengths = [min(limit, window) for limit in limits]
+        return Drafts(torch.cat(ids, dim=1), lengths, torch.stack(probs, dim=1) if probs else None)
+
+    def update(self, drafted: list[int], accepted: list[int]) -> None:
+        if self.is_adaptive:
+            self.windows = [
+                window if not d else window + 2 if a == d else max(window - 1, 1)
+                for window, d, a in zip(self.windows, drafted, accepted)
+            ]
+
+
+@torch.no_grad()
+def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool):
+    """One pass of the whole model over the last byte of each row and its drafts.
+
+    Each row accepts drafts up to the first that the model would not have written (greedy), or by speculative sampling
+    (arXiv 2211.17192, algorithm 1), and gets one byte of the model's own behind them. The cache has read all of these but
+    the last one then; rows that wait are left alone.
+
+    Returns:
+        ids: int64 `(B, k + 1)`; counts: how many of them each row gets; logits and scores: fp32 `(B, k + 1, V)`.
+    """
+    is_active = text.active
+    lengths = [count + 1 if active else 0 for count, active in zip(drafts.lengths, is_active)]
+    num_drafts = drafts.ids.shape[1]
+    input_ids = torch.cat([text.last_ids(), drafts.ids], dim=1)
+    is_full = min(lengths) == num_drafts + 1
+    logits = runner.step(input_ids, None if is_full else lengths)
+    if text.has_context:
+        text.put_drafts(drafts.ids)
+    if text.is_in_order:
+        ids, accepted, scores = choose_in_order(text, logits, drafts, do_sample)
+    else:
+        scores = text.process(logits)
+        ids, accepted = choose(scores, drafts, do_sample)
+    counts = [min(count, draft) + 1 if active else 0 for count, draft, active in
+              zip(accepted.tolist(), drafts.lengths, is_active)]  # fmt: skip
+    runner.cache.crop_rows([length - count for length, count in zip(lengths, counts)])
+    return ids, counts, logits, scores
+
+
+def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Tensor]:
+    """Ids `(B, k + 1)` and how many drafts are accepted `(B,)`, from processed scores `(B, k + 1, V)`."""
+    rows, num_drafts = drafts.ids.shape
+    exists = (
+        torch.arange(num_drafts, device=scores.device) < torch.tensor(drafts.lengths, device=scores.device)[:, None]
+    )
+    if not do_sample:
+        ids = scores.argmax(dim=-1)
+        is_accepted = (ids[:, :num_drafts] == drafts.ids) & exists
+        return ids, is_accepted.long().cumprod(dim=1).sum(dim=1)
+    probs = scores.softmax(dim=-1)
+    if drafts.probs is None:  # the whole probability of a draft that was not drawn is its own
+        proposed = torch.nn.functional.one_hot(drafts.ids, probs.shape[-1]).to(probs.dtype)
+    else:
+        proposed = drafts.probs
+    of_model = probs[:, :num_drafts].gather(2, drafts.ids[..., None])[..., 0]
+    of_draft = proposed.gather(2, drafts.ids[..., None])[..., 0]
+    is_accepted = (torch.rand_like(of_model) * of_draft < of_model) & exists
+    accepted = is_accepted.long().cumprod(dim=1).sum(dim=1)
+    # After a refused draft, the next byte comes from what the model says beyond the draft; else from the model.
+    proposed = torch.cat([proposed * exists[..., None], torch.zeros_like(probs[:, :1])], dim=1)
+    at = accepted[:, None, None].expand(-1, 1, probs.shape[-1])
+    model_probs, draft_probs = probs.gather(1, at)[:, 0], proposed.gather(1, at)[:, 0]
+    rest = (model_probs - draft_probs).clamp_min(0)
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, model_probs)
+    own = torch.multinomial(rest, num_samples=1)
+    ids = torch.cat([drafts.ids, own], dim=1)
+    is_own = torch.arange(num_drafts + 1, device=ids.device) == accepted[:, None]
+    return torch.where(is_own, own, ids), accepted
+
+
+def choose_in_order(
+    text: RaggedText, logits: Tensor, drafts: Drafts, do_sample: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[`choose`] for one row whose logits processors see a draft only when it is accepted; the scores come third."""
+    ids, scores, count = [], logits.clone(), 0
+    for step in range(drafts.lengths[0] + 1):
+        scores[:, step] = text.process(logits[:, step, None], ahead=step)[:, 0]
+        is_draft = step < drafts.lengths[0]
+        here = slice(step, step + 1) if is_draft else slice(0, 0)
+        probs = None if drafts.probs is None else drafts.probs[:, here]
+        # The second of the two scores is what would follow the draft, which is not known yet.
+        pair = scores[:, [step] * (1 + is_draft)]
+        chosen, accepted = choose(pair, Drafts(drafts.ids[:, here], [int(is_draft)], probs), do_sample)
+        ids.append(chosen[:, :1])
+        if not int(accepted) or int(chosen[0, 0]) in text.eos_token_ids:
+            break
+        count += 1
+    rest = drafts.ids.shape[1] + 1 - len(ids)
+    chosen = torch.nn.functional.pad(torch.cat(ids, dim=1), (0, rest), value=text.pad_token_id)
+    return chosen, torch.tensor([count], device=chosen.device), scores
+
+
+def decode_drafted(runner: StepRunner, source: DraftSource, text: RaggedText, do_sample: bool) -> None:
+    """Writes texts to their ends. The cache has read all bytes but the last one of each row, before and after.
+
+    A streamer that has a method `put_drafts` is told, after the bytes of each verification, what was verified: the drafts
+    `(B, k)`, how many of them counted in each row, and how many were accepted.
+    """
+    cache = runner.cache
+    while not text.is_done:
+        limits = [
+            max(text.max_length - length - 1, 0) if active else 0 for length, active in zip(text.lengths, text.active)
+        ]
+        drafts = source.propose(text, cache, limits)
+        is_active = text.active
+        ids, counts, logits, scores = verify(runner, text, drafts, do_sample)
+        added = text.append(ids, counts, logits, scores)
+        cache.crop_rows([count - new for count, new in zip(counts, added)])
+        drafted = [count if active else 0 for count, active in zip(drafts.lengths, is_active)]
+        accepted = [max(count - 1, 0) for count in counts]
+        source.update(drafted, accepted)
+        if hasattr(text.streamer, "put_drafts"):
+            text.streamer.put_drafts(drafts.ids.cpu(), drafted, accepted)
+    finish_rows(runner, text)
+
+
+def finish_rows(runner: StepRunner, text: RaggedText) -> None:
+    """Makes the cache one that has read all bytes but the last of each row of what `generate` returns."""
+    # Rows that ended before others have one byte that the next turn would not read; others may have gone too far.
+    cache = runner.cache
+    cache.crop_rows([max(length - text.end, 0) for length in text.lengths])
+    is_behind = [int(length < text.end) for length in text.lengths]
+    if any(is_behind):
+        runner.step(text.last_ids(), is_behind)
+    cache.set_columns(text.end - 1)
 
 
 _OWN_FIELDS = (
     "self_speculation_window", "self_speculation_schedule", "diffusion_block_size", "unmasking", "confidence_threshold",
     "entropy_budget", "verify",
 )  # fmt: skip
+_LEAST_PACKED = 8  # new bytes from which packing weights pays
 _SCHEDULES = ("constant", "heuristic")
 _SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -104,7 +586,8 @@ class BltGenerationMixin(GenerationMixin):
         cache = model_kwargs[CACHE_NAME]
         logits = outputs.logits[:, -1:].float()
         del outputs  # may be large
-        source = self._draft_source(generation_config, len(text.lengths), cache)
+        runner = self.make_runner(cache, text.max_length - input_ids.shape[1] >= _LEAST_PACKED)
+        source = self._draft_source(generation_config, runner, len(text.lengths))
         fills_blocks = source is None and getattr(generation_config, "diffusion_block_size", None) is not None
         do_sample = generation_config.do_sample
         with torch.no_grad():
@@ -120,13 +603,14 @@ class BltGenerationMixin(GenerationMixin):
                 text.append(ids, [1] * ids.shape[0], logits, scores)
                 if text.is_done or source is not None or fills_blocks:
                     break
-                logits = self._next_logits(ids, cache)
+                logits = self._next_logits(ids, runner)
             if source is not None:
-                decode_drafted(self, source, text, cache, do_sample)
+                decode_drafted(runner, source, text, do_sample)
             elif fills_blocks:
                 blocks = self._import_blocks()
                 unmasking = blocks.Unmasking.from_config(generation_config)
-                blocks.decode_blocks(self, text, cache, generation_config.diffusion_block_size, unmasking, do_sample)
+                size = generation_config.diffusion_block_size
+                blocks.decode_blocks(self, runner, text, size, unmasking, do_sample)
         return text.finish(cache)
 
     def _import_blocks(self):
@@ -148,27 +632,36 @@ class BltGenerationMixin(GenerationMixin):
             and set(model_kwargs) <= plain
         )
 
-    def _next_logits(self, ids, cache: BltCache):
-        """fp32 logits `(B, 1, V)` after one more byte of each row."""
-        # Who replaces `forward` (accelerate, for autocast or devices) wants to be asked at each byte.
-        is_wrapped = any("forward" in vars(module) for module in (self, self.model))
-        if is_wrapped or any(module._forward_hooks or module._forward_pre_hooks for module in (self, self.model)):
-            return self(input_ids=ids, past_key_values=cache, use_cache=True).logits.float()
-        return self.step_logits(ids, cache)
+    def make_runner(self, cache: BltCache, packs: bool = True) -> StepRunner:
+        """What runs steps on a cache that holds some text, with the weights that the model has now.
 
-    def _draft_source(self, generation_config, num_rows: int, cache: BltCache) -> DraftSource | None:
+        `packs`: on packed weights, where the modules allow it.
+        """
+        return StepRunner(self.model, cache, self.lm_head, PackedStacks(self.model, cache) if packs else None)
+
+    def _next_logits(self, ids, runner: StepRunner):
+        """fp32 logits `(B, 1, V)` after one more byte of each row."""
+        # Who replaces `forward` (accelerate, for autocast or devices) or hooks it wants to be asked at each byte.
+        if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (self, self.model)):
+            return self(input_ids=ids, past_key_values=runner.cache, use_cache=True).logits.float()
+        return runner.step(ids)
+
+    def _draft_source(self, generation_config, runner: StepRunner, num_rows: int) -> DraftSource | None:
         """Who drafts in this call of `generate`; None: nobody."""
+        cache = runner.cache
         window = getattr(generation_config, "self_speculation_window", None)
         size = getattr(generation_config, "diffusion_block_size", None)
         if size is not None:
             cache.reserve_slack(round_up_bytes(size + 1))
             is_verified = getattr(generation_config, "verify", False)
-            return self._import_blocks().BlockDrafts(self, size, generation_config.do_sample) if is_verified else None
+            if not is_verified:
+                return None
+            return self._import_blocks().BlockDrafts(self, runner, size, generation_config.do_sample)
         if window is None:
             return None
         is_adaptive = getattr(generation_config, "self_speculation_schedule", "constant") == "heuristic"
         cache.reserve_slack(round_up_bytes(max(window, 32 if is_adaptive else 0) + 1))
-        return SelfSpeculation(self, num_rows, window, is_adaptive, generation_config.do_sample)
+        return SelfSpeculation(runner, num_rows, window, is_adaptive, generation_config.do_sample)
 
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         cache, attention_mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
@@ -228,7 +721,7 @@ class BltGenerationMixin(GenerationMixin):
         continues = past_key_values is not None and past_key_values.get_seq_length() > 0
         if continues and next_sequence_length is not None and not is_first_iteration:
             attention_mask = position_ids = None
-        return super().prepare_inputs_for_generation(
+        model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             **{CACHE_NAME: past_key_values},
@@ -238,6 +731,10 @@ class BltGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        embeds = model_inputs.get("inputs_embeds")
+        if embeds is not None and hasattr(self, "embed_bytes") and input_ids.shape == embeds.shape[:2]:
+            model_inputs["input_ids"] = input_ids  # which hashes and rules read
+        return model_inputs
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
         """A manager that requests join and leave while others run; see `blt_hf.serving.continuous`.
@@ -279,4 +776,17 @@ class BltGenerationMixin(GenerationMixin):
         generation_config._from_model_config = None
 
 
-__all__ = ["BltGenerationMixin"]
+__all__ = [
+    "BltGenerationMixin",
+    "DraftSource",
+    "Drafts",
+    "RaggedText",
+    "SelfSpeculation",
+    "check_processors",
+    "choose",
+    "choose_in_order",
+    "decode_drafted",
+    "finish_rows",
+    "may_keep_state",
+    "verify",
+]

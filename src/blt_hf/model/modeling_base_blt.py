@@ -15,9 +15,8 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from .cache_blt import BltCache, cache_to_write
 from .configuration_blt import BltConfig
 from .generation_blt import BltGenerationMixin
-from .names_blt import CACHE_NAME, CACHE_NAMES, add_default_targets, import_from_package
+from .names_blt import CACHE_NAME, CACHE_NAMES, add_default_targets, import_from_package, is_compiling, is_exporting
 from .patching_blt import PatchingRule
-from .tracing_blt import is_compiling, is_exporting
 
 
 logger = logging.get_logger(__name__)
@@ -93,10 +92,12 @@ class BltKwargs(TransformersKwargs, total=False):
         output_hidden_states: states of all layers, or those of the given indices; None: as the configuration says.
         output_attentions: weights of self-attention, with `attn_implementation="eager"`.
         output_patches: also `entropies` and `patch_lengths`.
+        byte_embeds: `(B, S, W)`, sums of byte and hash embeddings in the place of those of `input_ids`.
         num_items_in_batch: what a loss is divided by, instead of the labels of this batch.
     """
 
     output_patches: bool | None
+    byte_embeds: Tensor | None
 
 
 class BltPreTrainedModel(PreTrainedModel):

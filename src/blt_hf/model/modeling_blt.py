@@ -7,15 +7,13 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast, Toke
 from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple
 
-from .attention_blt import AttentionSpan
-from .cache_blt import BltCache, SlotAccess
-from .checks_blt import check_inputs, check_labels, check_row_labels
-from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, make_chunk, number_patches
-from .compiling_blt import CompiledSteps
+from .cache_blt import BltCache
+from .checks_blt import check_byte_inputs, check_inputs, check_labels, check_row_labels
+from .chunk_blt import ByteChunk, make_chunk
 from .configuration_blt import BltConfig
-from .embedding_blt import BltHashEmbedding, ngram_hashes
+from .forward_blt import BytesRead, ForwardInputs, ForwardSettings, embed_bytes, run_chunk
 from .generation_blt import BltGenerationMixin
-from .layers_blt import BltSelfAttention, BltTransformerLayer, PatchReads, StateTrace
+from .layers_blt import BltHashEmbedding, BltSelfAttention, BltTransformerLayer, StateTrace
 from .modeling_base_blt import (
     BltCausalLMOutput,
     BltKwargs,
@@ -24,17 +22,9 @@ from .modeling_base_blt import (
     keep_positions,
 )
 from .names_blt import CACHE_NAME, check_patcher, import_from_package, takes_cache
-from .patcher_blt import BltPatcher
-from .patching_blt import (
-    BOS_TOKEN_ID,
-    VOCAB_SIZE,
-    PatchingRule,
-    find_patch_ends,
-    patch_ends_from_lengths,
-    patch_lengths_from_ends,
-)
-from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder
-from .step_blt import run_small, take_draft, take_step
+from .patching_blt import VOCAB_SIZE, patch_ends_from_lengths, patch_lengths_from_ends
+from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder, BltPatcher
+from .step_blt import CompiledSteps, StepRunner
 
 
 # transformers 5.17 has no style for embeddings split by columns.
@@ -118,6 +108,7 @@ class BltModel(BltPreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         output_patches: bool | None = None,
+        byte_embeds: Tensor | None = None,
         block_noise=None,
         **kwargs,
     ) -> BltModelOutput:
@@ -129,8 +120,11 @@ class BltModel(BltPreTrainedModel):
             position_ids: `(B or 1, S)`; where they restart inside a row, another text begins that sees nothing of
                 those before it (as in transformers' padding-free batches). Their offset does not matter.
             past_key_values: what an earlier call returned, to continue from.
-            inputs_embeds: `(B, S, W)` instead of `input_ids`: the sum of byte and hash embeddings. The hashes and the
-                rules `entropy` and `space` read ids, so these rules then need `patch_lengths`.
+            inputs_embeds: `(B, S, W)`, byte embeddings in the place of those that `get_input_embeddings()` gives. Hashes
+                and the rules `entropy` and `space` read `input_ids`, which are given beside them; without ids a model
+                has no hashes, and these rules need `patch_lengths`.
+            byte_embeds: `(B, S, W)`, sums of byte and hash embeddings as [`~BltModel.embed_bytes`] gives them. (The
+                in-tree class calls these `inputs_embeds`.) Without `input_ids`, patches as with `inputs_embeds`.
             patch_lengths: int64 `(B, P)`, zeros on the right: patches to use instead of the rule's, on the bytes of
                 the text (padding not counted). Each row sums to its bytes plus 1 (the next byte, which tells whether
                 the last patch is complete) or to its bytes. Not after a cache that holds bytes.
@@ -147,140 +141,41 @@ class BltModel(BltPreTrainedModel):
         if self.training and self.patcher is not None:
             check_patcher(self.patcher)
         width = config.encoder_config.hidden_size
-        shape, device = check_inputs(input_ids, inputs_embeds, config.vocab_size, width)
+        adds_hashes = config.encoder_hash_byte_group_nb_functions > 0
+        shape, device = check_byte_inputs(input_ids, inputs_embeds, byte_embeds, config.vocab_size, width, adds_hashes)
         cache = self._start_cache(past_key_values, use_cache, config)
-        self._check_history(cache, inputs_embeds)
+        if input_ids is not None:
+            self._check_history(cache)
         wants_states = self._wants("output_hidden_states", output_hidden_states)
         wants_weights = self._wants("output_attentions", output_attentions)
-        is_plain = attention_mask is position_ids is inputs_embeds is patch_lengths is None
+        is_plain = attention_mask is position_ids is inputs_embeds is byte_embeds is patch_lengths is None
         is_plain = is_plain and not (wants_states or wants_weights or output_patches or torch.is_grad_enabled())
         if is_plain and cache is not None and cache.fits(shape):
             return BltModelOutput(last_hidden_state=self.step(input_ids, cache), **{CACHE_NAME: cache})
+        settings = ForwardSettings.of(config)
         chunk = make_chunk(
-            input_ids, attention_mask, position_ids, cache, shape, device,
-            in_order=bool(wants_weights), **self._document_rules,
-        )  # fmt: skip
-        if chunk.has_documents and max(self._cross_windows) > 1:
+            input_ids, attention_mask, position_ids, cache, shape, device, settings.documents, bool(wants_weights)
+        )
+        if chunk.has_documents and max(settings.encoder_window, settings.decoder_window) > 1:
             verb = "may restart (a traced forward does not look)" if chunk.is_traced else "restart"
             raise ValueError(
                 f"`position_ids` {verb} inside a row, and `cross_attn_window` is larger than 1: cross attention over "
                 "several patches would cross texts. Pass one text a row."
             )
-        given_ends = None if patch_lengths is None else self._given_ends(chunk, patch_lengths)
-        embeds = None if inputs_embeds is None else chunk.pack(inputs_embeds)
-        traces = [StateTrace(wants_states, wants_weights) for _ in range(3)]
-        if chunk.is_small:
-            hidden_states, entropies, numbers = run_small(self, chunk, cache, embeds, given_ends, traces)
-        else:
-            hidden_states, entropies, numbers = self._run(chunk, cache, embeds, given_ends, traces, block_noise)
+        inputs = ForwardInputs(
+            embeds=None if inputs_embeds is None else chunk.pack(inputs_embeds),
+            byte_embeds=None if byte_embeds is None else chunk.pack(byte_embeds),
+            given_ends=None if patch_lengths is None else self._given_ends(chunk, patch_lengths),
+            collectors=tuple(StateTrace(wants_states, wants_weights) for _ in range(3)),
+            block_noise=block_noise,
+        )
+        hidden_states, read = run_chunk(self, settings, chunk, cache, inputs)
         if block_noise is not None:
             hidden_states = block_noise.blocks.take_states(hidden_states, chunk.num_columns)
-        output = self._make_output(chunk, numbers, hidden_states, cache, entropies, traces, output_patches)
+        output = self._make_output(read, hidden_states, cache, inputs.collectors, output_patches)
         output.blocks = None if block_noise is None else block_noise.blocks
         return output
 
-    @property
-    def _document_rules(self) -> dict:
-        config = self.config
-        return {
-            "mask_documents": config.mask_documents,
-            "newline_reset": config.patching_newline_reset,
-            "eos_token_id": config.eos_token_id,
-        }
-
-    def _run(
-        self,
-        chunk: ByteChunk,
-        cache: BltCache | None,
-        embeds: Tensor | None = None,
-        given_ends: Tensor | None = None,
-        traces: list[StateTrace] | None = None,
-        block_noise=None,
-    ) -> tuple[Tensor, Tensor | None, PatchNumbers]:
-        """Byte states `(B, S, W)`, entropies `(B, S)` and patches of a large chunk, which the cache takes in.
-
-        With `block_noise`, the states of corrupted blocks stand behind those of the bytes.
-        """
-        byte_trace, patch_trace, trace = [None] * 3 if traces is None else traces
-        if cache is not None:
-            cache.begin(len(chunk.row_bytes), chunk.num_columns, False, chunk.num_bytes.device)
-        byte_states, span, numbers, entropies = self._read_bytes(chunk, cache, embeds, given_ends, byte_trace)
-        counts = PatchCounts.traced(numbers) if chunk.is_traced else PatchCounts.of(numbers)
-        latents = None
-        if counts.max_new:
-            if cache is not None:
-                cache.reserve_patches(counts.max_new)
-            states, segment = self.local_encoder.patch_bytes(chunk, numbers, byte_states, cache)
-            latents = self.local_encoder.make_latents(states, segment, counts.max_new)
-            new = torch.arange(counts.max_new, device=latents.device)
-            columns = torch.arange(0 if chunk.cached_bytes is None else counts.seen, device=latents.device)
-            latents = self.global_transformer(
-                latents.flatten(2), chunk, numbers, new, columns, None, cache, patch_trace
-            )
-            latents = self.local_decoder.split_latents(latents)
-        if cache is not None:
-            cache.reserve_open(counts.max_open_bytes, chunk.num_columns)
-            self._keep_bytes(chunk, numbers, byte_states, entropies, cache)
-        reads = self._reads(chunk, numbers, cache, latents is not None)
-        states, positions = byte_states[-1], None
-        if block_noise is not None:
-            wants_weights = trace is not None and trace.attentions is not None
-            states, positions, reads, span = block_noise.join(self, chunk, numbers, states, reads, wants_weights)
-        hidden_states = self.local_decoder(states, latents, chunk, reads, span, cache, trace, positions)
-        if cache is not None:
-            cache.commit(chunk, numbers)
-            cache.count_chunk(chunk, counts)
-        return hidden_states, entropies, numbers
-
-    def _read_bytes(
-        self,
-        chunk: ByteChunk,
-        cache: BltCache | None,
-        embeds: Tensor | None = None,
-        given_ends: Tensor | None = None,
-        trace: StateTrace | None = None,
-    ) -> tuple[list[Tensor], AttentionSpan, PatchNumbers, Tensor | None]:
-        """Entropy model and encoder: byte states, the keys of encoder and decoder, patches, and entropies."""
-        entropies, ends = self._find_patches(chunk, cache, given_ends)
-        numbers = number_patches(chunk, ends, self.config.mask_documents, self.config.eos_token_id)
-        span = self._local_span(chunk, cache, trace is not None and trace.attentions is not None)
-        embeds = self._embed_bytes(chunk) if embeds is None else embeds
-        if trace is not None:
-            trace.add(embeds)
-        byte_states = self.local_encoder(embeds, chunk, span, cache, trace)
-        return byte_states, span, numbers, entropies
-
-    def _keep_bytes(
-        self,
-        chunk: ByteChunk,
-        numbers: PatchNumbers,
-        byte_states: list[Tensor],
-        entropies: Tensor | None,
-        cache: BltCache,
-    ) -> None:
-        """Writes the log of the bytes, and their states for the patches that are open."""
-        access = chunk.access(cache.recent_slots, 0)
-        cache.log.write(numbers.log, entropies, access)
-        for kept, new in zip(cache.byte_states, byte_states):
-            kept.write(new, access.on(new.device))
-
-    def _reads(
-        self, chunk: ByteChunk, numbers: PatchNumbers, cache: BltCache | None, has_new: bool = False
-    ) -> PatchReads:
-        """Where the latents that each byte reads lie: in the cache, or behind those (`has_new`, in a large chunk)."""
-        before = chunk.previous["num_patches"][:, None]
-        entries, hidden = PatchReads.find(before + numbers.read, self._cross_windows[1])
-        if chunk.cached_bytes is None:
-            access = None if cache is None else SlotAccess(source=cache.latent_slots.held(numbers.num_new))
-            return PatchReads(entries.clamp_min(0), hidden, access, is_first=True)
-        size = cache.latent_slots.size
-        if not has_new:
-            return PatchReads(entries % size, hidden)
-        index = torch.where(entries >= before[..., None], size + entries - before[..., None], entries % size)
-        source = cache.latent_slots.held(before[:, 0] + numbers.num_new) - before
-        return PatchReads(index, hidden, SlotAccess(source=source))
-
-    @torch.no_grad()
     def step(self, input_ids: Tensor, cache: BltCache, lengths: list[int] | None = None) -> Tensor:
         """Byte states `(B, S, W)` of a few more bytes of each row, whose patches are closed as they end.
 
@@ -289,102 +184,37 @@ class BltModel(BltPreTrainedModel):
             cache: holds some text.
             lengths: how many of them count in each row; None: all.
         """
-        return take_step(self, cache, input_ids, lengths)
+        return StepRunner(self, cache).step(input_ids, lengths)
 
-    @torch.no_grad()
-    def draft(self, input_ids: Tensor, cache: BltCache) -> Tensor:
-        """Byte states `(B, S, W)` of the local models alone, that read the last closed patch and close none.
+    @takes_cache
+    def embed_bytes(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: BltCache | None = None,
+    ) -> Tensor:
+        """Sums byte and hash embeddings, which is what the encoder reads; a forward takes them as `byte_embeds`.
 
-        The cache takes the bytes in; undo that with its `crop_rows`.
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values: as in [`~BltModel.forward`]; the cache is only read.
+        Returns:
+            `(B, S, W)`; 0 at padding.
         """
-        return take_draft(self, cache, input_ids)
+        config, settings = self.config, ForwardSettings.of(self.config)
+        shape, device = check_inputs(input_ids, None, config.vocab_size, config.encoder_config.hidden_size)
+        chunk = make_chunk(input_ids, attention_mask, position_ids, past_key_values, shape, device, settings.documents)
+        return chunk.unpack(embed_bytes(self, settings, chunk))
 
-    def _local_span(self, chunk: ByteChunk, cache: BltCache | None, wants_weights: bool = False) -> AttentionSpan:
-        """Keys of the self-attention of encoder and decoder."""
-        return chunk.span(
-            cache,
-            None if cache is None else cache.local_slots,
-            self.config.local_attention_window_len,
-            chunk.document_start,
-            self.config._attn_implementation,
-            wants_weights,
-        )
-
-    def _check_history(self, cache: BltCache | None, inputs_embeds: Tensor | None) -> None:
+    def _check_history(self, cache: BltCache | None) -> None:
         """Refuses to continue from bytes that only their embeddings told of, if something here reads ids."""
-        if cache is None or not cache.hides_ids or inputs_embeds is not None:
+        if cache is None or not cache.hides_ids:
             return
         if self.config.encoder_hash_byte_group_nb_functions or self.config.patching_mode not in ("static", "byte"):
             raise ValueError(
-                "`past_key_values` holds bytes that were passed as `inputs_embeds`, and the hashes and the patching rule "
-                "of later bytes read ids: pass `input_ids` from the start, or `inputs_embeds` and no cache."
+                "`past_key_values` holds bytes that were passed as embeddings without `input_ids`, and the hashes and the "
+                "patching rule of later bytes read ids: pass `input_ids` from the start, or embeddings and no cache."
             )
-
-    @property
-    def _cross_windows(self) -> tuple[int, int]:
-        return tuple(c.cross_attn_window or 1 for c in (self.config.encoder_config, self.config.decoder_config))
-
-    def _embed_bytes(self, chunk: ByteChunk) -> Tensor:
-        embeds = self.local_encoder.embed_tokens(chunk.input_ids)
-        config = self.config
-        if config.encoder_hash_byte_group_nb_functions:
-            hashes = ngram_hashes(
-                chunk.input_ids,
-                chunk.history,
-                chunk.text_positions,
-                config.encoder_hash_byte_group_size,
-                config.encoder_hash_byte_group_nb_functions,
-                config.encoder_hash_byte_group_vocab,
-            )
-            embeds = embeds + self.encoder_hash_tok_embedding(hashes).to(embeds.device)
-        return embeds
-
-    def _find_patches(
-        self, chunk: ByteChunk, cache: BltCache | None, given_ends: Tensor | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Entropies `(B, S)` where the entropy model ran, and patch ends `(B, S)`."""
-        config = self.config
-        entropies = None
-        # With given patches the entropy model only runs to leave its state in the cache.
-        if config.uses_patcher and (given_ends is None or cache is not None) and self.patcher is not None:
-            if chunk.input_ids is None:
-                if given_ends is None:
-                    raise ValueError(
-                        f"`inputs_embeds` hide the bytes that `patching_mode={config.patching_mode!r}` reads; pass "
-                        "`patch_lengths`."
-                    )
-            else:
-                with torch.no_grad():
-                    entropies = self.patcher.entropies(self._ids_known_to_patcher(chunk.input_ids), chunk, cache)
-        if given_ends is not None:
-            return entropies, given_ends
-        if config.uses_patcher and entropies is None:
-            raise ValueError(
-                f"`patching_mode={config.patching_mode!r}` needs an entropy model, and this model was built with "
-                "`patch_in_forward=False`: pass `patch_lengths`, or give it one with `set_patcher`."
-            )
-        rule = PatchingRule.from_config(config)
-        if rule.uses_ids and chunk.input_ids is None:
-            raise ValueError(
-                f"`inputs_embeds` hide the bytes that `patching_mode={rule.mode!r}` reads; pass `patch_lengths`."
-            )
-        ends = find_patch_ends(
-            rule,
-            chunk.input_ids,
-            entropies,
-            chunk.text_positions,
-            chunk.previous["input_id"],
-            chunk.previous_entropy,
-            chunk.previous["open_bytes"],
-            chunk.history,
-            chunk.past_entropies,
-        )
-        return entropies, ends
-
-    def _ids_known_to_patcher(self, input_ids: Tensor) -> Tensor:
-        """Tokens that were added to this model's vocabulary read as a beginning of text to the frozen entropy model."""
-        size = self.patcher.config.vocab_size
-        return input_ids if self.config.vocab_size <= size else torch.where(input_ids < size, input_ids, BOS_TOKEN_ID)
 
     def _given_ends(self, chunk: ByteChunk, patch_lengths: Tensor) -> Tensor:
         rows = chunk.num_bytes.shape[0]
@@ -422,20 +252,19 @@ class BltModel(BltPreTrainedModel):
 
     def _make_output(
         self,
-        chunk: ByteChunk,
-        numbers: PatchNumbers,
+        read: BytesRead,
         hidden_states: Tensor,
         cache: BltCache | None,
-        entropies: Tensor | None,
-        traces: list[StateTrace],
+        collectors: tuple[StateTrace, StateTrace, StateTrace],
         output_patches: bool | None,
     ) -> BltModelOutput:
-        encoder_states, encoder_weights = traces[0].unpacked(chunk)
-        states, weights = traces[2].unpacked(chunk, last=hidden_states)
-        patch_lengths = None
+        chunk, (of_encoder, of_global, of_decoder) = read.chunk, collectors
+        encoder_states, encoder_weights = of_encoder.unpacked(chunk)
+        states, weights = of_decoder.unpacked(chunk, last=hidden_states)
+        patch_lengths = entropies = None
         if output_patches:
-            patch_lengths = patch_lengths_from_ends(numbers.ends, chunk.num_bytes)
-            entropies = None if entropies is None else chunk.unpack(entropies)
+            patch_lengths = patch_lengths_from_ends(read.patches.ends, chunk.num_bytes)
+            entropies = None if read.entropies is None else chunk.unpack(read.entropies)
         return BltModelOutput(
             last_hidden_state=chunk.unpack(hidden_states),
             **{CACHE_NAME: cache},
@@ -443,9 +272,9 @@ class BltModel(BltPreTrainedModel):
             attentions=weights,
             encoder_hidden_states=encoder_states,
             encoder_attentions=encoder_weights,
-            global_hidden_states=traces[1].selected(traces[1].hidden_states),
-            global_attentions=traces[1].attentions or None,
-            entropies=entropies if output_patches else None,
+            global_hidden_states=of_global.selected(of_global.hidden_states),
+            global_attentions=of_global.attentions or None,
+            entropies=entropies,
             patch_lengths=patch_lengths,
         )
 
@@ -486,15 +315,20 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         """See [`BltModel.set_patcher`]."""
         self.model.set_patcher(patcher)
 
-    @torch.no_grad()
-    def draft_logits(self, input_ids: Tensor, cache: BltCache) -> Tensor:
-        """Logits `(B, vocabulary)`, fp32, after the last byte, by [`BltModel.draft`]."""
-        return take_draft(self.model, cache, input_ids, self.lm_head)[:, -1]
+    def embed_bytes(self, input_ids: Tensor, **kwargs) -> Tensor:
+        """See [`BltModel.embed_bytes`]."""
+        return self.model.embed_bytes(input_ids, **kwargs)
 
-    @torch.no_grad()
     def step_logits(self, input_ids: Tensor, cache: BltCache, lengths: list[int] | None = None) -> Tensor:
         """Logits `(B, S, vocabulary)`, fp32, of [`BltModel.step`]."""
-        return take_step(self.model, cache, input_ids, lengths, self.lm_head)
+        return StepRunner(self.model, cache, self.lm_head).step(input_ids, lengths)
+
+    def draft_logits(self, input_ids: Tensor, cache: BltCache) -> Tensor:
+        """Logits `(B, vocabulary)`, fp32, after the last byte, by the local models alone.
+
+        These read the last closed patch and close none. The cache takes the bytes in; undo that with its `crop_rows`.
+        """
+        return StepRunner(self.model, cache, self.lm_head).draft(input_ids)[:, -1]
 
     @takes_cache
     @can_return_tuple
@@ -584,6 +418,10 @@ class _BltClassifier(BltPreTrainedModel):
     def set_patcher(self, patcher: BltPatcher) -> None:
         """See [`BltModel.set_patcher`]."""
         self.model.set_patcher(patcher)
+
+    def embed_bytes(self, input_ids: Tensor, **kwargs) -> Tensor:
+        """See [`BltModel.embed_bytes`]."""
+        return self.model.embed_bytes(input_ids, **kwargs)
 
 
 class BltForSequenceClassification(_BltClassifier):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tracing_blt import is_exporting, largest_count, running_max, sliding_windows, take_columns
+from .names_blt import is_exporting, largest_count, running_max, sliding_windows, take_columns
 
 
 PATCHING_MODES = ("entropy", "space", "static", "byte")
@@ -227,6 +227,8 @@ def open_patch_bytes(ends: Tensor, open_bytes: Tensor) -> Tensor:
         ends: bool `(B, S)`.
         open_bytes: int64 `(B,)`, bytes of the patch that was still open before these.
     """
+    if ends.shape[1] == 1 and not is_exporting():
+        return (open_bytes[:, None] + 1).masked_fill(ends, 0)
     index = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
     before = -1 - open_bytes
     return index - running_max(torch.where(ends, index, before[:, None]), before)

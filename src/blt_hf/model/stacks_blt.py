@@ -2,23 +2,33 @@
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import can_return_tuple
 
 from .attention_blt import AttentionSpan, SlotSpan
-from .cache_blt import BltCache, SlotAccess, SlotTensor, log_field
-from .chunk_blt import ByteChunk, PatchNumbers, first_visible_patches
-from .configuration_blt import BltGlobalTransformerConfig, BltLocalDecoderConfig, BltLocalEncoderConfig
+from .cache_blt import BltCache, RowState, SlotAccess
+from .checks_blt import check_inputs, check_labels
+from .chunk_blt import ByteChunk, DocumentRules, PatchNumbers, first_visible_patches, make_chunk, number_patches
+from .configuration_blt import (
+    BltGlobalTransformerConfig,
+    BltLocalDecoderConfig,
+    BltLocalEncoderConfig,
+    BltPatcherConfig,
+)
+from .generation_blt import BltGenerationMixin
 from .layers_blt import (
     BltByteCrossAttention,
     BltPatchCrossAttention,
     BltRMSNorm,
     BltRotaryEmbedding,
+    BltSelfAttention,
     BltTransformerLayer,
     PatchReads,
     StateTrace,
     run_layers,
 )
-from .modeling_base_blt import BltPreTrainedModel
-from .tracing_blt import is_exporting, take_columns
+from .modeling_base_blt import BltCausalLMOutput, BltPreTrainedModel, embed_inputs, keep_positions, keeps_all
+from .names_blt import CACHE_NAME, is_exporting, take_columns, takes_cache
+from .patching_blt import entropy_from_logits
 
 
 NO_PATCH = -(2**31)  # index of the patch that holds a column without a byte
@@ -60,6 +70,8 @@ class BltLocalEncoder(BltPreTrainedModel):
         Returns:
             states `(B, S, W)` that each cross attention reads; the last are the encoder's own.
         """
+        if chunk.packed is not None and chunk.packed.encoder is not None:
+            return [chunk.packed.encoder.run(inputs_embeds, chunk.row_positions, span, cache.encoder)]
         hidden_states = self.dropout(inputs_embeds)
         position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
         states = []
@@ -80,8 +92,8 @@ class BltLocalEncoder(BltPreTrainedModel):
             states `(B, T, W)` that each cross attention reads, and int64 `(B, T)`, the new patch that holds each byte
             (negative for earlier ones).
         """
-        old = chunk.previous["num_patches"][:, None]
-        segment = numbers.byte_patch - old
+        old = chunk.previous.num_patches[:, None]
+        segment = numbers.field("byte_patch") - old
         if chunk.is_text is not None:
             segment = torch.where(chunk.is_text, segment, NO_PATCH)
         if chunk.cached_bytes is None:
@@ -104,16 +116,18 @@ class BltLocalEncoder(BltPreTrainedModel):
             return tensor if rows is None else tensor.index_select(0, rows)
 
         counts = chosen(counts)[:, None]
-        entries = counts + back
-        index = cache.recent_slots.find(entries, rows)
-        log = cache.log.integers.read(index)
-        # A slot holds what it should unless that byte does not exist, or is padding of the chunk.
-        last = chosen(chunk.num_bytes if chunk.cached_bytes is None else chunk.cached_bytes + chunk.num_bytes)
-        is_held = (log_field(log, "row_position") == entries) & (entries >= 0) & (entries < last[:, None])
+        positions = counts + back
+        index = cache.recent_slots.find(positions, rows)
+        held = RowState(*cache.history.entries.read(index).unbind(-1))
+        # The slot is valid unless the byte lies before the text, or this chunk wrote padding there.
+        is_held = (held.num_bytes == positions + 1) & (positions >= 0)
+        if chunk.is_partial or chunk.layout is not None:
+            before = 0 if chunk.cached_bytes is None else chosen(chunk.cached_bytes)
+            is_held = is_held & (positions < (before + chosen(chunk.num_bytes))[:, None])
         if chunk.text_starts is not None:  # a text that begins here leaves the open patch unread
-            begins = chosen(chunk.text_starts[:, :1]) & (entries < chosen(chunk.cached_bytes)[:, None])
+            begins = chosen(chunk.text_starts[:, :1]) & (positions < chosen(chunk.cached_bytes)[:, None])
             is_held = is_held & ~begins
-        segment = log_field(log, "byte_patch") - chosen(chunk.previous["num_patches"])[:, None]
+        segment = held.byte_patch - chosen(chunk.previous.num_patches)[:, None]
         states = [kept.read(index.to(kept.values.device)) for kept in cache.byte_states]
         return states, torch.where(is_held, segment, NO_PATCH)
 
@@ -191,6 +205,7 @@ class BltGlobalTransformer(BltPreTrainedModel):
         rows: Tensor | None = None,
         cache: BltCache | None = None,
         trace: StateTrace | None = None,
+        sees_all: bool = False,
     ) -> Tensor:
         """Runs the patches that were closed: latents `(R, P, K*W_local)` to `(R, P, W)`.
 
@@ -201,8 +216,9 @@ class BltGlobalTransformer(BltPreTrainedModel):
             new: `0 .. P - 1`, int64.
             columns: `0, 1, ...`, int64, columns of the cache to read. None of them: the new patches are the first.
             rows: int64 `(R,)`, rows that take part; None: all.
+            sees_all: there is one new patch of one row, which may see all `columns`.
         """
-        first_patch, before = first_visible_patches(chunk, numbers, new), chunk.previous["num_patches"]
+        first_patch, before = first_visible_patches(chunk, numbers, new), chunk.previous.num_patches
         if rows is not None:
             first_patch = None if first_patch is None else first_patch.index_select(0, rows)
             before = before.index_select(0, rows)
@@ -216,8 +232,13 @@ class BltGlobalTransformer(BltPreTrainedModel):
             wants_weights = trace is not None and trace.attentions is not None
             span = AttentionSpan(0, new.shape[0], None, first_patch, implementation, wants_weights, access)
         else:
-            span = SlotSpan(columns[None], positions, None, first_patch, implementation, access)
-        hidden_states = self.dropout(self.token_embedding_projection(inputs_embeds))
+            span = SlotSpan(columns.shape[0], positions, None, first_patch, implementation, access)
+            if sees_all and first_patch is None:
+                span.hide_nothing()
+        hidden_states = self.token_embedding_projection(inputs_embeds)
+        if chunk.packed is not None and chunk.packed.global_transformer is not None:
+            return chunk.packed.global_transformer.run(hidden_states, positions, span, cache.global_transformer)
+        hidden_states = self.dropout(hidden_states)
         if trace is not None:
             trace.add(hidden_states)
         position_embeddings = self.rotary_emb.for_heads(hidden_states, positions)
@@ -255,12 +276,17 @@ class BltLocalDecoder(BltPreTrainedModel):
         trace: StateTrace | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Byte states `(B, S, W)` and latents of new patches `(B, P, K, W)` to `(B, S, W)`.
+        """Byte states `(B, S, W)` to `(B, S, W)`.
 
-        `latents` is None where none are new, or the cache has them already. `reads`: what each byte reads.
-        `positions`: int64 `(B, S)`, of each byte in its row; None: those of the chunk. Behind the chunk's bytes may
-        stand those of corrupted blocks, which are not traced.
+        Args:
+            latents: `(B, P, L, 2, F)`, keys and values of patches for each cross attention, among which `reads` tells
+                those of each byte. None: there are no patches.
+            reads: what each byte reads.
+            positions: int64 `(B, S)`, of each byte in its row; None: those of the chunk. Behind the chunk's bytes may
+                stand those of corrupted blocks, which are not traced.
         """
+        if chunk.packed is not None and chunk.packed.decoder is not None:
+            return chunk.packed.decoder.run(byte_states, chunk.row_positions, span, cache.decoder, latents, reads)
         hidden_states = self.dropout(byte_states)
         position_embeddings = self.rotary_emb.for_heads(
             hidden_states, chunk.row_positions if positions is None else positions
@@ -273,48 +299,158 @@ class BltLocalDecoder(BltPreTrainedModel):
             trace.add(of_bytes(hidden_states))
         for index, layer in enumerate(self.layers):
             if index < len(self.cross_attn_layers):
-                cross_attention = self.cross_attn_layers[index]
-                kept = None if cache is None else cache.latents[index]
-                states = self._patch_states(cross_attention, latents, kept, reads)
-                hidden_states = hidden_states + cross_attention(hidden_states, *states, reads)
+                keys, values = latents[:, :, index, 0], latents[:, :, index, 1]
+                hidden_states = hidden_states + self.cross_attn_layers[index](hidden_states, keys, values, reads)
             cache_layer = None if cache is None else cache.decoder[index]
             hidden_states, weights = layer(hidden_states, position_embeddings, span, cache_layer)
             if trace is not None:
                 trace.add(of_bytes(hidden_states), weights)
         return self.norm(hidden_states)
 
-    def _patch_states(
-        self,
-        cross_attention: BltByteCrossAttention,
-        latents: Tensor | None,
-        kept: tuple[SlotTensor, SlotTensor] | None,
-        reads: PatchReads,
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values `(B, P, K*H_kv*D)` among which `reads` tells those of each byte."""
-        if latents is None:
-            return tuple(tensor.values for tensor in kept)
-        new = cross_attention(latents=latents)
-        if kept is None:
-            return new
-        states = []
-        for tensor, patches in zip(kept, new):
-            held = tensor.values
-            tensor.write(patches, reads.access.on(patches.device))
-            states.append(
-                patches if held is None or reads.is_first else torch.cat([held.to(patches.dtype), patches], dim=1)
-            )
-        return tuple(states)
-
-    def keep_latents(self, latents: Tensor, access: SlotAccess, cache: BltCache) -> None:
-        """Writes latents `(R, P, K, W)` of new patches to the cache, as keys and values."""
-        for cross_attention, pair in zip(self.cross_attn_layers, cache.latents):
-            for tensor, new in zip(pair, cross_attention(latents=latents)):
-                tensor.write(new, access.on(new.device), len(cache.row_bytes))
+    def project_latents(self, global_states: Tensor, packed=None) -> Tensor:
+        """What bytes read of patches: `(B, P, W_global)` to keys and values `(B, P, L, 2, F)` of `L` cross attentions."""
+        latents = self.split_latents(global_states)
+        if packed is not None and packed.decoder is not None and packed.decoder.keys_values is not None:
+            return packed.decoder.project_latents(latents)
+        states = [torch.stack(cross(latents=latents), dim=-2) for cross in self.cross_attn_layers]
+        return torch.stack([layer_states.to(states[0].device) for layer_states in states], dim=2)
 
     def split_latents(self, global_states: Tensor) -> Tensor:
-        """What bytes read of a patch: `(B, P, W_global)` to `(B, P, K, W)`."""
+        """`K` latents of each patch: `(B, P, W_global)` to `(B, P, K, W)`."""
         latents = self.patch_embedding_projection(global_states)
         return latents.unflatten(-1, (self.config.cross_attn_k, -1))
 
 
-__all__ = ["NO_PATCH", "BltGlobalTransformer", "BltLocalDecoder", "BltLocalEncoder"]
+class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
+    """The entropy model: a small causal byte LM. Inside a BLT it is frozen; by itself it trains and generates."""
+
+    config_class = BltPatcherConfig
+    config: BltPatcherConfig
+    base_model_prefix = ""
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _can_record_outputs = {"hidden_states": BltTransformerLayer, "attentions": BltSelfAttention}
+    _auto_map = {
+        "AutoConfig": "configuration_blt.BltPatcherConfig",
+        "AutoModelForCausalLM": "stacks_blt.BltPatcher",
+    }
+
+    def __init__(self, config: BltPatcherConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([BltTransformerLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary_emb = BltRotaryEmbedding(config)
+        self.vocab_size = config.vocab_size
+        self.loss_type = "ForCausalLM"  # which transformers would otherwise guess from the name of the class
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def entropies(self, input_ids: Tensor, chunk: ByteChunk, cache: BltCache | None) -> Tensor:
+        """Nats of the byte after each byte, fp32 `(B, S)`, for a [`BltModel`] that has made a chunk of `(B, S)` ids.
+
+        The cache gets the keys and values; the caller counts the bytes.
+        """
+        return entropy_from_logits(self.lm_head(self._run(self.embed_tokens(input_ids), chunk, cache)))
+
+    def _run(
+        self, hidden_states: Tensor, chunk: ByteChunk, cache: BltCache | None, trace: StateTrace | None = None
+    ) -> Tensor:
+        """The layers and the norm, on byte embeddings `(B, S, W)`."""
+        if trace is not None:
+            trace.add(hidden_states)
+        span = chunk.span(
+            cache,
+            None if cache is None else cache.patcher_slots,
+            self.config.sliding_window,
+            chunk.context_start,
+            self.config._attn_implementation,
+            trace is not None and trace.attentions is not None,
+        )
+        if chunk.packed is not None and chunk.packed.patcher is not None:
+            return chunk.packed.patcher.run(hidden_states, chunk.row_positions, span, cache.patcher)
+        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
+        layers = None if cache is None else cache.patcher
+        return self.norm(run_layers(self.layers, hidden_states, position_embeddings, span, layers, trace))
+
+    @takes_cache
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: BltCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        output_attentions: bool | None = None,
+        output_patches: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> BltCausalLMOutput:
+        """Predicts the next byte.
+
+        Args:
+            input_ids: int64 `(B, S)`; or `inputs_embeds` `(B, S, W)`.
+            attention_mask: `(B, S)` or `(B, past + S)`; 0 is padding, on either side.
+            position_ids: `(B, S)`; where they restart, another text begins.
+            labels: int64 `(B, S)`, -100 is ignored; shifted inside.
+            output_patches: also return `entropies`.
+            logits_to_keep: as in transformers.
+        Returns:
+            [`BltCausalLMOutput`].
+        """
+        shape, device = check_inputs(input_ids, inputs_embeds, self.config.vocab_size, self.config.hidden_size)
+        cache = self._start_cache(past_key_values, use_cache, self.config)
+        trace = StateTrace(
+            self._wants("output_hidden_states", output_hidden_states),
+            self._wants("output_attentions", output_attentions),
+        )
+        rules, in_order = DocumentRules.of(self.config), trace.attentions is not None
+        chunk = make_chunk(input_ids, attention_mask, position_ids, cache, shape, device, rules, in_order)
+        if cache is not None:
+            cache.begin(shape[0], shape[1], chunk.is_small, device)
+        inputs_embeds = None if inputs_embeds is None else chunk.pack(inputs_embeds)
+        hidden_states = self._run(embed_inputs(self.embed_tokens, chunk.input_ids, inputs_embeds), chunk, cache, trace)
+        if cache is not None:
+            ends = torch.ones_like(chunk.row_positions, dtype=torch.bool)
+            numbers = number_patches(chunk, ends, rules)
+            if not chunk.is_small:
+                cache.reserve_open(0, chunk.num_columns)
+            cache.history.write(numbers.entries, None, chunk.access(cache.recent_slots, 0))
+            cache.commit(chunk, numbers)
+            cache.count_chunk(chunk)
+        hidden_states = chunk.unpack(hidden_states)
+        states, attentions = trace.unpacked(chunk, last=chunk.pack(hidden_states))
+        logits = self.lm_head(keep_positions(hidden_states, logits_to_keep)).float()
+        entropies = None
+        if output_patches:
+            entropies = entropy_from_logits(logits if keeps_all(logits_to_keep) else self.lm_head(hidden_states))
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        return BltCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: cache},
+            hidden_states=states,
+            attentions=attentions,
+            entropies=entropies,
+        )
+
+
+__all__ = ["BltGlobalTransformer", "BltLocalDecoder", "BltLocalEncoder", "BltPatcher", "NO_PATCH"]

@@ -1,271 +1,406 @@
-"""A few bytes of each row, in three parts of fixed shape: read the bytes, close the patches that end, predict the next.
+"""Steps of a few bytes for all of a call of `generate`: as they are, compiled, or captured as CUDA graphs.
 
-Between them the host learns one thing, whether patches ended. Everything else stays on the device, so that each part can
-be compiled once for any length of text. Drafting is the first and the last part, without the entropy model.
+A byte takes hundreds of small kernels, and Python needs longer to start them than a processor to run them. `torch.compile`
+fuses them; a CUDA graph starts all kernels of a stage at once, compiled or not.
 """
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from .attention_blt import AttentionSpan
-from .cache_blt import BltCache, SlotAccess, round_up_columns
-from .chunk_blt import ByteChunk, PatchCounts, PatchNumbers, next_bytes, number_patches
-from .compiling_blt import is_compiled, is_spread, round_up_bytes
-from .layers_blt import StateTrace
-from .recording_blt import can_record
-
-
-_STEP_PATCHES = 4  # patches that they close, unless more end
-_HELD = 16  # bytes of open patches are read in multiples of this, so that few shapes occur
-
-
-@dataclass
-class BytesRead:
-    """What reading bytes leaves for predicting the next ones: the chunk, its patches, encoder states, keys to see."""
-
-    chunk: ByteChunk
-    numbers: PatchNumbers
-    hidden_states: Tensor
-    span: AttentionSpan
+from .cache_blt import BltCache
+from .chunk_blt import PatchCounts, next_bytes
+from .forward_blt import (
+    DRAFT,
+    PLAIN,
+    STEP_PATCHES,
+    BytesRead,
+    ForwardSettings,
+    close_patches,
+    closing_inputs,
+    counts_rows,
+    predict_bytes,
+    read_bytes,
+    sees_all,
+)
 
 
-def read_bytes(model, cache: BltCache, input_ids: Tensor, lengths: Tensor | None) -> BytesRead:
-    """Entropy model and encoder on the next bytes `(B, S)` of each row, `lengths` `(B,)` of which count (None: all)."""
-    chunk = next_bytes(input_ids, lengths, cache, **model._document_rules)
-    return _read(model, cache, chunk)[0]
+_WITH_ADDRESS = (torch.Tensor, nn.Parameter)  # subclasses may keep their values anywhere
+_STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so that few shapes are compiled
 
 
-def _read(model, cache: BltCache, chunk: ByteChunk, *arguments) -> tuple[BytesRead, Tensor | None]:
-    byte_states, span, numbers, entropies = model._read_bytes(chunk, cache, *arguments)
-    model._keep_bytes(chunk, numbers, byte_states, entropies, cache)
-    return BytesRead(chunk, numbers, byte_states[-1], span), entropies
+class StepRunner:
+    """Runs small chunks of plain bytes behind those of a cache, for all bytes of a call of `generate`.
 
-
-def read_drafts(model, cache: BltCache, input_ids: Tensor) -> BytesRead:
-    """The encoder alone, as if no patch ended."""
-    chunk = next_bytes(input_ids, None, cache, **model._document_rules)
-    no_ends = torch.zeros_like(input_ids, dtype=torch.bool)
-    numbers = number_patches(chunk, no_ends, model.config.mask_documents, model.config.eos_token_id)
-    span = model._local_span(chunk, cache)
-    byte_states = model.local_encoder(model._embed_bytes(chunk), chunk, span, cache)
-    model._keep_bytes(chunk, numbers, byte_states, None, cache)
-    return BytesRead(chunk, numbers, byte_states[-1], span)
-
-
-def draft_bytes(model, cache: BltCache, input_ids: Tensor, head: nn.Module | None) -> Tensor:
-    """Encoder and decoder alone; results as `predict_bytes`."""
-    return predict_bytes(model, cache, read_drafts(model, cache, input_ids), head, is_draft=True)
-
-
-def close_patches(
-    model,
-    cache: BltCache,
-    read: BytesRead,
-    new: Tensor,
-    columns: Tensor,
-    back: Tensor,
-    rows: Tensor | None,
-    trace: StateTrace | None = None,
-) -> None:
-    """Encoder cross attention and global transformer; what the decoder reads of the patches that ended.
+    The stages run as they are, compiled (`cache.compile_config`), or captured as CUDA graphs (`cache.recorder`).
 
     Args:
-        new: `0 .. P - 1`, int64, for up to `P` patches of a row.
-        columns: `0, 1, ...`, int64, columns of the global transformer's cache to read.
-        back: `-T .. -1`, int64, for the last `T` bytes, which hold all that these patches are made of.
-        rows: int64 `(R,)`, those whose patches ended; None: all rows are run, and nothing reads what the others give.
+        model: a [`BltModel`].
+        cache: holds some text.
+        head: what gives logits; None: results are states.
+        packed: a [`PackedStacks`] of the model, made for this call; None: the modules run.
     """
-    chunk = read.chunk
-    counts = chunk.cached_bytes + chunk.num_columns
-    states, segment = model.local_encoder.held_bytes(cache, chunk, counts, back, rows)
-    latents = model.local_encoder.make_latents(states, segment, new.shape[0])
-    latents = model.global_transformer(latents.flatten(2), chunk, read.numbers, new, columns, rows, cache, trace)
-    before = chunk.previous["num_patches"]
-    before = before if rows is None else before.index_select(0, rows)
-    access = SlotAccess(index=cache.latent_slots.find(before[:, None] + new, rows).flatten())
-    model.local_decoder.keep_latents(model.local_decoder.split_latents(latents), access, cache)
 
+    def __init__(self, model, cache: BltCache, head: nn.Module | None = None, packed=None):
+        self.model, self.cache, self.head, self.packed = model, cache, head, packed
+        self.settings = ForwardSettings.of(model.config)
+        self.all_rows = len(cache.row_bytes) == 1 or counts_rows(model)
+        self.compiles = is_compiled(model, cache)
+        # torch does not ask compiled code whether a hook was added since.
+        self.hooks = hooks_of(model, head) if self.compiles else None
+        device = cache.num_bytes.device
+        self.is_captured = cache.is_fixed and can_record(device) and may_record(model, device)
+        if self.is_captured and cache.recorder is None:
+            cache.recorder = Recorder()
+        self.is_compiled = False
 
-def predict_bytes(
-    model,
-    cache: BltCache,
-    read: BytesRead,
-    head: nn.Module | None,
-    trace: StateTrace | None = None,
-    is_draft: bool = False,
-) -> Tensor:
-    """Decoder states `(B, S, W)`, or with a `head` its fp32 logits; the bytes are part of the past then."""
-    chunk = read.chunk
-    reads = model._reads(chunk, read.numbers, cache)
-    hidden_states = model.local_decoder(read.hidden_states, None, chunk, reads, read.span, cache, trace)
-    result = hidden_states if head is None else head(hidden_states).float()
-    # Last, so that an interrupt in the middle of a step leaves a cache that has not read it
-    cache.commit(chunk, None if is_draft else read.numbers)
-    return result
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, lengths: list[int] | None = None) -> Tensor:
+        """States `(B, S, W)`, or with a head fp32 logits `(B, S, V)`, after a few more bytes of each row.
 
-
-@dataclass
-class StepParts:
-    """The parts of a step, as they are or compiled."""
-
-    read_bytes: Callable = read_bytes
-    read_drafts: Callable = read_drafts
-    draft_bytes: Callable = draft_bytes
-    close_patches: Callable = close_patches
-    predict_bytes: Callable = predict_bytes
-
-
-_PLAIN = StepParts()
-
-
-class _Step:
-    """The parts of a step of `(B, S)` bytes, in a cache that has room for them: plain or compiled, and recorded or not."""
-
-    def __init__(self, model, cache: BltCache, input_ids: Tensor, head: nn.Module | None = None):
+        Args:
+            input_ids: int64 `(B, S)`, at most `cache.slack` bytes a row.
+            lengths: how many of them count in each row; None: all.
+        """
         rows, columns = input_ids.shape
-        self.model, self.cache, self.head, self.parts = model, cache, head, _PLAIN
-        if columns == round_up_bytes(columns) and is_compiled(model, cache, rows):
-            functions = list(vars(_PLAIN).values())
-            roots = (model,) if head is None else (model, head)
-            self.parts = StepParts(*model.compiled_steps.find(str(columns), functions, cache, *roots))
-        device = input_ids.device
-        self.is_recorded = cache.recorder is not None and can_record(device) and _may_record(model, device)
-        if self.is_recorded:
-            cache.recorder.begin(model, head, device)
+        if columns > 1 and rows == 1 and self.compiles:
+            lengths, length = [columns] if lengths is None else lengths, round_up_bytes(columns)
+            if columns < length <= self.cache.slack:  # bytes that do not count are written behind, and over later
+                filled = nn.functional.pad(input_ids, (0, length - columns))
+                return self.step(filled, lengths)[:, :columns]
+        read, counts = self._read(input_ids, lengths, is_draft=False)
+        if counts.max_new:
+            self._close(read, counts)
+        result = self._predict(read)
+        self.cache.count(columns, [columns] * rows if lengths is None else lengths, counts)
+        return result
 
-    def first(self, part: Callable, *inputs: Tensor | None, more: tuple = ()):
-        """`part`, which reads the bytes: all tensors that it takes in, and `more` behind them."""
-        return self._run(part, True, lambda *given: part(self.model, self.cache, *given, *more), *inputs)
+    @torch.no_grad()
+    def draft(self, input_ids: Tensor) -> Tensor:
+        """The same by the local models alone, that read the last closed patch and close none.
 
-    def then(self, part: Callable, function: Callable, *inputs: Tensor | None):
-        """`function`, which runs `part` on what was read, and takes in other tensors as `inputs`."""
-        return self._run(part, False, function, *inputs)
+        The cache takes the bytes in; undo that with its `crop_rows`.
+        """
+        read, _ = self._read(input_ids, None, is_draft=True)
+        result = self._predict(read)
+        self.cache.count(input_ids.shape[1], [input_ids.shape[1]] * input_ids.shape[0])
+        return result
 
-    def _run(self, part: Callable, is_first: bool, function: Callable, *inputs: Tensor | None):
-        if not self.is_recorded:
+    @torch.no_grad()
+    def read_last(self, input_ids: Tensor) -> Tensor:
+        """Encoder states `(B, 1, W)` of one more byte of each row `(B, 1)`, which the cache does not count."""
+        return self._kept(self._read(input_ids, None, is_draft=True)[0].byte_states[-1])
+
+    def _read(self, input_ids: Tensor, lengths: list[int] | None, is_draft: bool):
+        model, cache, settings, packed = self.model, self.cache, self.settings, self.packed
+        rows, columns = input_ids.shape
+        cache.begin(rows, columns, True, input_ids.device)
+        self.is_compiled = self.compiles and rows == 1 and columns == round_up_bytes(columns)
+        if self.is_captured:
+            cache.recorder.begin(model, self.head, packed, settings, input_ids.device)
+        on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
+        if self.is_compiled or self.is_captured:
+            input_ids = input_ids.clone(memory_format=torch.contiguous_format)  # one stride, whatever it was cut from
+        stage = self._stage(read_next, columns)
+
+        def run(*given):
+            return stage(model, settings, cache, packed, *given, is_draft)
+
+        read = self._run((stage, self.head, is_draft), True, run, input_ids, on_device)
+        return read, None if is_draft else PatchCounts.of(read.patches)
+
+    def _close(self, read: BytesRead, counts: PatchCounts) -> None:
+        is_fixed = self.is_compiled or self.is_captured
+        if not is_fixed or (read.chunk.num_columns > 1 and counts.max_new > STEP_PATCHES):
+            inputs = closing_inputs(self.cache, read, counts, self.all_rows)
+            close_patches(self.model, self.cache, read, *inputs, sees_all(counts))
+            return
+        inputs = closing_inputs(self.cache, read, counts, self.all_rows, is_fixed=True)
+        stage = self._stage(close_patches, read.chunk.num_columns)
+        if stage is not close_patches:
+            torch._dynamo.maybe_mark_dynamic(inputs[1], 0)
+        self._run((stage,), False, lambda *given: stage(self.model, self.cache, read, *given), *inputs)
+
+    def _predict(self, read: BytesRead) -> Tensor:
+        model, settings, cache, head = self.model, self.settings, self.cache, self.head
+        stage = self._stage(predict_bytes, read.chunk.num_columns)
+        run = lambda: stage(model, settings, cache, read, None, head)
+        return self._kept(self._run((stage,), False, run))
+
+    def _stage(self, function: Callable, columns: int) -> Callable:
+        if not self.is_compiled:
+            return function
+        return self.model.compiled_steps.find(function, (columns, self.hooks), self.cache)
+
+    def _run(self, key: tuple, is_first: bool, function: Callable, *inputs: Tensor | None):
+        if not self.is_captured:
             return function(*inputs)
-        return self.cache.recorder.run(self.cache, (part, self.head), is_first, function, *inputs)
+        return self.cache.recorder.run(self.cache, key, is_first, function, *inputs)
 
-    def keep(self, result: Tensor) -> Tensor:
-        """A result for the caller: what was recorded is written over by the next step."""
-        return result.clone() if self.is_recorded else result
+    def _kept(self, result: Tensor) -> Tensor:
+        """A result for the caller: what a captured stage gave is written over by the next step."""
+        return result.clone() if self.is_captured else result
 
 
-def _may_record(model, device: torch.device) -> bool:
+def read_next(
+    model,
+    settings: ForwardSettings,
+    cache: BltCache,
+    packed,
+    input_ids: Tensor,
+    lengths: Tensor | None,
+    is_draft: bool,
+) -> BytesRead:
+    """Reads the next bytes `(B, S)` of each row, `lengths` `(B,)` of which count (None: all)."""
+    chunk = next_bytes(input_ids, lengths, cache, settings.documents)
+    chunk.packed = packed
+    return read_bytes(model, settings, chunk, cache, DRAFT if is_draft else PLAIN)
+
+
+# Compiled steps.
+
+
+def round_up_bytes(count: int) -> int:
+    """Bytes of a compiled step that reads `count` of one row."""
+    return 1 if count == 1 else -(-count // _STEP_BYTES) * _STEP_BYTES
+
+
+def is_spread(model) -> bool:
+    """Whether accelerate has spread a model over devices."""
+    return any(hasattr(part, "_hf_hook") for part in (model, *model.children()))
+
+
+def is_compiled(model, cache) -> bool:
+    """Whether steps of one row are compiled."""
+    attention = model.config._attn_implementation
+    return cache.compile_config is not None and attention in ("eager", "sdpa") and not is_spread(model)
+
+
+def hooks_of(*roots: nn.Module | None) -> tuple:
+    """Modules that do more than their class says, and how many hooks they have: compiled code does not ask for hooks."""
+    modules = [module for root in roots if root is not None for module in root.modules()]
+    counts = ((id(m), len(m._forward_hooks), len(m._forward_pre_hooks), id(vars(m).get("forward"))) for m in modules)
+    plain = id(None)
+    return len(_global_forward_hooks), *(c for c in counts if c[1] or c[2] or c[3] != plain)
+
+
+class CompiledSteps(dict):
+    """What a model has compiled, by function and settings; a copy of the model starts anew.
+
+    Compiled is what one row runs: for a byte, or for a verification that is filled up to one of a few lengths, each stage
+    is one graph in which no shape varies but the number of patches so far. Several rows come in many shapes; a graph for
+    all of them takes minutes to compile, and the work of each byte outweighs there what compiling saves.
+    """
+
+    def __deepcopy__(self, memo) -> "CompiledSteps":
+        return CompiledSteps()
+
+    def __reduce__(self):
+        return CompiledSteps, ()
+
+    def find(self, function: Callable, key: tuple, cache) -> Callable:
+        """`function`, compiled as `cache` says; `key`: what else tells its compiled forms apart."""
+        key = (function.__name__, cache.compile_key, *key)
+        if key not in self:
+            self[key] = _compile(function, cache.compile_settings)
+        return self[key]
+
+
+def _compile(function: Callable, settings: dict) -> Callable:
+    settings, options = {**settings}, dict(settings.get("options") or {})
+    if settings.get("backend", "inductor") == "inductor":
+        if (mode := settings.pop("mode", None)) is not None:  # torch takes a mode or options
+            options = {**torch._inductor.list_mode_options(mode, settings.get("dynamic")), **options}
+        options["triton.cudagraphs"] = False  # `CudaGraphs` captures what runs, compiled or not
+    return torch.compile(_copy_function(function), **{**settings, "options": options or None})
+
+
+def _copy_function(function: Callable) -> Callable:
+    """A function with code of its own: compiled code, and the limit of how often, hang on the code."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+
+
+# CUDA graphs.
+
+
+def may_record(model, device: torch.device) -> bool:
     """Whether nothing around the model does more with its tensors than its modules say."""
     return not (is_spread(model) or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type))
 
 
-def _close(
-    model,
-    cache: BltCache,
-    read: BytesRead,
-    counts: PatchCounts,
-    step: _Step | None = None,
-    trace: StateTrace | None = None,
-) -> None:
-    """Closes patches, in shapes of which few exist where they are compiled or recorded."""
-    close = close_patches if step is None else step.parts.close_patches
-    device, num_columns, max_new = read.chunk.num_bytes.device, read.chunk.num_columns, counts.max_new
-    is_fixed = close is not close_patches or (step is not None and step.is_recorded)
-    if is_fixed and num_columns > 1:
-        if max_new > _STEP_PATCHES:
-            is_fixed, close = False, close_patches
-        else:
-            max_new = _STEP_PATCHES
-    cache.reserve_patches(max_new)
-    size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
-    back = torch.arange(-size if is_fixed else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
-    seen = round_up_columns(max(counts.old) + max_new)
-    new, columns = torch.arange(max_new, device=device), torch.arange(seen, device=device)
-    if close is not close_patches:
-        torch._dynamo.maybe_mark_dynamic(columns, 0)
-    rows = _closing_rows(model, counts, device)
-    if step is None:
-        close(model, cache, read, new, columns, back, rows, trace)
-    else:
-        step.then(close, lambda *given: close(model, cache, read, *given), new, columns, back, rows)
+class ModuleState:
+    """What a CUDA graph takes for granted about the modules of a model.
+
+    Args:
+        roots: all modules below them are looked at.
+    """
+
+    def __init__(self, *roots: nn.Module):
+        self.modules = [module for root in roots for module in root.modules()]
+        # Its dictionaries stay those of a module; looking at them takes a third of asking the modules.
+        self._fields = [vars(module) for module in self.modules]
+        self._hooks = [f[name] for f in self._fields for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self._children, self._tensors = (
+            [f[name] for f in self._fields for name in names if f[name]]
+            for names in (("_modules",), ("_parameters", "_buffers"))
+        )
+        self.facts = self._read()
+        # Other libraries' modules (adapters, quantized layers) have settings of their own, and some rotary embeddings
+        # change with the length.
+        self.is_whole = all(_is_known(module) for module in self.modules)
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        return self.facts == self._read()
+
+    def _read(self) -> tuple:
+        tensors = [tensor for held in self._tensors for tensor in held.values()]
+        plain = [tensor for tensor in tensors if type(tensor) in _WITH_ADDRESS]
+        return (
+            len(_global_forward_hooks) + len(_global_forward_pre_hooks),
+            list(map(len, self._hooks)),
+            [fields["training"] for fields in self._fields],
+            [id(child) for children in self._children for child in children.values()],
+            list(map(id, tensors)),
+            [tensor.dtype for tensor in plain],
+            [tensor.data_ptr() for tensor in plain],
+        )
 
 
-def _closing_rows(model, counts: PatchCounts, device: torch.device) -> Tensor | None:
-    """Rows that close a patch; None: run all of them."""
-    # Leaving rows out saves work on a CPU; a GPU had better see the same shapes again.
-    if len(counts.new) == 1 or device.type != "cpu" or 0 not in counts.new:
-        return None
-    # PEFT gives each row its own adapter by hooks that count the rows.
-    if any(module._forward_pre_hooks for module in model.modules()):
-        return None
-    return torch.tensor([row for row, count in enumerate(counts.new) if count])
+def _is_known(module: nn.Module) -> bool:
+    name = type(module).__module__
+    is_ours = name.rpartition(".")[0] == __name__.rpartition(".")[0]
+    rope_type = getattr(module, "rope_type", "default")
+    is_fixed = not isinstance(rope_type, str) or not ("dynamic" in rope_type or "longrope" in rope_type)
+    return is_fixed and (is_ours or name.partition(".")[0] in ("torch", "transformers"))
 
 
-def run_small(
-    model,
-    chunk: ByteChunk,
-    cache: BltCache,
-    embeds: Tensor | None,
-    given_ends: Tensor | None,
-    traces: list[StateTrace],
-) -> tuple[Tensor, Tensor | None, PatchNumbers]:
-    """The three parts for whatever `forward` was asked; results as [`BltModel._run`]."""
-    cache.begin(len(chunk.row_bytes), chunk.num_columns, True, chunk.num_bytes.device)
-    read, entropies = _read(model, cache, chunk, embeds, given_ends, traces[0])
-    counts = PatchCounts.of(read.numbers)
-    if counts.max_new:
-        _close(model, cache, read, counts, trace=traces[1])
-    hidden_states = predict_bytes(model, cache, read, None, traces[2])
-    cache.count_chunk(chunk, counts)
-    return hidden_states, entropies, read.numbers
+def can_record(device: torch.device) -> bool:
+    """Whether a device records what it runs."""
+    return device.type == "cuda"
 
 
-def take_step(
-    model, cache: BltCache, input_ids: Tensor, lengths: list[int] | None, head: nn.Module | None = None
-) -> Tensor:
-    """The three parts for plain bytes; see [`BltModel.step`]."""
-    rows, columns = input_ids.shape
-    if columns > 1 and is_compiled(model, cache, rows):
-        lengths, length = [columns] if lengths is None else lengths, round_up_bytes(columns)
-        if columns < length <= cache.slack:  # bytes that do not count are written behind the others, and over later
-            filled = nn.functional.pad(input_ids, (0, length - columns))
-            return take_step(model, cache, filled, lengths, head)[:, :columns]
-    cache.begin(rows, columns, True, input_ids.device)
-    on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
-    step = _Step(model, cache, input_ids, head)
-    input_ids = input_ids.clone(memory_format=torch.contiguous_format)  # one stride, whatever it was cut from
-    read = step.first(step.parts.read_bytes, input_ids, on_device)
-    counts = PatchCounts.of(read.numbers)
-    if counts.max_new:
-        _close(model, cache, read, counts, step)
-    predict = step.parts.predict_bytes
-    result = step.keep(step.then(predict, lambda: predict(model, cache, read, head)))
-    cache.count(columns, [columns] * rows if lengths is None else lengths, counts)
-    return result
+def make_place(device: torch.device) -> tuple | None:
+    """Where the graphs of one cache are recorded: memory and a stream of their own."""
+    return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else None
 
 
-def take_draft(model, cache: BltCache, input_ids: Tensor, head: nn.Module | None = None) -> Tensor:
-    """Drafting, one byte or more of each row; see [`BltModel.draft`]."""
-    rows, columns = input_ids.shape
-    cache.begin(rows, columns, True, input_ids.device)
-    step = _Step(model, cache, input_ids, head)
-    input_ids = input_ids.clone(memory_format=torch.contiguous_format)
-    result = step.keep(step.first(step.parts.draft_bytes, input_ids, more=(head,)))
-    cache.count(columns, [columns] * rows)
-    return result
+def record(function: Callable, place: tuple) -> tuple[object, Callable[[], None]]:
+    """What `function` returns, in tensors that get their values each time that the second result is called.
+
+    Args:
+        place: of [`make_place`].
+    Raises:
+        RuntimeError: it asks the device for a value, or does something else that cannot be recorded.
+    """
+    graph, (pool, stream) = torch.cuda.CUDAGraph(), place
+    with (
+        torch.cuda.device(stream.device),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
+        result = function()
+    return result, graph.replay
 
 
-def read_last_byte(model, cache: BltCache, input_ids: Tensor) -> Tensor:
-    """Encoder states `(B, 1, W)` of one more byte of each row, `(B, 1)`, that is not counted as read."""
-    cache.begin(*input_ids.shape, True, input_ids.device)
-    step = _Step(model, cache, input_ids)
-    input_ids = input_ids.clone(memory_format=torch.contiguous_format)
-    return step.keep(step.first(step.parts.read_drafts, input_ids).hidden_states)
+class _Recorded:
+    """A part that was recorded: where it reads its inputs, what it gave, and how to run it again."""
+
+    def __init__(self, function: Callable, inputs: tuple[Tensor | None, ...], place):
+        self.inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
+        self.result, self.replay = record(lambda: function(*self.inputs), place)
+
+    def run(self, inputs: tuple[Tensor | None, ...]):
+        for held, tensor in zip(self.inputs, inputs):
+            if held is not None:
+                held.copy_(tensor)
+        self.replay()
+        return self.result
+
+
+class Recorder:
+    """The recorded parts of the steps of one cache.
+
+    A part that goes on from what another part of the same step has left can be recorded only if that part was. Whatever
+    the recorded kernels took for granted (where tensors lie, modules, settings) is looked at before each step, and a
+    change makes all parts be recorded anew. What cannot be recorded runs as it is.
+    """
+
+    def __init__(self):
+        self._parts: dict[tuple, _Recorded | None] = {}
+        self._facts = self._state = self._packed = self._head = self._layout = self._place = None
+        self._refused = False
+        self._first: tuple | None = None  # the first part of this step, if it was recorded
+
+    def __deepcopy__(self, memo) -> "Recorder":
+        return Recorder()
+
+    def __reduce__(self):
+        return Recorder, ()
+
+    def begin(self, model: nn.Module, head: nn.Module | None, packed, settings, device: torch.device) -> None:
+        """Looks for changes, at the start of each step.
+
+        Args:
+            head: None where the step needs none.
+            packed: packed weights of a call of `generate`; None: the modules run.
+            settings: of the forward.
+        """
+        self._head = self._head if head is None else head
+        roots = (model,) if self._head is None else (model, self._head)
+        facts = (*map(id, roots), settings, model.config._attn_implementation, torch.is_inference_mode_enabled())
+        is_known = self._state is not None and facts == self._facts and packed is self._packed
+        if not is_known or not self._state.holds():
+            self._parts.clear()
+            self._facts, self._packed, self._state = facts, packed, ModuleState(*roots)
+            self._refused = not self._state.is_whole
+            self._place = self._place or make_place(device)
+        self._first = None
+
+    def run(self, cache, name: tuple, is_first: bool, function: Callable, *inputs: Tensor | None):
+        """`function(*inputs)`, from its record where there is one.
+
+        Args:
+            name: says all that tells this part from others, but for the shapes of its inputs.
+            is_first: it begins a step; the others go on from what it left.
+        """
+        if cache.layout != self._layout:
+            self._parts.clear()
+            self._layout, self._first = cache.layout, None
+        if self._refused or (self._first is None and not is_first):
+            return function(*inputs)
+        key = (*name, *(None if tensor is None else tuple(tensor.shape) for tensor in inputs))
+        key = key if is_first else (*key, self._first)
+        if key not in self._parts:
+            self._parts[key] = None  # the first run makes tensors and loads kernels
+            return function(*inputs)
+        if self._parts[key] is None:
+            try:
+                self._parts[key] = _Recorded(function, inputs, self._place)
+            except RuntimeError as error:
+                warnings.warn(
+                    f"this model's steps cannot be recorded as CUDA graphs and run as they are: {error}", stacklevel=2
+                )
+                self._refused = True
+                return function(*inputs)
+        if is_first:
+            self._first = key
+        return self._parts[key].run(inputs)
 
 
 __all__ = [
-    "read_last_byte",
-    "run_small",
-    "take_draft",
-    "take_step",
+    "CompiledSteps",
+    "ModuleState",
+    "Recorder",
+    "StepRunner",
+    "can_record",
+    "hooks_of",
+    "is_compiled",
+    "is_spread",
+    "may_record",
+    "record",
+    "round_up_bytes",
 ]

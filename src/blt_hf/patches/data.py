@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..model.chunk_blt import ByteChunk, make_chunk
+from ..model.chunk_blt import ByteChunk, DocumentRules, make_chunk
 from ..model.patching_blt import (
     BOS_TOKEN_ID,
     BYTE_OFFSET,
@@ -42,15 +42,12 @@ class PatchFinder:
     Attributes:
         patcher: the entropy model; None: the rule needs none.
         rule: where patches start.
-        newline_reset: the entropy model forgets what came before each newline.
-        mask_documents, eos_token_id: an `eos` ends a document for the entropy model.
+        documents: what ends a document for the entropy model.
     """
 
     patcher: nn.Module | None
     rule: PatchingRule
-    newline_reset: bool = False
-    mask_documents: bool = False
-    eos_token_id: int | list[int] | None = None
+    documents: DocumentRules
 
     @classmethod
     def of(cls, model: nn.Module) -> "PatchFinder":
@@ -64,7 +61,7 @@ class PatchFinder:
         config = getattr(model, "config", None)
         kind = getattr(config, "model_type", None)
         if kind == "blt_patcher":
-            return cls(model, PatchingRule(), mask_documents=config.mask_documents, eos_token_id=config.eos_token_id)
+            return cls(model, PatchingRule(), DocumentRules.of(config))
         if kind != "blt":
             raise ValueError(f"`model` must be a BLT or a BltPatcher; got {type(model).__name__}.")
         patcher = getattr(model, "model", model).patcher if config.uses_patcher else None
@@ -72,13 +69,7 @@ class PatchFinder:
             raise ValueError(
                 "`model` was built with `patch_in_forward=False`; give it an entropy model: `set_patcher`."
             )
-        return cls(
-            patcher,
-            PatchingRule.from_config(config),
-            config.patching_newline_reset,
-            config.mask_documents,
-            config.eos_token_id,
-        )
+        return cls(patcher, PatchingRule.from_config(config), DocumentRules.of(config))
 
     def entropies(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -101,10 +92,8 @@ class PatchFinder:
         return lengths, None if entropies is None else chunk.unpack(entropies)
 
     def _chunk(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> ByteChunk:
-        return make_chunk(
-            input_ids, attention_mask, position_ids, None, tuple(input_ids.shape), input_ids.device,
-            mask_documents=self.mask_documents, newline_reset=self.newline_reset, eos_token_id=self.eos_token_id,
-        )  # fmt: skip
+        shape, device = tuple(input_ids.shape), input_ids.device
+        return make_chunk(input_ids, attention_mask, position_ids, None, shape, device, self.documents)
 
     def _entropies(self, chunk: ByteChunk) -> Tensor:
         # Tokens that were added to the model's vocabulary are a beginning of text to the entropy model.

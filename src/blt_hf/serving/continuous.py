@@ -63,7 +63,7 @@ def row_memory(model, num_bytes: int) -> int:
     total += kept(cache.local_slots) * (width(encoder) + width(decoder)) * size
     total += num_bytes * width(config.global_config) * size
     # Log, encoder states and latents of the last bytes; a patch may be as long as the text.
-    latents = 2 * len(cache.latents) * decoder.cross_attn_k * decoder.hidden_size
+    latents = 2 * cache.num_cross_layers * decoder.cross_attn_k * decoder.hidden_size
     total += min(num_bytes, 1024) * (len(cache.byte_states) * encoder.hidden_size + latents) * size
     return 3 * total // 2
 
@@ -162,6 +162,7 @@ class RunningBatch:
         self.reading: _Request | None = None
         self.rows: list[_Request | None] = []
         self.cache = None
+        self._runner = None  # of the steps on this cache, made when a request has joined
         self._last_ids = torch.zeros(0, 1, dtype=torch.int64, device=model.device)
 
     @property
@@ -246,7 +247,7 @@ class RunningBatch:
         """Takes all requests out, and lets go of the cache."""
         states = [r.state for r in (*self.waiting, self.reading, *self.rows) if r is not None]
         self.waiting.clear()
-        self.reading, self.rows, self.cache = None, [], None
+        self.reading, self.rows, self.cache, self._runner = None, [], None, None
         return states
 
     @torch.no_grad()
@@ -282,7 +283,9 @@ class RunningBatch:
     def _decode(self) -> list[RequestState]:
         """One byte for each running row, all in one pass of the model."""
         lengths = None if None not in self.rows else [int(request is not None) for request in self.rows]
-        logits = self.model.step_logits(self._last_ids, self.cache, lengths)[:, -1]
+        if self._runner is None:
+            self._runner = self.model.make_runner(self.cache)
+        logits = self._runner.step(self._last_ids, lengths)[:, -1]
         plain = None
         if any(request.is_plain for request in self.running):
             plain = logits.argmax(dim=-1).tolist()
@@ -321,6 +324,7 @@ class RunningBatch:
         self.rows[row] = request
         self.cache.write_rows([row], request.cache)
         self._last_ids[row] = request.state.generated_tokens[-1]
+        self._runner = None
 
     def _leave(self, rows: list[int]) -> None:
         """Empties rows, and makes the batch smaller where half of it would do."""
@@ -349,7 +353,7 @@ class RunningBatch:
                 self.cache.select_rows(index)
                 cache.write_rows(list(range(len(kept))), self.cache)
                 last_ids[: len(kept)] = self._last_ids[index]
-        self.rows, self.cache, self._last_ids = requests, cache, last_ids
+        self.rows, self.cache, self._last_ids, self._runner = requests, cache, last_ids, None
 
 
 def _is_over(request: _Request) -> bool:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.configuration_blt import BltConfig
-from ..model.embedding_blt import ngram_hashes
-from ..model.layers_blt import PatchReads
+from ..model.layers_blt import PatchReads, ngram_hashes
 from ..model.modeling_blt import BltModel
 from ..model.patching_blt import BOS_TOKEN_ID, PatchingRule, entropy_from_logits, find_patch_ends
 

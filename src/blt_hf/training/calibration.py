@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ def calibrate_threshold(
             f"threshold_add={rule.threshold_add}."
         )
     if newline_reset is not None:
-        finder.newline_reset = newline_reset
+        finder.documents = replace(finder.documents, newline_reset=newline_reset)
     rows = [row for text in texts for row in _rows(text, tokenizer, max_length)]
     if not any(len(row) > 1 for row in rows):
         raise ValueError("`texts` hold no byte to calibrate on.")
@@ -132,7 +132,7 @@ def calibrate_threshold(
         batches.append(_entropies(finder, rows[first : first + batch_size]))
         if on_progress is not None:
             on_progress(sum(len(row) - 1 for row in rows[first : first + batch_size]))
-    return _search(rule, finder.newline_reset, batches, target_patch_size)
+    return _search(rule, finder.documents.newline_reset, batches, target_patch_size)
 
 
 def _rows(text: str | bytes | Sequence[int], tokenizer, max_length: int) -> Iterator[list[int]]:

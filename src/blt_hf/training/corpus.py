@@ -163,8 +163,8 @@ def _describe(find: PrecomputePatches, paths: list, column: str, count: int, con
         "context": context,
         "rows_per_file": rows_per_file,
         "rule": dataclasses.asdict(finder.rule),
-        "newline_reset": finder.newline_reset,
-        "mask_documents": finder.mask_documents,
+        "newline_reset": finder.documents.newline_reset,
+        "mask_documents": finder.documents.mask_documents,
         "entropy_model": None if finder.patcher is None else _hash_weights(finder.patcher),
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..model.embedding_blt import BltHashEmbedding
+from ..model.layers_blt import BltHashEmbedding
 
 
 class BltAdamW(torch.optim.AdamW):

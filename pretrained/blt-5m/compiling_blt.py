@@ -1,1 +1,0 @@
-../../src/blt_hf/model/compiling_blt.py

@@ -1,1 +1,0 @@
-../../src/blt_hf/model/decoding_blt.py

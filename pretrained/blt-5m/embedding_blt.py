@@ -1,1 +1,0 @@
-../../src/blt_hf/model/embedding_blt.py

@@ -1,0 +1,1 @@
+../../src/blt_hf/model/forward_blt.py

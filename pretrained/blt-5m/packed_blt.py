@@ -1,0 +1,1 @@
+../../src/blt_hf/model/packed_blt.py

@@ -1,1 +1,0 @@
-../../src/blt_hf/model/patcher_blt.py

@@ -1,1 +1,0 @@
-../../src/blt_hf/model/recording_blt.py

@@ -1,1 +1,0 @@
-../../src/blt_hf/model/speculation_blt.py

@@ -1,0 +1,393 @@
+"""The forward of a BLT, in three stages that every way of running it shares: a prompt, a byte, a draft, a verification.
+
+    read     entropy model, patching rule, hashes, encoder; the history of the bytes    -> which patches close
+    close    pooling, global transformer, keys and values of the patches that closed    (none close: skipped)
+    predict  decoder, head
+
+Between read and close the host learns one thing: how many patches each row closed. A *small* chunk (a few bytes behind
+those of a cache) writes to the slots of the cache first and then reads them, in shapes that do not change, so that its
+stages can be compiled once for any length of text, or captured as CUDA graphs. A large chunk reads the cache once, in
+order, and writes what is left of it at its end.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention_blt import AttentionSpan
+from .cache_blt import BltCache, SlotAccess, round_up_columns
+from .chunk_blt import ByteChunk, DocumentRules, PatchCounts, PatchNumbers, number_patches
+from .layers_blt import PatchReads, StateTrace, ngram_hashes
+from .patching_blt import BOS_TOKEN_ID, PatchingRule, find_patch_ends
+
+
+STEP_PATCHES = 4  # patches that a compiled or captured step closes, unless more end
+_HELD = 16  # bytes of open patches are read in multiples of this, so that few shapes occur
+
+
+@dataclass(frozen=True)
+class ForwardSettings:
+    """What the configuration says of a forward, read once for all steps of a call of `generate`.
+
+    Attributes:
+        local_window: bytes that a byte sees in encoder and decoder; None: no limit.
+        encoder_window, decoder_window: patches that a cross attention reads.
+        attention: name in transformers' attention interface.
+        hash_sizes, hash_functions, hash_rows: of the n-gram embeddings; no functions: there are none.
+    """
+
+    rule: PatchingRule
+    documents: DocumentRules
+    local_window: int | None
+    encoder_window: int
+    decoder_window: int
+    attention: str
+    hash_sizes: tuple[int, ...]
+    hash_functions: int
+    hash_rows: int
+
+    @classmethod
+    def of(cls, config) -> "ForwardSettings":
+        """The settings of a [`BltConfig`]."""
+        return cls(
+            PatchingRule.from_config(config),
+            DocumentRules.of(config),
+            config.local_attention_window_len,
+            config.encoder_config.cross_attn_window or 1,
+            config.decoder_config.cross_attn_window or 1,
+            config._attn_implementation,
+            tuple(config.encoder_hash_byte_group_size),
+            config.encoder_hash_byte_group_nb_functions,
+            config.encoder_hash_byte_group_vocab,
+        )
+
+
+@dataclass
+class ForwardInputs:
+    """What a forward is asked beside its bytes.
+
+    Attributes:
+        embeds: `(B, S, W)`, in the place of byte embeddings.
+        byte_embeds: `(B, S, W)`, in the place of the sum of byte and hash embeddings.
+        given_ends: bool `(B, S)`, patch ends in the place of the rule's.
+        collectors: of hidden states and attention weights: encoder, global transformer, decoder.
+        block_noise: adds corrupted blocks to what the decoder reads, for the masked loss of BLT-D.
+        is_draft: the local models alone run, as if no patch ended.
+    """
+
+    embeds: Tensor | None = None
+    byte_embeds: Tensor | None = None
+    given_ends: Tensor | None = None
+    collectors: tuple[StateTrace | None, StateTrace | None, StateTrace | None] = (None, None, None)
+    block_noise: Any = None
+    is_draft: bool = False
+
+
+PLAIN, DRAFT = ForwardInputs(), ForwardInputs(is_draft=True)
+
+
+@dataclass
+class BytesRead:
+    """What reading bytes leaves for the stages behind it: patches, encoder states `(B, S, W)`, keys to see, entropies."""
+
+    chunk: ByteChunk
+    patches: PatchNumbers
+    byte_states: list[Tensor]
+    span: AttentionSpan
+    entropies: Tensor | None
+
+
+# The stages.
+
+
+def read_bytes(
+    model, settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None, inputs: ForwardInputs = PLAIN
+) -> BytesRead:
+    """Runs entropy model, rule and encoder on a chunk. A small one is written to the history, too."""
+    if inputs.is_draft:
+        entropies, ends = None, torch.zeros_like(chunk.input_ids, dtype=torch.bool)
+    else:
+        entropies, ends = find_patches(model, settings.rule, chunk, cache, inputs.given_ends)
+    patches = number_patches(chunk, ends, settings.documents)
+    collector = inputs.collectors[0]
+    span = chunk.span(
+        cache,
+        None if cache is None else cache.local_slots,
+        settings.local_window,
+        chunk.document_start,
+        settings.attention,
+        collector is not None and collector.attentions is not None,
+    )
+    embeds = embed_bytes(model, settings, chunk, inputs.embeds) if inputs.byte_embeds is None else inputs.byte_embeds
+    if collector is not None:
+        collector.add(embeds)
+    byte_states = model.local_encoder(embeds, chunk, span, cache, collector)
+    if chunk.is_small:
+        keep_bytes(chunk, patches, byte_states, entropies, cache)
+    return BytesRead(chunk, patches, byte_states, span, entropies)
+
+
+def close_patches(
+    model,
+    cache: BltCache,
+    read: BytesRead,
+    new: Tensor,
+    columns: Tensor,
+    back: Tensor,
+    rows: Tensor | None,
+    sees_all: bool = False,
+    collector: StateTrace | None = None,
+) -> None:
+    """Runs encoder cross attention and global transformer for the patches that a small chunk closed, into the slots.
+
+    Args:
+        new: `0 .. P - 1`, int64, for up to `P` patches of a row.
+        columns: `0, 1, ...`, int64, columns of the global transformer's cache to read.
+        back: `-T .. -1`, int64, for the last `T` bytes, which hold all that these patches are made of.
+        rows: int64 `(R,)`, rows that close a patch. None: every row runs; results of rows that close none are not read.
+        sees_all: there is one new patch of one row, which may see all `columns`.
+    """
+    chunk, before = read.chunk, read.chunk.previous.num_patches
+    counts = chunk.cached_bytes + chunk.num_columns
+    states, segment = model.local_encoder.held_bytes(cache, chunk, counts, back, rows)
+    latents = model.local_encoder.make_latents(states, segment, new.shape[0])
+    states = model.global_transformer(
+        latents.flatten(2), chunk, read.patches, new, columns, rows, cache, collector, sees_all
+    )
+    before = before if rows is None else before.index_select(0, rows)
+    index = cache.latent_slots.find(before[:, None] + new, rows).flatten()
+    latents = model.local_decoder.project_latents(states, chunk.packed)
+    cache.latents.write(latents, SlotAccess(index=index).on(latents.device), len(cache.row_bytes))
+
+
+def close_patches_in_order(
+    model, cache: BltCache | None, read: BytesRead, counts: PatchCounts, collector: StateTrace | None = None
+) -> Tensor:
+    """Does the same for a large chunk; gives keys and values `(B, P, L, 2, F)` of its patches."""
+    chunk = read.chunk
+    if cache is not None:
+        cache.reserve_patches(counts.max_new)
+    states, segment = model.local_encoder.patch_bytes(chunk, read.patches, read.byte_states, cache)
+    latents = model.local_encoder.make_latents(states, segment, counts.max_new)
+    new = torch.arange(counts.max_new, device=latents.device)
+    columns = torch.arange(0 if chunk.cached_bytes is None else counts.seen, device=latents.device)
+    states = model.global_transformer(latents.flatten(2), chunk, read.patches, new, columns, None, cache, collector)
+    return model.local_decoder.project_latents(states)
+
+
+def predict_bytes(
+    model,
+    settings: ForwardSettings,
+    cache: BltCache | None,
+    read: BytesRead,
+    latents: Tensor | None,
+    head: nn.Module | None,
+    inputs: ForwardInputs = PLAIN,
+) -> Tensor:
+    """Runs the decoder; gives its states `(B, S, W)`, or with a `head` fp32 logits. The cache counts the bytes then.
+
+    `latents`: `(B, P, L, 2, F)`, of the patches that a large chunk closed.
+    """
+    chunk = read.chunk
+    latents, reads = find_latents(settings, chunk, read.patches, cache, latents)
+    states, span, positions = read.byte_states[-1], read.span, None
+    collector = inputs.collectors[2]
+    if inputs.block_noise is not None:
+        wants_weights = collector is not None and collector.attentions is not None
+        states, positions, reads, span = inputs.block_noise.join(
+            model, chunk, read.patches, states, reads, wants_weights
+        )
+    hidden_states = model.local_decoder(states, latents, chunk, reads, span, cache, collector, positions)
+    if head is not None:
+        hidden_states = head(hidden_states).float()
+    if cache is not None:
+        # Last, so that an interrupt in the middle of a step leaves a cache that has not read it
+        cache.commit(chunk, read.patches, read.entropies)
+    return hidden_states
+
+
+# What they are made of.
+
+
+def embed_bytes(model, settings: ForwardSettings, chunk: ByteChunk, embeds: Tensor | None = None) -> Tensor:
+    """Sums byte embeddings (`embeds`, if given) and hash embeddings, `(B, S, W)`."""
+    embeds = model.local_encoder.embed_tokens(chunk.input_ids) if embeds is None else embeds
+    if not settings.hash_functions:
+        return embeds
+    # The history holds zeros before the text, so only a text that begins in the chunk hides more of it.
+    positions = None if chunk.is_small and chunk.text_starts is None else chunk.text_positions
+    hashes = ngram_hashes(
+        chunk.input_ids, chunk.history, positions, settings.hash_sizes, settings.hash_functions, settings.hash_rows
+    )
+    return embeds + model.encoder_hash_tok_embedding(hashes).to(embeds.device)
+
+
+def find_patches(
+    model, rule: PatchingRule, chunk: ByteChunk, cache: BltCache | None, given_ends: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """Entropies `(B, S)` where the entropy model ran, and patch ends `(B, S)`."""
+    entropies = None
+    # With given patches the entropy model only runs to leave its state in the cache.
+    if rule.uses_entropies and (given_ends is None or cache is not None) and model.patcher is not None:
+        if chunk.input_ids is None:
+            if given_ends is None:
+                raise ValueError(
+                    f"`inputs_embeds` hide the bytes that `patching_mode={rule.mode!r}` reads; pass `patch_lengths`."
+                )
+        else:
+            with torch.no_grad():
+                entropies = model.patcher.entropies(ids_known_to_patcher(model, chunk.input_ids), chunk, cache)
+    if given_ends is not None:
+        return entropies, given_ends
+    if rule.uses_entropies and entropies is None:
+        raise ValueError(
+            f"`patching_mode={rule.mode!r}` needs an entropy model, and this model was built with "
+            "`patch_in_forward=False`: pass `patch_lengths`, or give it one with `set_patcher`."
+        )
+    if rule.uses_ids and chunk.input_ids is None:
+        raise ValueError(
+            f"`inputs_embeds` hide the bytes that `patching_mode={rule.mode!r}` reads; pass `patch_lengths`."
+        )
+    ends = find_patch_ends(
+        rule,
+        chunk.input_ids,
+        entropies,
+        chunk.text_positions,
+        chunk.previous.input_id,
+        chunk.past_entropies[:, -1],
+        chunk.previous.open_bytes,
+        chunk.history,
+        chunk.past_entropies,
+    )
+    return entropies, ends
+
+
+def ids_known_to_patcher(model, input_ids: Tensor) -> Tensor:
+    """Tokens that were added to this model's vocabulary read as a beginning of text to the frozen entropy model."""
+    size = model.patcher.config.vocab_size
+    return input_ids if model.config.vocab_size <= size else torch.where(input_ids < size, input_ids, BOS_TOKEN_ID)
+
+
+def keep_bytes(
+    chunk: ByteChunk, patches: PatchNumbers, byte_states: list[Tensor], entropies: Tensor | None, cache: BltCache
+) -> None:
+    """Writes the history of the bytes, and their states for the patches that are open."""
+    access = chunk.access(cache.recent_slots, 0)
+    cache.history.write(patches.entries, entropies, access)
+    for kept, new in zip(cache.byte_states, byte_states):
+        kept.write(new, access.on(new.device))
+
+
+def find_latents(
+    settings: ForwardSettings, chunk: ByteChunk, patches: PatchNumbers, cache: BltCache | None, new: Tensor | None
+) -> tuple[Tensor | None, PatchReads]:
+    """Keys and values of patches for the decoder, and which of them each byte reads.
+
+    A small chunk reads the slots of the cache. A large one reads `[slots | new]`, and `new` `(B, P, L, 2, F)` is written
+    to the slots.
+    """
+    entries, hidden = PatchReads.find(patches.read, settings.decoder_window)
+    if chunk.is_small:
+        return cache.latents.values, PatchReads(entries % cache.latent_slots.size, hidden)
+    before = chunk.previous.num_patches
+    if chunk.cached_bytes is None:
+        entries, latents = entries.clamp_min(0), new
+    else:
+        size, latents = cache.latent_slots.size, cache.latents.values
+        if new is None:
+            return latents, PatchReads(entries % size, hidden)
+        # New patches stand behind the slots, in their order.
+        is_new = entries >= before[:, None, None]
+        entries = torch.where(is_new, size + entries - before[:, None, None], entries % size)
+        latents = torch.cat([latents.to(new.dtype), new], dim=1)
+    if cache is not None and new is not None:
+        source = cache.latent_slots.held(before + patches.num_new) - before[:, None]
+        cache.latents.write(new, SlotAccess(source=source).on(new.device))
+    return latents, PatchReads(entries, hidden)
+
+
+def closing_rows(counts: PatchCounts, device: torch.device) -> Tensor | None:
+    """Rows that close a patch; None: run all of them."""
+    # Leaving rows out saves work on a CPU; a GPU had better see the same shapes again.
+    if len(counts.new) == 1 or device.type != "cpu" or 0 not in counts.new:
+        return None
+    return torch.tensor([row for row, count in enumerate(counts.new) if count])
+
+
+def counts_rows(model) -> bool:
+    """Whether a hook may count the rows, as PEFT's do that give each row its own adapter."""
+    return any(module._forward_pre_hooks for module in model.modules())
+
+
+# Who runs them.
+
+
+def run_chunk(
+    model, settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None, inputs: ForwardInputs
+) -> tuple[Tensor, BytesRead]:
+    """Runs the three stages on a chunk of any kind; gives decoder states `(B, S, W)` and what was read."""
+    if cache is not None:
+        cache.begin(len(chunk.row_bytes), chunk.num_columns, chunk.is_small, chunk.device)
+    read = read_bytes(model, settings, chunk, cache, inputs)
+    counts = PatchCounts.traced(read.patches) if chunk.is_traced else PatchCounts.of(read.patches)
+    latents = None
+    if counts.max_new and chunk.is_small:
+        made = closing_inputs(cache, read, counts, counts_rows(model))
+        close_patches(model, cache, read, *made, sees_all(counts), inputs.collectors[1])
+    elif counts.max_new:
+        latents = close_patches_in_order(model, cache, read, counts, inputs.collectors[1])
+    if cache is not None and not chunk.is_small:
+        # Only now, because the open patches of before are read from the slots that are written over here.
+        cache.reserve_open(counts.max_open_bytes, chunk.num_columns)
+        keep_bytes(chunk, read.patches, read.byte_states, read.entropies, cache)
+    hidden_states = predict_bytes(model, settings, cache, read, latents, None, inputs)
+    if cache is not None:
+        cache.count_chunk(chunk, counts)
+    return hidden_states, read
+
+
+def closing_inputs(
+    cache: BltCache, read: BytesRead, counts: PatchCounts, all_rows: bool, is_fixed: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Makes the tensors that [`close_patches`] takes, and room for its patches.
+
+    Args:
+        all_rows: run also rows that close none.
+        is_fixed: in shapes of which few exist.
+    """
+    device, num_columns, max_new = read.chunk.device, read.chunk.num_columns, counts.max_new
+    if is_fixed and num_columns > 1:
+        max_new = STEP_PATCHES
+    cache.reserve_patches(max_new)
+    size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
+    back = torch.arange(-size if is_fixed else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
+    seen = max(counts.old) + max_new
+    if is_fixed or not sees_all(counts):
+        seen = round_up_columns(seen)
+    columns = torch.arange(seen, device=device)
+    return torch.arange(max_new, device=device), columns, back, None if all_rows else closing_rows(counts, device)
+
+
+def sees_all(counts: PatchCounts) -> bool:
+    """Whether one patch of one row was closed, which sees all patches of its text."""
+    return len(counts.new) == 1 and counts.max_new == 1
+
+
+__all__ = [
+    "DRAFT",
+    "PLAIN",
+    "STEP_PATCHES",
+    "BytesRead",
+    "ForwardInputs",
+    "ForwardSettings",
+    "close_patches",
+    "closing_inputs",
+    "counts_rows",
+    "embed_bytes",
+    "predict_bytes",
+    "read_bytes",
+    "run_chunk",
+    "sees_all",
+]

@@ -1,0 +1,324 @@
+"""Stacks with packed weights: the same numbers by fewer operations, for the steps of one call of `generate`.
+
+A decoding step on small models spends its time on starting operations. In the local stacks, which run for every byte,
+query, key and value come from one product, and so do gate and up; in fp32 the weights of a norm are part of the product
+behind it. In all stacks keys and values are written at once, queries and keys rotated at once, and residuals added inside
+products.
+
+Packed weights are copies. They are made when a call of `generate` begins and are gone when it ends, which costs less time
+than one byte does. So they never go stale: an assignment through `.data`, which no version counter shows, is seen by the
+next call. Modules that do more than their weights say (adapters, quantizers, hooks, a replaced `forward`, offloaded
+weights) are not packed; they run as they are.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from .attention_blt import AttentionSpan
+from .cache_blt import SlotAccess
+from .layers_blt import (
+    BltByteCrossAttention,
+    BltMLP,
+    BltRMSNorm,
+    BltSelfAttention,
+    BltTransformerLayer,
+    PatchReads,
+    rotate_pairs,
+)
+
+
+_PLAIN_TYPES = (BltTransformerLayer, BltSelfAttention, BltMLP, BltRMSNorm, BltByteCrossAttention, nn.Linear)
+
+
+class PackedLayer(NamedTuple):
+    """Weights of a transformer layer, `(in, out)` each; those of norms are None where they are part of a product.
+
+    Without copies, query, key and value are a tuple of three, and gate and up one of two.
+    """
+
+    query_key_value: Tensor | tuple[Tensor, ...]
+    output: Tensor
+    gate_up: Tensor | tuple[Tensor, ...]
+    down: Tensor
+    attention_norm: Tensor | None
+    mlp_norm: Tensor | None
+
+
+class PackedCross(NamedTuple):
+    """The same of a cross attention of the decoder."""
+
+    query: Tensor
+    output: Tensor
+    norm: Tensor | None
+
+
+class PackedStack:
+    """The layers of a stack.
+
+    Args:
+        layers: [`BltTransformerLayer`]s for which [`is_plain`] holds.
+        rotary: the stack's rotary embedding.
+        norm: the norm behind the last layer; None: there is none.
+        cross_layers: the decoder's cross attentions, in front of the first layers.
+        copies: join weights in copies of them. False for the global transformer, whose copies would be large: its products
+            stay apart, and all else is as in the local stacks.
+    """
+
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        rotary: nn.Module,
+        norm: BltRMSNorm | None = None,
+        cross_layers=(),
+        copies: bool = True,
+    ) -> None:
+        attention = layers[0].self_attn
+        weight = attention.q_proj.weight
+        width = weight.shape[1]
+        self.copies, self.eps = copies, layers[0].input_layernorm.variance_epsilon
+        # x / sqrt(mean(x * x) + eps) = sqrt(W) * x / hypot(|x|, sqrt(W * eps)): three operations, `sqrt(W)` in the weights
+        self.is_exact = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        self.root, self.root_eps = width**0.5, weight.new_tensor((width * self.eps) ** 0.5)
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
+        self.num_heads = attention.q_proj.weight.shape[0] // self.head_dim
+        self.activations = [layer.mlp.act_fn for layer in layers]
+        self.layers = [self._pack_layer(layer) for layer in layers]
+        self.cross_layers = [self._pack_cross(cross) for cross in cross_layers]
+        if cross_layers:
+            cross = cross_layers[0]
+            self.cross_head_dim, self.cross_scaling = cross.head_dim, cross.scaling
+            self.cross_kv_heads, self.num_latents = cross.k_proj.weight.shape[0] // cross.head_dim, cross.num_latents
+            # Latents are normed once for all layers, so only where the weights of norms are part of products.
+            pairs = (self._join([layer.k_proj, layer.v_proj], layer.k_norm.weight) for layer in cross_layers)
+            self.keys_values = torch.cat(list(pairs), dim=1) if self.is_exact else None
+        self.norm = None if norm is None else self._scaled(norm.weight)
+        self.inv_freq = rotary.inv_freq
+        self.rotary_scaling = self.inv_freq.new_tensor(float(rotary.attention_scaling))
+
+    def _pack_layer(self, layer: BltTransformerLayer) -> PackedLayer:
+        attention, mlp = layer.self_attn, layer.mlp
+        before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        return PackedLayer(
+            self._join([attention.q_proj, attention.k_proj, attention.v_proj], before),
+            attention.o_proj.weight.detach().t(),
+            self._join([mlp.gate_proj, mlp.up_proj], between),
+            mlp.down_proj.weight.detach().t(),
+            *(None if self.is_exact and self.copies else self._scaled(norm) for norm in (before, between)),
+        )
+
+    def _pack_cross(self, cross: BltByteCrossAttention) -> PackedCross:
+        norm = cross.q_norm.weight
+        output = cross.o_proj.weight.detach().t()
+        return PackedCross(self._join([cross.q_proj], norm), output, None if self.is_exact else self._scaled(norm))
+
+    def _scaled(self, norm: Tensor) -> Tensor:
+        return norm.detach() * self.root if self.is_exact else norm.detach()
+
+    def _join(self, linears: list[nn.Linear], norm: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """One matrix `(in, out)` for several products of a normed state."""
+        weights = tuple(linear.weight.detach() for linear in linears)
+        if not self.copies:
+            return tuple(weight.t() for weight in weights)
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return (weight * self._scaled(norm) if self.is_exact else weight).t()
+
+    def _normed(self, states: Tensor, weight: Tensor | None) -> Tensor:
+        if not self.is_exact:
+            return nn.functional.rms_norm(states, weight.shape, weight, self.eps)
+        states = states / torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True), self.root_eps)
+        return states if weight is None else states * weight
+
+    def run(
+        self,
+        states: Tensor,
+        positions: Tensor,
+        span: AttentionSpan,
+        cache_layers: list,
+        latents: Tensor | None = None,
+        reads: PatchReads | None = None,
+    ) -> Tensor:
+        """Runs the layers on `(B, S, W)`, as the stack's modules do.
+
+        Args:
+            positions: int64 `(B, S)`, of each byte (or patch) in its row.
+            span: slots that each of them sees, and where its keys and values go.
+            cache_layers: a [`BltCacheLayer`] for each layer.
+            latents, reads: as [`BltLocalDecoder.forward`] takes them.
+        """
+        shape, access = states.shape, span.access
+        states = states.reshape(-1, shape[-1])  # (N, W)
+        rotation, mask = self._rotation(positions, states, span), span.whole_mask(states)
+        kept = None if not self.cross_layers else self._gather(latents, reads, states)
+        for number, (layer, activation, cache_layer) in enumerate(zip(self.layers, self.activations, cache_layers)):
+            if number < len(self.cross_layers):
+                states = self._cross_attend(self.cross_layers[number], states, number, *kept)
+            states = self._attend(layer, states, rotation, mask, access, cache_layer, shape[:2])
+            normed = self._normed(states, layer.mlp_norm)
+            if self.copies:
+                gate, up = torch.mm(normed, layer.gate_up).chunk(2, dim=-1)
+            else:
+                gate, up = (torch.mm(normed, weight) for weight in layer.gate_up)
+            states = torch.addmm(states, activation(gate) * up, layer.down)
+        if self.norm is not None:
+            states = self._normed(states, self.norm)
+        return states.view(shape)
+
+    def _attend(self, layer: PackedLayer, states, rotation, mask, access: SlotAccess, cache_layer, shape) -> Tensor:
+        normed = self._normed(states, layer.attention_norm)
+        if self.copies:
+            joined = torch.mm(normed, layer.query_key_value)
+        else:
+            joined = torch.cat([torch.mm(normed, weight) for weight in layer.query_key_value], dim=-1)
+        num_query, num_rotated = self.num_heads * self.head_dim, (self.num_heads + self.num_kv_heads) * self.head_dim
+        rotated = joined[:, :num_rotated]
+        if rotation.is_complex():
+            torch.view_as_complex(rotated.view(states.shape[0], -1, self.head_dim // 2, 2)).mul_(rotation)
+        else:
+            heads = rotated.view(*shape, -1, self.head_dim)
+            heads.copy_(rotate_pairs(heads, *rotation.unbind()))
+        slots, keys, values = cache_layer.slot_views(access.seen)
+        slots.index_copy_(0, access.index, joined[:, num_query:])
+        if access.rows is not None:
+            keys, values = keys.index_select(0, access.rows), values.index_select(0, access.rows)
+        query = joined[:, :num_query].view(*shape, -1, self.head_dim).transpose(1, 2)
+        attended = nn.functional.scaled_dot_product_attention(
+            query, keys, values, mask, scale=self.scaling, enable_gqa=self.num_heads != self.num_kv_heads
+        )
+        return torch.addmm(states, attended.transpose(1, 2).reshape(states.shape[0], -1), layer.output)
+
+    def _cross_attend(
+        self, cross: PackedCross, states: Tensor, number: int, latents: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Adds twice the queries, as the modules do, and what they read."""
+        query = torch.mm(self._normed(states, cross.norm), cross.query).view(
+            states.shape[0], -1, 1, self.cross_head_dim
+        )
+        keys, values = (
+            part.reshape(states.shape[0], -1, self.cross_kv_heads, self.cross_head_dim).transpose(1, 2)
+            for part in latents[:, :, number].unbind(2)
+        )
+        attended = nn.functional.scaled_dot_product_attention(
+            query, keys, values, mask, scale=self.cross_scaling, enable_gqa=query.shape[1] != self.cross_kv_heads
+        )
+        return torch.addmm(states, attended.view(states.shape[0], -1), cross.output, beta=2)
+
+    def project_latents(self, latents: Tensor) -> Tensor:
+        """Keys and values `(B, P, L, 2, F)` of latents `(B, P, K, W)`, for all cross attentions."""
+        rows, num_patches, num_latents, width = latents.shape
+        states = torch.mm(self._normed(latents.reshape(-1, width), None), self.keys_values)
+        states = states.view(rows, num_patches, num_latents, len(self.cross_layers), 2, -1)
+        return states.permute(0, 1, 3, 4, 2, 5).flatten(-2)
+
+    def _gather(self, latents: Tensor, reads: PatchReads, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Keys and values that each byte reads `(N, window, L, 2, F)`, of all cross attentions, and a mask over them."""
+        rows, size = latents.shape[:2]
+        index = reads.index
+        if rows > 1:
+            index = index + torch.arange(0, rows * size, size, device=index.device)[:, None, None]
+        taken = latents.flatten(0, 1).index_select(0, index.flatten())
+        mask = None
+        if reads.hidden is not None:
+            hidden = reads.hidden.flatten(0, 1).repeat_interleave(self.num_latents, dim=-1)[:, None, None]
+            mask = hidden.to(states.dtype) * torch.finfo(states.dtype).min
+        return taken.view(states.shape[0], -1, *latents.shape[2:]), mask
+
+    def _rotation(self, positions: Tensor, states: Tensor, span: AttentionSpan) -> Tensor:
+        """Factors of queries and keys: complex `(N, 1, D/2)`, or cosines and sines `(2, B, S, 1, D)`."""
+        known = span.rotations.get(self.rotation_key)
+        if known is None:
+            known = self._make_rotation(positions, states)
+            if self.shares_rotation:
+                span.rotations[self.rotation_key] = known
+        return known
+
+    rotation_key, shares_rotation = 0, False
+
+    def _make_rotation(self, positions: Tensor, states: Tensor) -> Tensor:
+        if states.dtype == torch.float32 and not torch.compiler.is_compiling():
+            angles = positions.reshape(-1, 1, 1) * self.inv_freq
+            return torch.polar(self.rotary_scaling, angles)
+        angles = positions[..., None, None].float() * self.inv_freq.float()
+        cos, sin = angles.cos() * self.rotary_scaling, angles.sin() * self.rotary_scaling
+        cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
+        return torch.stack([cos, sin]).to(states.dtype)
+
+
+class PackedStacks:
+    """The stacks of a model; None in the place of one whose modules run.
+
+    Args:
+        model: a [`BltModel`].
+        cache: what the steps run on, which has keys and values of the dtype of the weights.
+    """
+
+    def __init__(self, model, cache) -> None:
+        encoder, decoder, patcher, global_ = (
+            model.local_encoder, model.local_decoder, model.patcher, model.global_transformer
+        )  # fmt: skip
+        self.encoder = self.decoder = self.patcher = self.global_transformer = None
+        if len(encoder.cross_attn_layers) == 1 and _can_pack(encoder, cache.encoder):
+            self.encoder = PackedStack(encoder.layers, encoder.rotary_emb)
+            self.encoder.shares_rotation = True  # with the decoder, a later stage of the same step
+        if _can_pack(decoder, cache.decoder, *decoder.cross_attn_layers, decoder.norm):
+            self.decoder = PackedStack(decoder.layers, decoder.rotary_emb, decoder.norm, decoder.cross_attn_layers)
+        if cache.patcher and _can_pack(patcher, cache.patcher, patcher.norm):
+            self.patcher = PackedStack(patcher.layers, patcher.rotary_emb, patcher.norm)
+            self.patcher.rotation_key = 1
+        if _can_pack(global_, cache.global_transformer):
+            self.global_transformer = PackedStack(global_.layers, global_.rotary_emb, copies=False)
+        if self.encoder and self.decoder and not self.encoder.inv_freq.equal(self.decoder.inv_freq):
+            self.decoder.rotation_key = 2
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the copies take."""
+        stacks = (stack for stack in (self.patcher, self.encoder, self.decoder) if stack is not None)
+        joined = (w for s in stacks for layer in s.layers for w in (layer.query_key_value, layer.gate_up))
+        stacks = (stack for stack in (self.encoder, self.decoder) if stack is not None and stack.is_exact)
+        queries = sum(cross.query.nbytes for stack in stacks for cross in stack.cross_layers)
+        pairs = getattr(self.decoder, "keys_values", None)
+        return sum(weight.nbytes for weight in joined) + queries + (0 if pairs is None else pairs.nbytes)
+
+
+def _can_pack(stack: nn.Module, cache_layers: list, *parts: nn.Module) -> bool:
+    """Whether the layers of a stack and other `parts` are plain, and what the cache holds continues in their dtype."""
+    weight = getattr(stack.layers[0].self_attn.q_proj, "weight", None)
+    rope_type = getattr(stack.rotary_emb, "rope_type", "default")
+    if stack.config._attn_implementation != "sdpa" or weight is None or weight.is_meta or type(rope_type) is not str:
+        return False
+    if torch.is_autocast_enabled(weight.device.type) or "dynamic" in rope_type or "longrope" in rope_type:
+        return False  # the angles of these rotary embeddings change with the length
+    held = (layer.states.values for layer in cache_layers)
+    return all(is_plain(part, weight) for part in (*stack.layers, *parts)) and all(
+        values is not None and (values.dtype, values.device) == (weight.dtype, weight.device) for values in held
+    )
+
+
+def is_plain(module: nn.Module, like: Tensor) -> bool:
+    """Whether calling a module, and each below it, does what its weights say and nothing else.
+
+    Args:
+        like: a weight whose dtype and device all others have.
+    """
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return False
+    for part in module.modules():
+        fields = vars(part)
+        is_known = type(part) in _PLAIN_TYPES or (not fields["_parameters"] and not fields["_modules"])
+        if not is_known or part.training or "forward" in fields or part._forward_hooks or part._forward_pre_hooks:
+            return False
+        for weight in fields["_parameters"].values():
+            if weight is not None and (
+                type(weight) is not nn.Parameter or (weight.dtype, weight.device) != (like.dtype, like.device)
+            ):
+                return False
+        if type(part) is nn.Linear and part.bias is not None:
+            return False
+    return True
+
+
+__all__ = ["PackedStack", "PackedStacks", "is_plain"]

@@ -1,0 +1,284 @@
+"""Steps on packed weights write what the modules write, whatever was done to the model before, and leave nothing."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+
+import peft
+import pytest
+import torch
+
+from blt_hf import BltConfig, BltForCausalLM
+from blt_hf.model import generation_blt
+from blt_hf.model.packed_blt import PackedStacks
+from blt_hf.model.step_blt import StepRunner
+from helpers.checks import assert_same
+from helpers.models import RULES, make_model, model_for, tiny_config
+from helpers.texts import encode, pad, rows_of
+
+
+IDS = torch.tensor([encode("some text, with 2 lines\nand words")])
+SETTINGS = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+STACKS = ("patcher", "encoder", "decoder", "global_transformer")
+
+
+def logits_of(model, ids=IDS, **more) -> torch.Tensor:
+    output = model.generate(ids, output_logits=True, return_dict_in_generate=True, **{**SETTINGS, **more})
+    return torch.stack(output.logits)
+
+
+def by_modules(model) -> BltForCausalLM:
+    """A copy whose modules run: a hook that does nothing might do something."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: None)
+    return model
+
+
+def packed_stacks(model) -> list[str]:
+    """Stacks that a call of `generate` would pack."""
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        packed = PackedStacks(model.model, cache)
+    return [name for name in STACKS if getattr(packed, name) is not None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_packed_steps_equal_the_modules(rule):
+    """One byte of each row, several, rows that get different numbers, drafts."""
+    model = model_for(rule)
+    ids, mask = pad([row[: 60 - 9 * i] for i, row in enumerate(rows_of(rule, 60))], "left")
+    caches = [model(ids[:, :20], attention_mask=mask[:, :20], use_cache=True).past_key_values for _ in range(2)]
+    packed = PackedStacks(model.model, caches[0])
+    assert packed.decoder is not None and packed.global_transformer is not None
+    runners = [StepRunner(model.model, cache, model.lm_head, p) for cache, p in zip(caches, (packed, None))]
+    start = 20
+    for width, lengths in ((1, None), (1, None), (5, None), (4, [4, 1, 3]), (1, [1, 0, 1]), (7, None)) * 2:
+        step = [runner.step(ids[:, start : start + width], lengths) for runner in runners]
+        counts = [width] * 3 if lengths is None else lengths
+        for row, count in enumerate(counts):
+            assert_same(step[0][row, :count], step[1][row, :count])
+        drafts = [runner.draft(ids[:, start : start + 2]) for runner in runners]
+        assert_same(drafts[0], drafts[1])
+        for cache in caches:
+            cache.crop_rows([2] * 3)
+        start += width
+    assert caches[0].num_patches.equal(caches[1].num_patches)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype):
+    model = make_model(tiny_config(patching_mode="space", patch_in_forward=False)).to(dtype)
+    assert packed_stacks(model) == ["encoder", "decoder", "global_transformer"]
+    tolerance = {"atol": 1e-4 if dtype == torch.float64 else 0.1, "rtol": 0.05}
+    torch.testing.assert_close(logits_of(model)[0], logits_of(by_modules(model))[0], **tolerance)
+
+
+def _optimizer_step(model):
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    model.eval()
+
+
+def _load(model, assign: bool):
+    state = {name: tensor * 1.3 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=assign)
+
+
+def _data_in_place(model):
+    for layer in (model.model.local_decoder.layers[0], model.model.patcher.layers[0]):
+        layer.self_attn.q_proj.weight.data.mul_(-1.5)
+        layer.input_layernorm.weight.data.add_(0.5)
+
+
+def _data_assigned(model):
+    for layer in (model.model.local_encoder.layers[0], model.model.global_transformer.layers[0]):
+        layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data * -1.5
+
+
+def _other_parameter(model):
+    attention = model.model.local_decoder.layers[1].self_attn
+    attention.k_proj, attention.q_proj = attention.q_proj, attention.k_proj
+    cross = model.model.local_decoder.cross_attn_layers[0]
+    cross.v_proj.weight = torch.nn.Parameter(-cross.v_proj.weight.detach())
+
+
+def _tied_layers(model):
+    model.model.local_decoder.layers[1] = model.model.local_decoder.layers[0]
+
+
+CHANGES = [
+    _optimizer_step,
+    lambda model: _load(model, False),
+    lambda model: _load(model, True),
+    _data_in_place,
+    _data_assigned,
+    _other_parameter,
+    _tied_layers,
+    lambda model: model.to(torch.float64),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
+def test_changed_weights_are_seen_by_the_next_call(change):
+    model = make_model(seed=2)
+    before = logits_of(model)
+    change(model)
+    after = logits_of(model)
+    assert packed_stacks(model) == list(STACKS)
+    is_changed = not torch.allclose(after[0].float(), before[0], atol=1e-3)
+    assert is_changed or next(model.parameters()).dtype == torch.float64
+    assert_same(after[0], logits_of(by_modules(model))[0])
+
+
+def test_adapters_merged_and_unmerged():
+    model = make_model(seed=2)
+    plain = logits_of(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False)).eval()
+    assert packed_stacks(model) == ["patcher"], "layers with adapters run as they are"
+    with_adapter = logits_of(adapted)
+    assert not torch.allclose(with_adapter[0], plain[0], atol=1e-3)
+    adapted.merge_adapter()
+    assert_same(logits_of(adapted)[0], with_adapter[0])
+    adapted.unmerge_adapter()
+    assert_same(logits_of(adapted)[0], with_adapter[0])
+    merged = adapted.merge_and_unload()
+    assert packed_stacks(merged) == list(STACKS)
+    assert_same(logits_of(merged)[0], with_adapter[0])
+
+
+@pytest.mark.parametrize("name", ["local_decoder.layers.0.self_attn.q_proj", "global_transformer.layers.1.mlp"])
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "class", "training"])
+def test_what_does_more_than_its_weights_say_is_not_packed(name, how):
+    model = make_model(seed=2)
+    module, stack = model.model.get_submodule(name), name.split(".")[0].removeprefix("local_")
+    if how == "hook":
+        module.register_forward_hook(lambda module, inputs, output: output * 2)
+    elif how == "pre-hook":
+        module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    elif how == "forward":
+        forward = module.forward
+        module.forward = lambda states: forward(states) * 2
+    elif how == "class":
+        base = type(module)
+        module.__class__ = type("Twice", (base,), {"forward": lambda self, states: base.forward(self, states) * 2})
+    else:
+        module.train()
+    assert packed_stacks(model) == [kept for kept in STACKS if kept != stack]
+    with torch.no_grad():
+        text = model.generate(IDS, **SETTINGS)
+        expected = model(text[:, :-1], use_cache=False).logits[:, IDS.shape[1] - 1 :].argmax(dim=-1)
+    assert text[:, IDS.shape[1] :].equal(expected)
+
+
+def test_autocast_and_other_attention_run_the_modules():
+    model = make_model(seed=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert packed_stacks(model) == []
+    model.set_attn_implementation("eager")
+    assert packed_stacks(model) == []
+
+
+def test_nothing_is_left_behind(monkeypatch):
+    model, made = make_model(seed=2), []
+
+    class Seen(PackedStacks):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(generation_blt, "PackedStacks", Seen)
+    before = len(pickle.dumps(model))
+    model.generate(IDS, **SETTINGS)
+    gc.collect()
+    assert len(made) == 1 and made[0]() is None
+    assert len(pickle.dumps(model)) == before
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert file.tell() < 2 * before
+    copied = copy.deepcopy(model)
+    assert copied.generate(IDS, **SETTINGS).equal(model.generate(IDS, **SETTINGS))
+
+
+def test_a_call_of_a_few_bytes_packs_nothing(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("packing costs as much as a byte")
+
+    monkeypatch.setattr(generation_blt, "PackedStacks", fail)
+    model = make_model()
+    assert model.generate(IDS, **{**SETTINGS, "max_new_tokens": 3}).shape[1] == IDS.shape[1] + 3
+
+
+def test_two_threads():
+    model = make_model(seed=2)
+    expected, found = model.generate(IDS, **SETTINGS), []
+
+    def run():
+        for _ in range(5):
+            found.append(model.generate(IDS, **SETTINGS))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 15 and all(text.equal(expected) for text in found)
+
+
+def _released_config(encoder, global_, decoder, k: int) -> BltConfig:
+    def stack(width, layers, heads, feed_forward, **more):
+        return {
+            "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "intermediate_size": feed_forward, **more,
+        }  # fmt: skip
+
+    return BltConfig(
+        patcher_config=stack(768, 14, 12, 2048),
+        encoder_config=stack(*encoder, cross_attn_k=k),
+        global_config=stack(*global_),
+        decoder_config=stack(*decoder, cross_attn_k=k, hidden_size_global=global_[0]),
+        cross_attn_k=k,
+        encoder_hash_byte_group_vocab=500_002,
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ((1024, 1, 16, 2816), (2048, 25, 16, 5632), (1024, 9, 16, 2816), 2),
+        ((1280, 1, 20, 3584), (4096, 32, 32, 11008), (1280, 6, 20, 3584), 4),
+    ],
+    ids=["1B", "7B"],
+)
+def test_copies_are_small_beside_the_released_models(shape):
+    with torch.device("meta"):
+        model = BltForCausalLM(_released_config(*shape)).model
+    stacks = (model.patcher, model.local_encoder, model.local_decoder)
+    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    weights = [
+        w for s in stacks for layer in s.layers for n, w in layer.named_parameters() if n.split(".")[-2] in joined
+    ]
+    weights += [w for n, w in model.local_decoder.cross_attn_layers.named_parameters() if n.split(".")[-2] in joined]
+    copied = sum(weight.numel() for weight in weights)
+    assert copied < 0.05 * sum(weight.numel() for weight in model.parameters())
+
+
+@torch.no_grad()
+def test_memory_is_that_of_the_copies():
+    model = make_model()
+    cache = model(IDS, use_cache=True).past_key_values
+    stacks = (model.model.patcher, model.model.local_encoder, model.model.local_decoder)
+    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    expected = sum(
+        weight.nbytes
+        for stack in (*(s.layers for s in stacks), model.model.local_decoder.cross_attn_layers)
+        for name, weight in stack.named_parameters()
+        if name.split(".")[-2] in joined
+    )
+    assert PackedStacks(model.model, cache).memory == expected
