@@ -17,7 +17,7 @@ test-slow:
 # On a machine with an NVIDIA GPU, with a torch for it in the environment: what only a GPU shows, and tests of the model there.
 test-gpu:
 	BLT_TEST_DEVICE=cuda bash scripts/test.sh -m "not slow and not hub" tests/gpu tests/model/test_exactness.py \
-		$(patsubst %,tests/model/test_%_blt.py,cache continuous decoding generation patching speculation) \
+		$(patsubst %,tests/model/test_%.py,cache_blt continuous_blt decoding generation_blt packed_blt patching_blt speculation) \
 		tests/conformance/test_generation_suite.py tests/conformance/test_meta_reference.py
 
 # vLLM's CPU build with the plugin, and Ray; in an environment of their own (2.6 GB). `BLT_VLLM_VERSION=0.29.0 make test-vllm`: the

@@ -569,7 +569,7 @@ def test_byte_embeddings_in_the_place_of_ids(kind):
             model(inputs_embeds=embeds)
 
 
-@on(*BOTH, broken={"blt": "`inputs_embeds` without hashes give other logits without a word"})
+@on(*BOTH)
 def test_byte_embeddings_beside_patches(kind):
     """With patches given, hashes are still missing: the same logits, or a `ValueError` by name; never others."""
     model = make(kind)
@@ -582,7 +582,7 @@ def test_byte_embeddings_beside_patches(kind):
             model(inputs_embeds=embeds, patch_lengths=lengths)
 
 
-@on(*BOTH, broken={"blt": "`input_ids` cannot be given beside `inputs_embeds`, for hashes and patches"})
+@on(*BOTH)
 def test_attribution_by_gradients_of_embeddings(kind):
     """What a byte's embedding does to a logit: by `inputs_embeds`, as by a hook on the embedding."""
     model, kept = make(kind), {}
