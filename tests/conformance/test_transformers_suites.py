@@ -416,7 +416,7 @@ class BltSuite(
             super().test_attention_outputs()
 
     def test_inputs_embeds(self):
-        # The patcher reads ids, so embeddings come with the lengths of their patches; hashes of ids would be added to them.
+        # The patcher reads ids, so embeddings come with lengths of patches; hashes of ids would be added.
         self.model_tester = BltTester(encoder_hash_byte_group_nb_functions=0)
         self.model_tester.has_patch_lengths = True
         super().test_inputs_embeds()

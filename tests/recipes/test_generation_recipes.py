@@ -301,11 +301,11 @@ def test_two_arguments_ask_the_same_however_a_text_is_written(first, second, mod
 def test_sampled_text_is_that_of_its_seed(kind):
     """The same draws of the same seed, and other ones of another."""
     settings = {"do_sample": True, "temperature": 1.5, "top_k": 40, "top_p": 0.95, "max_new_tokens": 12}
-    inputs = encode(*TEXTS[:2])
+    model, inputs = model_of(kind), encode(*TEXTS[:2])
     texts = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        texts.append(model_of(kind).generate(**inputs, **settings).tolist())
+        texts.append(model.generate(**inputs, **settings).tolist())
     assert texts[0] == texts[1] != texts[2]
 
 
