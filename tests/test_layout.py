@@ -49,6 +49,7 @@ SUBJECTS = {
     "model/test_precision.py",
     "model/test_recording.py",
     "model/test_speculation.py",
+    "model/test_stateful_processors.py",
     "model/test_training_mode.py",
     "training/test_distributed.py",
     "training/test_group_by_patches.py",
