@@ -22,7 +22,8 @@ from common import (
 )
 
 from blt_hf.evaluation.flops import flops_per_byte
-from blt_hf.model.patching_blt import PatchingRule, compute_patch_lengths
+from blt_hf.model.patching_blt import PatchingRule
+from blt_hf.patches.lengths import compute_patch_lengths
 
 
 def main() -> None:

@@ -47,10 +47,12 @@ def info(
     - `blt-hf info my/blt held-out.txt --context-bytes 100000 --dtype bfloat16`
     - `blt-hf info blt-7b --patch-bytes 4.5 --json`
     """
+    import torch
     from transformers import AutoConfig
 
     from blt_hf.evaluation.flops import DEFAULT_PATCH_BYTES, PRESETS, flops_per_byte, preset_config
-    from blt_hf.evaluation.memory import cache_bytes, count_parameters
+    from blt_hf.evaluation.memory import count_parameters
+    from blt_hf.model.cache_blt import BltCache
 
     with plain_messages():
         name = model_or_default(model)
@@ -62,7 +64,7 @@ def info(
         saved = str(config.dtype or "float32").removeprefix("torch.")
         weights = saved if dtype is Dtype.auto else dtype.value
         parameters = count_parameters(config)
-        kept = cache_bytes(config, context_bytes, context_bytes / size, weights)
+        kept = BltCache.memory(config, context_bytes, round(context_bytes / size), getattr(torch, weights))
         memory = {"weights": _weight_bytes(parameters, weights), "cache": kept}
         told = {
             "model": name,
@@ -107,6 +109,8 @@ def _find_patches(name: str, texts: list[str], text_column: str, device: str | N
 
 
 def _shape(config) -> dict:
+    from blt_hf.model.patching_blt import PatchingRule
+
     def layers(part) -> dict:
         return {
             "layers": part.num_hidden_layers,
@@ -125,6 +129,7 @@ def _shape(config) -> dict:
     tables = config.encoder_hash_byte_group_nb_functions * len(config.encoder_hash_byte_group_size)
     shape["hash_tables"] = {"tables": tables, "rows": config.encoder_hash_byte_group_vocab if tables else 0}
     shape["patching"] = {
+        "in_words": PatchingRule.from_config(config).describe(),
         "mode": config.patching_mode,
         "threshold": config.patching_threshold,
         "monotonicity": config.monotonicity,
@@ -155,8 +160,8 @@ def _print(told: dict) -> None:
             rows.append((part, line))
     tables = shape["hash_tables"]
     rows.append(("hashes", f"{tables['tables']} tables of {tables['rows']:,} rows" if tables["tables"] else "none"))
-    rule = shape["patching"]
-    rows.append(("patching", _rule(rule) + f", {shape['latents_per_patch']} latents a patch"))
+    rows.append(("latents a patch", str(shape["latents_per_patch"])))
+    rows.append(("patches start", shape["patching"]["in_words"]))
     print_rows(rows, f"{told['model']}:")
     total = told["parameters"]["total"]
     rows = [
@@ -174,17 +179,6 @@ def _print(told: dict) -> None:
         found = told["patches"]
         typer.echo(f"{found['num_bytes']:,} bytes in {found['num_patches']:,} patches, {size:.2f} bytes a patch")
         print_histogram(found["histogram"])
-
-
-def _rule(rule: dict) -> str:
-    if rule["mode"] != "entropy":
-        return f"rule {rule['mode']}"
-    line = f"threshold {rule['threshold']:.3f} nats"
-    if rule["monotonicity"]:
-        line = f"rises of {rule['threshold']:.3f} nats"
-    if rule["threshold_add"] is not None:
-        line += f" and a rise of {rule['threshold_add']:.3f}"
-    return line + (f", at most {rule['max_patch_length']} bytes" if rule["max_patch_length"] else "")
 
 
 def _size(num_bytes: float) -> str:

@@ -9,7 +9,8 @@ import torch
 
 from blt_hf import BltConfig, BltForCausalLM, register_patching_rule
 from blt_hf.conversion.arguments import meta_args_from_config
-from blt_hf.model.patching_blt import PatchingRule, compute_patch_lengths, find_rule
+from blt_hf.model.patching_blt import PatchingRule, find_rule
+from blt_hf.patches.lengths import compute_patch_lengths
 from blt_hf.training.calibration import calibrate_threshold
 from blt_hf.training.data import PrecomputePatches
 from helpers.models import make_model, tiny_config

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from blt_hf.model.patching_blt import (
     PatchingRule,
     RowLayout,
-    compute_patch_lengths,
     entropy_from_logits,
     find_patch_ends,
     open_patch_bytes,
     patch_ends_from_lengths,
-    patch_ids_from_lengths,
     patch_lengths_from_ends,
 )
+from blt_hf.patches.lengths import compute_patch_lengths
 from helpers.texts import encode
 
 
@@ -248,16 +247,6 @@ def test_lengths_that_sum_to_the_text_leave_the_last_patch_open():
     assert patch_ends_from_lengths(torch.tensor([[1, 2, 2, 0]]), 5).tolist() == [[True, False, True, False, False]]
 
 
-@given(lengths=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=8), min_size=1, max_size=3))
-def test_ids_from_lengths(lengths):
-    num_bytes = min(map(sum, lengths))
-    padded = torch.zeros(len(lengths), max(map(len, lengths)), dtype=torch.int64)
-    for row, values in enumerate(lengths):
-        padded[row, : len(values)] = torch.tensor(values)
-    expected = [[patch for patch, length in enumerate(row) for _ in range(length)][:num_bytes] for row in lengths]
-    assert patch_ids_from_lengths(padded, num_bytes).tolist() == expected
-
-
 @given(
     mask=st.integers(1, 12).flatmap(
         lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1, max_size=4)
@@ -306,3 +295,26 @@ def test_rule_from_config_reads_every_field():
     rule = PatchingRule.from_config(Config)
     assert dataclasses.astuple(rule) == ("static", 0.5, 0.25, True, 5, 9)
     assert isinstance(rule.patch_size, int)
+
+
+@pytest.mark.parametrize(
+    "rule, words",
+    [
+        (PatchingRule(threshold=1.5), "where the entropy of the next byte is above the threshold 1.500 nats"),
+        (
+            PatchingRule(threshold=0.5, monotonicity=True),
+            "where the entropy of the next byte rises by more than the threshold 0.500 nats",
+        ),
+        (
+            PatchingRule(threshold=1.0, threshold_add=0.25, max_patch_length=9),
+            "where the entropy of the next byte is above the threshold 1.000 nats and has risen by more than 0.250; "
+            "none is longer than 9 bytes",
+        ),
+        (PatchingRule("static", patch_size=6), "every 6 bytes"),
+        (PatchingRule("byte"), "at every byte"),
+        (PatchingRule("space"), "after spaces and other bytes that are in no word"),
+        (PatchingRule("vowels"), "by the rule `vowels`"),
+    ],
+)
+def test_a_rule_in_words(rule, words):
+    assert rule.describe() == words

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..model.configuration_blt import BltConfig
+from ..model.patching_blt import PatchingRule
 from .arguments import (
     argument_files,
     check_tokenizer,
@@ -164,12 +165,8 @@ def _write_card(folder: Path, source: _Source, config: BltConfig, dtype: torch.d
     origin = f"`{source.public_name}`"
     if source.is_on_hub:
         origin = f"[{source.label}](https://huggingface.co/{source.label})"
-    rule = {name: getattr(config, name) for name in ("patching_threshold", "patching_threshold_add", "monotonicity")}
-    settings = {"mode": config.patching_mode, **(rule if config.patching_mode == "entropy" else {})}
-    settings |= {"patch_size": config.patch_size} if config.patching_mode == "static" else {}
-    settings["max_patch_length"] = config.max_patch_length
     always = [
-        "Patching: " + ", ".join(f"{key.removeprefix('patching_')} {value}" for key, value in settings.items()) + ".",
+        f"A patch starts {PatchingRule.from_config(config).describe()}.",
         "`mask_documents` is true: an `eos` inside a row ends a document for attention, as in Meta's code.",
         f"Meta's arguments, those without a counterpart in `config.json` included, are in `{META_ARGS_FILE}`.",
     ]

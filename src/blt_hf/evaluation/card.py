@@ -12,6 +12,7 @@ from torch import nn
 
 from ..model.modeling_base_blt import MODEL_TAGS
 from ..model.names_blt import AUTO_CLASSES, architecture_name
+from ..model.patching_blt import PatchingRule
 from .measuring import Measurement
 
 
@@ -314,7 +315,7 @@ class _Subject:
             rows.append(f"| {part} | {stack.num_hidden_layers} | {stack.hidden_size} | {_millions(count)} |")
         if not self.is_patcher:
             rows += [f"| {part} | | | {_millions(count)} |" for part, count in parameters.items() if count]
-            rows += ["", self._patching()]
+            rows += ["", f"A patch starts {PatchingRule.from_config(self.config).describe()}."]
         return "\n".join(rows)
 
     def _parameters_by_part(self) -> dict[str, int]:
@@ -323,23 +324,6 @@ class _Subject:
             found = next((label for part, label in _PARTS.items() if part in name.split(".")), "heads and the rest")
             counts[found] = counts.get(found, 0) + weight.numel()
         return counts
-
-    def _patching(self) -> str:
-        config = self.config
-        if config.patching_mode == "entropy":
-            rule = f"where the entropy of the next byte is above {config.patching_threshold:.4g} nats"
-            if config.monotonicity:
-                rule = f"where the entropy of the next byte rises by more than {config.patching_threshold:.4g} nats"
-            if config.patching_threshold_add is not None:
-                rule += f" and has risen by more than {config.patching_threshold_add:.4g}"
-        else:
-            rule = {
-                "space": "after spaces and other bytes that are in no word",
-                "static": f"every {config.patch_size} bytes",
-                "byte": "at every byte",
-            }.get(config.patching_mode, f"by the rule `{config.patching_mode}`")
-        longest = f"; none is longer than {config.max_patch_length} bytes" if config.max_patch_length else ""
-        return f"A patch starts {rule}{longest}."
 
 
 def _millions(count: int) -> str:

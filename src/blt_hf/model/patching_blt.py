@@ -60,6 +60,21 @@ class PatchingRule:
             max_patch_length=config.max_patch_length,
         )
 
+    def describe(self) -> str:
+        """Says where a patch starts, to follow "a patch starts": `at every byte`."""
+        if self.mode == "entropy":
+            verb = "rises by more than" if self.monotonicity else "is above"
+            words = f"where the entropy of the next byte {verb} the threshold {self.threshold:.3f} nats"
+            if self.threshold_add is not None:
+                words += f" and has risen by more than {self.threshold_add:.3f}"
+        else:
+            words = {
+                "space": "after spaces and other bytes that are in no word",
+                "static": f"every {self.patch_size} bytes",
+                "byte": "at every byte",
+            }.get(self.mode, f"by the rule `{self.mode}`")
+        return words + (f"; none is longer than {self.max_patch_length} bytes" if self.max_patch_length else "")
+
     @property
     def uses_entropies(self) -> bool:
         """Whether the rule reads entropies, so that an entropy model must run."""
@@ -276,28 +291,14 @@ def patch_ends_from_lengths(patch_lengths: Tensor, num_bytes: int) -> Tensor:
     return take_columns(ends.scatter_add_(1, starts.clamp(0, num_bytes).long(), is_end.long()), 1, num_bytes + 1) > 0
 
 
-def patch_ids_from_lengths(patch_lengths: Tensor, num_bytes: int) -> Tensor:
-    """Index of the patch that holds each byte.
-
-    Args:
-        patch_lengths: int64 `(B, P)`, zeros on the right; each row sums to at least `num_bytes`.
-        num_bytes: how many byte positions to label.
-    Returns:
-        int64 `(B, num_bytes)`, never decreasing along a row. `[1, 1, 3, 0] -> [0, 1, 2, 2, 2]`.
-    """
-    patch_stops = patch_lengths.cumsum(dim=-1)
-    positions = torch.arange(num_bytes, device=patch_stops.device).expand(patch_stops.shape[0], -1)
-    return torch.searchsorted(patch_stops, positions.contiguous(), right=True)
-
-
 def find_patch_ends(
     rule: PatchingRule,
     input_ids: Tensor | None,
     entropies: Tensor | None,
     positions: Tensor,
-    previous_ids: Tensor,
-    previous_entropy: Tensor,
-    open_bytes: Tensor,
+    previous_ids: Tensor | None = None,
+    previous_entropy: Tensor | None = None,
+    open_bytes: Tensor | None = None,
     past_ids: Tensor | None = None,
     past_entropies: Tensor | None = None,
 ) -> Tensor:
@@ -310,12 +311,15 @@ def find_patch_ends(
         positions: int64 `(B, S)`, index of each byte in its text; 0 begins a text.
         previous_ids: int64 `(B,)`, id before the first byte; any value at the start of a text.
         previous_entropy: fp32 `(B,)`, entropy there; likewise.
-        open_bytes: int64 `(B,)`, bytes of the open patch; 0 at the start of a text.
+        open_bytes: int64 `(B,)`, bytes of the open patch; 0 at the start of a text. None, with the two before it: all
+            rows start here.
         past_ids, past_entropies: `(B, H)`, what came before, the newest last; a registered rule reads as many as its
             window says. None: nothing came before.
     Returns:
         bool `(B, S)`: byte `i` is the last of its patch.
     """
+    if open_bytes is None:
+        previous_ids = previous_entropy = open_bytes = positions.new_zeros(positions.shape[0])
     if rule.mode == "entropy":
         ends = entropy_patch_ends(rule, entropies, shift_right(entropies, previous_entropy), positions)
     elif rule.mode == "space":
@@ -330,45 +334,6 @@ def find_patch_ends(
     if rule.max_patch_length is not None:
         ends = split_long_patches(ends, positions == 0, open_bytes, rule.max_patch_length)
     return ends
-
-
-def compute_patch_lengths(
-    rule: PatchingRule,
-    input_ids: Tensor | None = None,
-    entropies: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-) -> Tensor:
-    """Patch lengths of whole texts, one a row.
-
-    Args:
-        rule: the patching rule.
-        input_ids: int64 `(B, S)`; needed if the rule reads ids.
-        entropies: `(B, S)` nats; needed if it reads entropies.
-        attention_mask: `(B, S)`, 0 where there is no text; any padding side. None: no padding.
-    Returns:
-        int64 `(B, P)` as [`patch_lengths_from_ends`] describes it.
-    Raises:
-        ValueError: the tensor that the rule reads is missing.
-    """
-    for name, given, is_read in (
-        ("input_ids", input_ids, rule.uses_ids),
-        ("entropies", entropies, rule.uses_entropies),
-    ):
-        if is_read and given is None:
-            raise ValueError(f"patching mode {rule.mode!r} needs `{name}`; got None.")
-    if input_ids is None and entropies is None:
-        raise ValueError(f"patching mode {rule.mode!r} needs `input_ids` (or `entropies`) for the shape; got neither.")
-    shape_of = input_ids if input_ids is not None else entropies
-    num_bytes = None
-    if attention_mask is not None:
-        layout = RowLayout.from_mask(attention_mask)
-        num_bytes = layout.num_bytes
-        input_ids = None if input_ids is None else layout.pack(input_ids)
-        entropies = None if entropies is None else layout.pack(entropies)
-    positions = torch.arange(shape_of.shape[1], device=shape_of.device).expand(shape_of.shape)
-    zeros = torch.zeros(shape_of.shape[0], dtype=torch.int64, device=shape_of.device)
-    ends = find_patch_ends(rule, input_ids, entropies, positions, zeros, zeros.float(), zeros)
-    return patch_lengths_from_ends(ends, num_bytes)
 
 
 @dataclass
@@ -425,11 +390,9 @@ __all__ = [
     "RegisteredRule",
     "RowLayout",
     "VOCAB_SIZE",
-    "compute_patch_lengths",
     "entropy_from_logits",
     "find_patch_ends",
     "find_rule",
     "patch_ends_from_lengths",
-    "patch_ids_from_lengths",
     "patch_lengths_from_ends",
 ]

@@ -215,13 +215,7 @@ class BltPatches:
         """One line for a reader."""
         noun, patches = ("byte" if self.num_bytes == 1 else "bytes"), ("patch" if self.num_patches == 1 else "patches")
         line = f"{self.num_bytes} {noun} in {self.num_patches} {patches}, {self.bytes_per_patch:.2f} bytes a patch"
-        rule = self.rule
-        if rule.mode != "entropy":
-            return f"{line}; rule {rule.mode}" + (f" of {rule.patch_size} bytes" if rule.mode == "static" else "")
-        if rule.monotonicity:
-            return f"{line}; a rise of {rule.threshold:.3f} nats starts a patch"
-        rise = "" if rule.threshold_add is None else f" and a rise of {rule.threshold_add:.3f}"
-        return f"{line}; threshold {rule.threshold:.3f} nats{rise}"
+        return f"{line}; a patch starts {self.rule.describe()}"
 
     def __len__(self) -> int:
         return len(self.patch_lengths)
@@ -258,8 +252,7 @@ class BltPatches:
         ids = torch.tensor([self.input_ids])
         entropies = None if self.entropies is None else torch.tensor([self.entropies], dtype=torch.float32)
         positions = torch.arange(ids.shape[1])[None]
-        zeros = torch.zeros(1, dtype=torch.int64)
-        ends = find_patch_ends(rule, ids, entropies, positions, zeros, zeros.float(), zeros)
+        ends = find_patch_ends(rule, ids, entropies, positions)
         return _from_lengths(self.input_ids, patch_lengths_from_ends(ends)[0].tolist(), self.entropies, rule)
 
     def to_dict(self) -> dict:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..model.patching_blt import BOS_TOKEN_ID, BYTE_OFFSET, PatchingRule, compute_patch_lengths
+from ..model.patching_blt import BOS_TOKEN_ID, BYTE_OFFSET, PatchingRule
+from ..patches.lengths import compute_patch_lengths
 from ..tokenizer.encoding import byte_ids
 from .data import PatchFinder, check_texts, pad_rows, without_next_byte
 
