@@ -1,5 +1,7 @@
 """Self-speculation (BLT-S): drafts change nothing but the number of passes."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
-from blt_hf.model.generation_blt import Drafts, DraftSource, SelfSpeculation, choose
+from blt_hf.model.generation_blt import AutoSpeculation, Drafts, DraftSource, SelfSpeculation, choose
 from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.checks import cases
 from helpers.models import make_model, model_for, rules, tiny_config
@@ -172,6 +174,58 @@ def test_the_window_adapts_when_asked():
     assert len(set(sizes[1:-1])) > 1
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_sample": True}, {"logits_processor": [], "repetition_penalty": 1.3}], ids=str
+)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_automatic_windows(rows, settings):
+    """Greedy text does not depend on them, however the rounds are timed."""
+    model = make_model(seed=3)
+    ids = torch.tensor([encode("some text")] * rows)
+    settings = {**GREEDY, "max_new_tokens": 60, **settings}
+    text = model.generate(ids, self_speculation_window="auto", **settings)
+    assert text.shape == (rows, ids.shape[1] + 60)
+    if not settings["do_sample"]:
+        assert text.equal(model.generate(ids, **settings))
+
+
+@pytest.mark.parametrize(
+    ("costs", "rate", "window"),
+    [
+        ({0: 10.0, 2: 20.0, 7: 30.0}, 0.95, 15),
+        ({0: 10.0, 2: 20.0, 7: 30.0}, 0.8, 4),
+        ({0: 10.0, 2: 20.0, 7: 30.0}, 0.2, 0),
+        ({0: 10.0, 2: 40.0, 7: 90.0}, 0.99, 0),
+    ],
+)
+def test_the_window_that_pays_is_taken(costs, rate, window):
+    model = make_model()
+    with torch.no_grad():
+        cache = model(torch.tensor([encode("some text")]), use_cache=True).past_key_values
+    source = AutoSpeculation(model.make_runner(cache), 1, do_sample=False)
+    source.costs.update(costs)
+    source.accepted, source.tried = rate, 1.0
+    assert source.best_window() == window
+
+
+def test_costs_are_measured_once_and_go_with_the_model():
+    model = make_model()
+    ids, settings = (
+        torch.tensor([encode("some text")]),
+        {**GREEDY, "max_new_tokens": 80, "self_speculation_window": "auto"},
+    )
+    model.generate(ids, **settings)
+    (costs,) = AutoSpeculation._costs[model.model].values()
+    assert set(costs) == {0, 2, 7}
+    before = dict(costs)
+    model.generate(ids, **settings)
+    assert costs == before
+    count = len(AutoSpeculation._costs)
+    del model
+    gc.collect()
+    assert len(AutoSpeculation._costs) < count
+
+
 def test_windows_adapt_by_row():
     source = SelfSpeculation(None, 3, 4, is_adaptive=True, do_sample=False)
     source.update([4, 4, 0], [4, 1, 0])
@@ -302,7 +356,7 @@ def test_the_field_is_read_from_a_generation_config(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"self_speculation_window": 0}, "at least 1 byte; got 0"),
+        ({"self_speculation_window": 0}, "None, .auto., or at least 1 byte; got 0"),
         ({"self_speculation_window": 2, "self_speculation_schedule": "fast"}, "must be one of .*got 'fast'"),
         ({"self_speculation_window": 2, "num_beams": 2}, "beam"),
         ({"self_speculation_window": 2, "use_cache": False}, "use_cache=True"),

@@ -270,7 +270,7 @@ def test_func_grad_is_backward(kind):
         assert_same(found[name], gradient)
 
 
-@on(*CAUSAL, broken={"blt": "`embedding_bag` has no forward-mode derivative"})
+@on(*CAUSAL)
 def test_forward_mode_agrees_with_backward(kind):
     """The derivative along a direction is the sum of gradients times that direction."""
     model = make(kind)

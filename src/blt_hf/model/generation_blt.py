@@ -6,8 +6,10 @@ row, one pass of the whole model verifies them, and each row accepts its own num
 keeps its distribution. The mixin makes the cache and hands the model its next bytes; all else is transformers'.
 """
 
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -375,6 +377,65 @@ class SelfSpeculation(DraftSource):
             ]
 
 
+class AutoSpeculation(SelfSpeculation):
+    """Self-speculation whose window follows what drafts cost here and how many are accepted; 0 where they do not pay.
+
+    A round with window `w` writes `1 + a + ... + a^w` bytes if each draft is accepted with probability `a`. Its time is
+    measured in the first rounds of a process, for each model and kind of step, and the window with the most bytes a second
+    is taken. `a` is that of the last rounds, over all rows; a window of 0 is left for one round in 64 to ask again.
+
+    Args:
+        runner, num_rows, do_sample: as in [`SelfSpeculation`].
+    """
+
+    _costs: "WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[int, float]]]" = WeakKeyDictionary()
+    _MEASURED = (0, 7, 2)  # windows whose rounds are timed, and how often at least
+    _TIMES = 3
+    _PROBE = 64
+
+    def __init__(self, runner: StepRunner, num_rows: int, do_sample: bool):
+        super().__init__(runner, num_rows, 0, is_adaptive=False, do_sample=do_sample)
+        kind = (num_rows, runner.compiles, runner.is_captured, runner.packed is None, torch.get_num_threads())
+        self.costs = self._costs.setdefault(runner.model, {}).setdefault(kind, {})
+        # Steps of other lengths would be compiled as well.
+        self.candidates = (0, 3, 7) if runner.compiles else (0, 2, 4, 7, 15)
+        self.pending = [w for w in self._MEASURED if w not in self.costs for _ in range(self._TIMES)]
+        self.accepted, self.tried, self.idle = 0.9, 1.0, 0
+        self.window, self.started = 0, 0.0
+
+    def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
+        self.window = self.pending[0] if self.pending else self.best_window()
+        if self.window == 0 and not self.pending:
+            self.idle += 1
+            if self.idle % self._PROBE == 0:
+                self.window = 2
+        self.windows = [self.window] * len(limits)
+        self.started = time.perf_counter()
+        return super().propose(text, cache, limits)
+
+    def update(self, drafted: list[int], accepted: list[int]) -> None:
+        elapsed = time.perf_counter() - self.started
+        if max(drafted, default=0) == self.window and self.pending and self.pending[0] == self.window:
+            # The least, as the first rounds also compile, and other programs take their share of any.
+            self.costs[self.window] = min(elapsed, self.costs.get(self.window, elapsed))
+            self.pending.pop(0)
+        if any(drafted):
+            forget = 0.9
+            self.accepted = forget * self.accepted + sum(accepted)
+            self.tried = forget * self.tried + sum(a + (a < d) for a, d in zip(accepted, drafted))
+
+    def best_window(self) -> int:
+        """The window with the most bytes a second."""
+        rate = min(self.accepted / self.tried, 0.995)
+        slope = (self.costs[7] - self.costs[2]) / 5
+
+        def bytes_per_second(window: int) -> float:
+            cost = self.costs[0] if window == 0 else self.costs[2] + slope * (window - 2)
+            return (1 - rate ** (window + 1)) / (1 - rate) / max(cost, 1e-9)
+
+        return max(self.candidates, key=bytes_per_second)
+
+
 @torch.no_grad()
 def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool):
     """One pass of the whole model over the last byte of each row and its drafts.
@@ -389,8 +450,12 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
     is_active = text.active
     lengths = [count + 1 if active else 0 for count, active in zip(drafts.lengths, is_active)]
     num_drafts = drafts.ids.shape[1]
-    input_ids = torch.cat([text.last_ids(), drafts.ids], dim=1)
     is_full = min(lengths) == num_drafts + 1
+    if num_drafts == 0:
+        logits = runner.step(text.last_ids(), None if is_full else lengths)
+        scores = text.process(logits)
+        return choose_next(scores, do_sample), lengths, logits, scores
+    input_ids = torch.cat([text.last_ids(), drafts.ids], dim=1)
     logits = runner.step(input_ids, None if is_full else lengths)
     if text.has_context:
         text.put_drafts(drafts.ids)
@@ -403,6 +468,13 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
               zip(accepted.tolist(), drafts.lengths, is_active)]  # fmt: skip
     runner.cache.crop_rows([length - count for length, count in zip(lengths, counts)])
     return ids, counts, logits, scores
+
+
+def choose_next(scores: Tensor, do_sample: bool) -> Tensor:
+    """The next byte of each row `(B, 1)`, from processed scores `(B, 1, V)`."""
+    if do_sample:
+        return torch.multinomial(scores[:, 0].softmax(dim=-1), num_samples=1)
+    return scores.argmax(dim=-1)
 
 
 def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Tensor]:
@@ -509,7 +581,8 @@ class BltGenerationMixin(GenerationMixin):
     [`BltForCausalLM`]:
 
         self_speculation_window (default None): bytes that the local models draft before the whole model verifies
-            them. The text is that of normal decoding; sampling keeps its distribution.
+            them. The text is that of normal decoding; sampling keeps its distribution. `"auto"`: as many as pay here,
+            by what steps cost and drafts are accepted; one seed then does not give the same sampled text again.
         self_speculation_schedule (default `"constant"`): `"heuristic"` adapts the window of each row to what it accepts.
 
     And five for a model that was trained with `config.diffusion_block_size` (`blt_hf.fast_blt.blocks` says what happens):
@@ -539,8 +612,8 @@ class BltGenerationMixin(GenerationMixin):
             setattr(generation_config, name, value)
         window = getattr(generation_config, "self_speculation_window", None)
         schedule = getattr(generation_config, "self_speculation_schedule", "constant")
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise ValueError(f"`self_speculation_window` must be None or at least 1 byte; got {window!r}.")
+        if window not in (None, "auto") and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"`self_speculation_window` must be None, 'auto', or at least 1 byte; got {window!r}.")
         if schedule not in _SCHEDULES:
             raise ValueError(f"`self_speculation_schedule` must be one of {_SCHEDULES}; got {schedule!r}.")
         if getattr(generation_config, "diffusion_block_size", None) is not None:
@@ -593,10 +666,7 @@ class BltGenerationMixin(GenerationMixin):
         with torch.no_grad():
             while True:
                 scores = text.process(logits)
-                if do_sample:
-                    ids = torch.multinomial(scores[:, 0].softmax(dim=-1), num_samples=1)
-                else:
-                    ids = scores.argmax(dim=-1)
+                ids = choose_next(scores, do_sample)
                 if text.waits and any(text.stops):
                     has_stopped = torch.tensor([stop is not None for stop in text.stops], device=ids.device)
                     ids = ids.masked_fill(has_stopped[:, None], text.pad_token_id)
@@ -659,6 +729,9 @@ class BltGenerationMixin(GenerationMixin):
             return self._import_blocks().BlockDrafts(self, runner, size, generation_config.do_sample)
         if window is None:
             return None
+        if window == "auto":
+            cache.reserve_slack(round_up_bytes(16))
+            return AutoSpeculation(runner, num_rows, generation_config.do_sample)
         is_adaptive = getattr(generation_config, "self_speculation_schedule", "constant") == "heuristic"
         cache.reserve_slack(round_up_bytes(max(window, 32 if is_adaptive else 0) + 1))
         return SelfSpeculation(runner, num_rows, window, is_adaptive, generation_config.do_sample)
@@ -777,6 +850,7 @@ class BltGenerationMixin(GenerationMixin):
 
 
 __all__ = [
+    "AutoSpeculation",
     "BltGenerationMixin",
     "DraftSource",
     "Drafts",

@@ -398,7 +398,8 @@ class BltHashEmbedding(nn.Embedding):
         weight = self.weight
         if hasattr(weight, "to_local"):  # under tensor parallelism: every rank sums its columns of the tables
             weight, hashes = weight.to_local(), hashes.to_local()
-        if is_exporting():  # ONNX has a loop for bags
+        # ONNX has a loop for bags, and forward-mode differentiation has no rule for them.
+        if is_exporting() or torch.autograd.forward_ad._current_level >= 0:
             return nn.functional.embedding(hashes, weight).sum(dim=2)
         bags = hashes.flatten(0, 1)
         summed = nn.functional.embedding_bag(bags, weight, mode="sum", sparse=self.sparse)
