@@ -59,15 +59,30 @@ METHODS = {
     "OSF": {"effective_rank": 4},
     "Peanut": {},
     "Psoft": {"r": 4},
+    "Pvera": {"r": 4},
     "RandLora": {"r": 4},
     "Road": {"group_size": 4},
     "Shira": {"r": 2},
     "Supertuning": {},
     "TinyLora": {},
+    "TrainableTokens": {"token_indices": [101, 105, 201], "target_modules": ["embed_tokens"]},
     "UniLora": {"theta_d_length": 64},
     "VBLoRA": {"vector_length": 4, "num_vectors": 8},
     "Vera": {"r": 4},
     "WaveFT": {"n_frequency": 10},
+}
+# Methods that have a recipe of their own, or are about models of another kind
+NOT_ASKED = {
+    "AdaptionPrompt": "has a recipe: PEFT knows it for Llamas alone",
+    "Cartridge": "puts vectors before the text, as prefix tuning, which has a recipe",
+    "CPT": "puts vectors before the text, as prompt tuning, which has a recipe",
+    "MultitaskPromptTuning": "puts vectors before the text, as prompt tuning, which has a recipe",
+    "Poly": "has a recipe: each row names its task",
+    "PrefixTuning": "has a recipe",
+    "PromptEncoder": "has a recipe",
+    "PromptTuning": "has a recipe",
+    "Shadow": "runs a small copy of one stack of decoder layers, in PEFT's own error for a BLT",
+    "XLora": "mixes adapters by the columns of ids: tests/integrations/test_peft_positions.py",
 }
 # Lily chooses its weights by the mean of all positions, so that a Llama's rows and pieces of text differ as well.
 NOT_BY_POSITION = {"Lily"}
@@ -79,6 +94,8 @@ def has(method: str) -> bool:
 
 def config_of(method: str):
     arguments = {"task_type": "CAUSAL_LM", "target_modules": TARGETS, **METHODS[method]}
+    if method == "TrainableTokens":
+        del arguments["task_type"]
     if method == "Frod":
         arguments["progressbar"] = False
     return getattr(peft, f"{method.partition('-')[0]}Config")(**arguments)
@@ -107,6 +124,49 @@ def every_method(test=None, but=()):
     skip = pytest.mark.skip("not in this PEFT")
     methods = [pytest.param(m, marks=() if has(m) else skip) for m in METHODS if m not in but]
     return on(*BOTH, slow=("llama",))(pytest.mark.parametrize("method", methods)(test))
+
+
+def test_every_method_of_peft_is_asked():
+    """A new release's method belongs to one of the two tables."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    methods = {config.__name__.removesuffix("Config") for config in PEFT_TYPE_TO_CONFIG_MAPPING.values()}
+    asked = {method.partition("-")[0] for method in METHODS}
+    assert methods - asked - NOT_ASKED.keys() == set()
+    assert not asked & NOT_ASKED.keys()
+
+
+@on(*CAUSAL)
+def test_each_row_names_its_task(kind):
+    """Poly: `task_ids` beside the text, in a batch as alone."""
+    torch.manual_seed(0)
+    config = peft.PolyConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=4, n_tasks=2, n_skills=2, n_splits=2)
+    model, batch = get_peft_model(make(kind), config), encode(*TEXTS[:2])
+    move(model, 0.5)
+    tasks = torch.tensor([1, 0])
+    with torch.no_grad():
+        together = model(**batch, task_ids=tasks, use_cache=False).logits
+        for row, text in enumerate(TEXTS[:2]):
+            one = tokenizer(text, return_tensors="pt")
+            alone, other = (
+                model(**one, task_ids=task, use_cache=False).logits[0]
+                for task in (tasks[row, None], 1 - tasks[row, None])
+            )
+            assert_same(together[row][batch.attention_mask[row] == 1], alone)
+            assert_other(alone, other)
+
+
+@on(*CAUSAL)
+def test_vectors_inside_of_attention(kind):
+    """Adaption prompts are for models that PEFT knows; a BLT is none of them, and PEFT says so."""
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
+    if kind == "llama":
+        model = get_peft_model(make(kind), config)
+        assert_same(logits_of(model.eval()), logits_of(make(kind)))  # its gate begins at zero
+        assert_other(logits_of(move(model, 0.5)), logits_of(make(kind)), 1e-4)
+    else:
+        with pytest.raises(ValueError, match="adaption prompt"):
+            get_peft_model(make(kind), config)
 
 
 @every_method(but=NOT_BY_POSITION)

@@ -461,6 +461,51 @@ def test_a_replaced_forward_is_honoured_in_every_pass(kind):
     assert len(seen) >= 0.8 * len(names)  # an entropy model's projections may move no patch
 
 
+def scaled(output):
+    """What a module gives, a fifth larger."""
+    if isinstance(output, tuple):
+        return (scaled(output[0]), *output[1:])
+    return 1.2 * output if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+
+
+def hook(module):
+    return module.register_forward_hook(lambda module, inputs, output: scaled(output)).remove
+
+
+def replace(module):
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: scaled(forward(*args, **kwargs))
+    return lambda: vars(module).pop("forward")
+
+
+@on(*CAUSAL)
+@pytest.mark.parametrize("change", [hook, pytest.param(replace, marks=pytest.mark.slow)])
+def test_what_is_done_to_any_module_is_in_every_pass(kind, change):
+    """Norms, embeddings, attentions, MLPs, layers, stacks: whole texts, steps and generated text see it alike."""
+    model, without_effect = make(kind), []
+    ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    before = logits_of(model, TEXTS[0])
+    leave_out = (nn.ModuleList, nn.Linear)  # every `Linear` has a recipe above
+    names = [n for n, m in model.named_modules() if n and ".1" not in n and not isinstance(m, leave_out)]
+    for name in names:
+        undo = change(model.get_submodule(name))
+        expected = logits_of(model, TEXTS[0])
+        with torch.no_grad():
+            output = model(ids[:, :6], use_cache=True)
+            steps = [output.logits]
+            for column in (6, 7):
+                output = model(ids[:, column : column + 1], past_key_values=output.past_key_values, use_cache=True)
+                steps.append(output.logits)
+        assert_same(torch.cat(steps, dim=1), expected[:, :8], 1e-4)
+        assert write(model, num_bytes=2) == write(model, num_bytes=2, use_cache=False), name
+        undo()
+        if torch.allclose(before, expected, atol=1e-4):
+            without_effect.append(name)
+    assert torch.equal(logits_of(model, TEXTS[0]), before)
+    # An entropy model may move no patch, and what is normalised afterwards keeps no scale.
+    assert len(without_effect) <= 0.5 * len(names), without_effect
+
+
 @on(*CAUSAL)
 def test_a_forward_hook_that_changes_a_layer_changes_generated_text(kind):
     """Steering: a vector is added to what a layer gives, in `generate` as in a forward."""

@@ -374,14 +374,16 @@ def test_generate_between_steps_of_a_checkpointed_run(kind, tmp_path):
         def on_step_begin(self, args, state, control, model, **kwargs):
             was_training, checkpointing = model.training, model.is_gradient_checkpointing
             with torch.no_grad():
-                written.append(write(model, num_bytes=4))
+                written.append((write(model, num_bytes=4), write(copy.deepcopy(model).eval(), num_bytes=4)))
             assert (model.training, model.is_gradient_checkpointing) == (was_training, checkpointing)
 
     settings = {"gradient_checkpointing": True}
     found = trained(model, tmp_path, callbacks=[Write()], **settings)
     assert found == pytest.approx(trained(other, tmp_path, **settings), abs=1e-5)
     assert_same_weights(model, other)
-    assert written[0] == write(make(kind), num_bytes=4)
+    assert written[0][0] == write(make(kind), num_bytes=4)
+    if kind != "llama":  # which reads the last token alone there, as checkpointing switches its cache off
+        assert written[1][0] == written[1][1]
 
 
 @on(*CAUSAL)
