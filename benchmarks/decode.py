@@ -6,6 +6,8 @@ python benchmarks/decode.py --shape 1b --dtype bfloat16 --device cuda --skip-in-
 
 import argparse
 import copy
+import subprocess
+import sys
 
 import torch
 from common import (
@@ -88,9 +90,19 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--compile", action="store_true", help="also with torch.compile (its time is not counted)")
     parser.add_argument("--skip-in-tree", action="store_true", help="leave out the two contestants without a cache")
+    parser.add_argument("--busy", type=int, default=0, help="so many other processes that keep a core busy each")
     arguments = parser.parse_args()
     set_up(arguments)
     device = arguments.device
+    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(arguments.busy)]
+    try:
+        run(arguments, device)
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+
+
+def run(arguments: argparse.Namespace, device: str) -> None:
     if arguments.skip_in_tree:
         difference, in_tree = None, None
         model = build_blt(arguments.shape, arguments.patch_bytes, device, arguments.dtype)
@@ -121,15 +133,15 @@ def main() -> None:
             ),
         ]
         if arguments.compile:
-            run = Continuation(model, prompt, arguments.new_bytes, compile_config=compile_config)
-            contestants.insert(1, Contestant("blt_hf, compiled", run, arguments.new_bytes, arguments.repeats))
+            compiled = Continuation(model, prompt, arguments.new_bytes, compile_config=compile_config)
+            contestants.insert(1, Contestant("blt_hf, compiled", compiled, arguments.new_bytes, arguments.repeats))
         if is_gpu:
-            run = Continuation(model, prompt, arguments.new_bytes, is_static=True)
-            contestants.insert(1, Contestant("blt_hf, recorded", run, arguments.new_bytes, arguments.repeats))
+            recorded = Continuation(model, prompt, arguments.new_bytes, is_static=True)
+            contestants.insert(1, Contestant("blt_hf, recorded", recorded, arguments.new_bytes, arguments.repeats))
         if is_gpu and arguments.compile:
             units = new_tokens * BYTES_PER_TOKEN
-            run = whole(llama, prompt[:, :tokens], new_tokens)
-            contestants.append(Contestant("llama, compiled, with its prompt", run, units, arguments.repeats))
+            compiled = whole(llama, prompt[:, :tokens], new_tokens)
+            contestants.append(Contestant("llama, compiled, with its prompt", compiled, units, arguments.repeats))
         if in_tree is not None:
             count = 1 if context > 1024 else 3
             contestants += [
@@ -148,11 +160,11 @@ def main() -> None:
             Contestant("blt_hf", Continuation(model, prompt, arguments.new_bytes), count, arguments.repeats)
         ]
         if arguments.compile:
-            run = Continuation(model, prompt, arguments.new_bytes, compile_config=compile_config)
-            contestants.append(Contestant("blt_hf, compiled", run, count, arguments.repeats))
+            compiled = Continuation(model, prompt, arguments.new_bytes, compile_config=compile_config)
+            contestants.append(Contestant("blt_hf, compiled", compiled, count, arguments.repeats))
         if is_gpu:
-            run = Continuation(model, prompt, arguments.new_bytes, is_static=True)
-            contestants.append(Contestant("blt_hf, recorded", run, count, arguments.repeats))
+            recorded = Continuation(model, prompt, arguments.new_bytes, is_static=True)
+            contestants.append(Contestant("blt_hf, recorded", recorded, count, arguments.repeats))
         for result in interleave(contestants, device):
             rows.append({"context": 256, "batch": batch, **result})
     read, speed = weight_bytes_a_byte(model, arguments.patch_bytes), bandwidth(device)

@@ -40,8 +40,15 @@ class Counts:
 
     def __init__(self, model: BltForCausalLM):
         self.clear()
-        self._count(model, "step_logits", "passes")
-        self._count(model, "draft_logits", "drafts")
+        make = model.make_runner
+
+        def made(*arguments):
+            runner = make(*arguments)
+            self._count(runner, "step", "passes")
+            self._count(runner, "draft", "drafts")
+            return runner
+
+        model.make_runner = made
         fill = blocks.fill_block
 
         def filled(*arguments):
@@ -51,14 +58,14 @@ class Counts:
 
         blocks.fill_block = filled
 
-    def _count(self, model: BltForCausalLM, name: str, counter: str) -> None:
-        method = getattr(model, name)
+    def _count(self, runner, name: str, counter: str) -> None:
+        method = getattr(runner, name)
 
         def counted(*arguments):
             setattr(self, counter, getattr(self, counter) + 1)
             return method(*arguments)
 
-        setattr(model, name, counted)
+        setattr(runner, name, counted)
 
     def clear(self) -> None:
         self.passes = self.drafts = self.reads = 0
@@ -149,20 +156,21 @@ def measure_proportions(arguments, trained: list[dict]) -> list[dict]:
     ids = random_ids(1, 512 + 64 + turns, device)
     cache = model(ids[:, :512], use_cache=True).past_key_values
     cache.reserve_slack(largest + 1)
+    runner = model.make_runner(cache)
 
     def one_byte(index: int) -> float:
-        return timed(lambda: model.step_logits(ids[:, 512 + index : 513 + index], cache), device)
+        return timed(lambda: runner.step(ids[:, 512 + index : 513 + index]), device)
 
     plain = statistics.mean(one_byte(index) for index in range(turns))  # a mean: only some bytes end a patch
     start = 512 + turns
 
     def whole(size: int) -> float:
-        seconds = timed(lambda: model.step_logits(ids[:, start : start + size], cache), device)
+        seconds = timed(lambda: runner.step(ids[:, start : start + size]), device)
         cache.crop_rows([size])
         return seconds
 
     def draft() -> float:
-        seconds = timed(lambda: model.draft_logits(ids[:, start : start + 1], cache), device)
+        seconds = timed(lambda: runner.draft(ids[:, start : start + 1]), device)
         cache.crop_rows([1])
         return seconds
 
@@ -171,7 +179,7 @@ def measure_proportions(arguments, trained: list[dict]) -> list[dict]:
         is_masked = torch.arange(size, device=device)[None] > 0
 
         def read():
-            state = blocks.read_last_byte(model.model, cache, block[:, :1])
+            state = runner.read_last(block[:, :1])
             blocks.read_block(model, cache, state, block, is_masked)
 
         return timed(read, device)

@@ -73,6 +73,7 @@ def windows_of(arguments) -> dict[str, dict]:
     for window in arguments.windows:
         schedules[str(window)] = {"self_speculation_window": window}
     schedules["adaptive"] = {"self_speculation_window": 8, "self_speculation_schedule": "heuristic"}
+    schedules["auto"] = {"self_speculation_window": "auto"}
     return schedules
 
 
@@ -156,14 +157,15 @@ def measure_parts(arguments, turns: int = 20) -> dict:
     cache = BltCache(model.config)
     cache.fix_steps(CompileConfig(mode=None), 1024)
     model(ids[:, :PROMPT_BYTES], use_cache=True, past_key_values=cache)
+    runner = model.make_runner(cache)
 
     def read(count: int) -> float:
         start = cache.get_seq_length()
-        return timed(lambda: model.step_logits(ids[:, start : start + count], cache), arguments.device)
+        return timed(lambda: runner.step(ids[:, start : start + count]), arguments.device)
 
     def draft() -> float:
         start = cache.get_seq_length()
-        seconds = timed(lambda: model.draft_logits(ids[:, start : start + 1], cache), arguments.device)
+        seconds = timed(lambda: runner.draft(ids[:, start : start + 1]), arguments.device)
         cache.crop(-1)
         return seconds
 
