@@ -52,6 +52,12 @@ REASONS = [
         _WHY_PROMPTS,
     ),
     Reason(
+        ("* ActivatedLora",),
+        ValueError,
+        "aLoRA counts bytes in layers whose positions are patches",
+        "an adapter that is switched on behind a byte would have to know which patches stand behind it",
+    ),
+    Reason(
         ("* Shadow",),
         AttributeError,
         "Unable to automatically find a `nn.ModuleList` of decoder layers",
@@ -194,6 +200,8 @@ def with_reason(test):
     def wrapper(self, *args, **kwargs):
         config_class = kwargs.get("config_cls")
         method = config_class.__name__.removesuffix("Config") if config_class is not None else ""
+        if (kwargs.get("config_kwargs") or {}).get("alora_invocation_tokens") is not None:
+            method = "ActivatedLora"  # which has no class of its own
         reason = find_reason(test.__name__, method)
         if reason is None:
             return test(self, *args, **kwargs)
@@ -220,7 +228,10 @@ def test_no_entry_is_left_behind():
     names = [name for name in dir(decoders.TestDecoderModels) if name.startswith("test_")]
     for pattern in ABOUT_OTHERS:
         assert fnmatch.filter(names, pattern), pattern
-    methods = {config.__name__.removesuffix("Config") for config, _ in decoders.ALL_CONFIGS} | {"Cartridge"}
+    methods = {config.__name__.removesuffix("Config") for config, _ in decoders.ALL_CONFIGS} | {
+        "ActivatedLora",
+        "Cartridge",
+    }
     assert set(OWN_SETTINGS) <= methods
     every = [f"{name} {method}" for name in names for method in methods]
     for reason in REASONS:
