@@ -100,6 +100,7 @@ def engine(folder: str, **options):
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("llvmlite")}
     llm = LLM(model=str(folder), **{**values, **options})
     sys.modules.update(hidden)
+    torch.set_num_threads(1)  # vLLM has taken all
     try:
         yield llm
     finally:
