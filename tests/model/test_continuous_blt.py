@@ -167,6 +167,23 @@ def test_memory_that_is_short_makes_requests_wait(tiny_model):
         RunningBatch(tiny_model, greedy(), max_text=20).add(RequestState("long", ids, max_new_tokens=30))
 
 
+@pytest.mark.parametrize("mode", ["byte", "entropy", "no windows"])
+def test_rows_take_the_memory_that_admission_counts(mode):
+    """No row holds more, however its tensors grow; where every byte is a patch, a full row holds nearly that."""
+    model = make_model(tiny_config(**{"byte": {"patching_mode": "byte"}, **MODES}[mode]), seed=3)
+    batch, largest = RunningBatch(model, greedy(), max_rows=3), 0
+    for length in (3, 150, 20):
+        batch.add(RequestState(str(length), encode("a" * length), max_new_tokens=length, eos_token_id=-1))
+    most = row_memory(model, 1 + 2 * 150)
+    while not batch.is_idle:
+        batch.step()
+        if batch.cache is not None:
+            held = sum(t.values.nbytes for kind in batch.cache._kinds() for t in kind.tensors if t.values is not None)
+            largest = max(largest, held / len(batch.rows))
+    assert largest <= most
+    assert mode != "byte" or largest > 0.95 * most
+
+
 @pytest.fixture
 def manager(tiny_model):
     manager = tiny_model.init_continuous_batching(greedy(max_new_tokens=12))

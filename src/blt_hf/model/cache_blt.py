@@ -77,6 +77,7 @@ class Slots:
 
     def __init__(self, keep: int | None):
         self.keep, self.size, self.least = keep, 0, 0
+        self.most: int | None = None  # entries that a row will have, where that is known
         self.is_static = False  # the tensors stay where they are as long as there is room
         self.moves = 0  # how often a tensor was made anew
         self.tensors: list[SlotTensor] = []
@@ -100,9 +101,9 @@ class Slots:
         """
         needed = max(total if self.keep is None else min(total, self.keep + slack), self.least)
         if needed > self.size:
-            grown = max(needed, self.size + self.size // 2)
-            most = grown if self.keep is None else max(self.keep + slack, self.least)
-            self.resize(_round_up(min(grown, most)), counts)
+            most = self.most if self.keep is None else self.keep + slack
+            grown = self.size + self.size // 2
+            self.resize(_round_up(max(needed, grown if most is None else min(grown, most))), counts)
 
     def resize(self, size: int, counts: Tensor | None) -> None:
         """Lays out anew what is there, in rows of `counts` `(B,)` entries."""
@@ -619,6 +620,11 @@ class BltCache(Cache):
         self.history.start(num_rows, device)
         self._starts += 1
         self.row_bytes, self.row_patches, self._row_stale = [0] * num_rows, [0] * num_rows, [0] * num_rows
+
+    def expect(self, num_bytes: int) -> None:
+        """Says how many bytes the longest row will have, at least, so that no tensor grows beyond what it needs."""
+        for slots in self._kinds():
+            slots.most = num_bytes  # patches are no more than bytes
 
     def fix_steps(self, compile_config=None, max_length: int | None = None) -> None:
         """From now on decodes in tensors that stay where they are, in an empty cache: with compiled steps, and on a GPU

@@ -45,27 +45,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def row_memory(model, num_bytes: int) -> int:
-    """Bytes of memory that a row of `num_bytes` bytes of text takes in a cache, at worst (every byte a patch).
-
-    Buffers grow by halves, so a row may hold one and a half times what it needs.
-    """
-    config, cache, size = model.config, model.make_cache(), model.dtype.itemsize
-
-    def kept(slots) -> int:
-        return num_bytes if slots.keep is None else min(num_bytes, slots.keep + cache.slack)
-
-    def width(part) -> int:
-        return 2 * part.num_hidden_layers * part.head_dim * part.num_key_value_heads
-
-    patcher, encoder, decoder = config.patcher_config, config.encoder_config, config.decoder_config
-    patcher_size = 4 if size < 4 else size  # it stays in fp32
-    total = kept(cache.patcher_slots) * width(patcher) * patcher_size if cache.patcher else 0
-    total += kept(cache.local_slots) * (width(encoder) + width(decoder)) * size
-    total += num_bytes * width(config.global_config) * size
-    # Log, encoder states and latents of the last bytes; a patch may be as long as the text.
-    latents = 2 * cache.num_cross_layers * decoder.cross_attn_k * decoder.hidden_size
-    total += min(num_bytes, 1024) * (len(cache.byte_states) * encoder.hidden_size + latents) * size
-    return 3 * total // 2
+    """Counts the memory, in bytes, of a row of `num_bytes` bytes of text in a cache, at worst: every byte is a patch."""
+    return model.make_cache().memory(model.config, num_bytes, num_bytes, model.dtype)
 
 
 class _Request:
@@ -163,6 +144,7 @@ class RunningBatch:
         self.rows: list[_Request | None] = []
         self.cache = None
         self._runner = None  # of the steps on this cache, made when a request has joined
+        self._longest = 0  # bytes that the longest request of the rows' cache may have, those that have left included
         self._last_ids = torch.zeros(0, 1, dtype=torch.int64, device=model.device)
 
     @property
@@ -266,6 +248,7 @@ class RunningBatch:
             self.reading = self.waiting.popleft()
             self.reading.state.status = RequestStatus.PREFILLING
             self.reading.cache = self.model.make_cache()
+            self.reading.cache.expect(self.reading.max_bytes)
         request = self.reading
         piece, request.remaining = request.remaining[: self.prefill_bytes], request.remaining[self.prefill_bytes :]
         ids = torch.tensor([piece], device=self.model.device)
@@ -311,7 +294,10 @@ class RunningBatch:
         texts = [r.max_bytes for r in (*running, request)]
         if self.max_text is not None and sum(texts) > self.max_text:
             return False
-        return self._memory(_row_count(len(texts)), max(texts)) <= self.max_memory
+        rows, longest = _row_count(len(texts)), max(texts)
+        if rows == len(self.rows):  # the cache stays, as large as a request that has left made it
+            longest = max(longest, self._longest)
+        return self._memory(rows, longest) <= self.max_memory
 
     def _memory(self, rows: int, num_bytes: int) -> int:
         return rows * row_memory(self.model, num_bytes)
@@ -322,6 +308,8 @@ class RunningBatch:
             self._resize(_row_count(len(self.rows) + 1))
         row = self.rows.index(None)
         self.rows[row] = request
+        self._longest = max(self._longest, request.max_bytes)
+        self.cache.expect(self._longest)
         self.cache.write_rows([row], request.cache)
         self._last_ids[row] = request.state.generated_tokens[-1]
         self._runner = None
@@ -345,8 +333,10 @@ class RunningBatch:
         cache = None
         if count:
             cache = self.model.make_cache()
+            self._longest = max((r.max_bytes for r in requests if r), default=0)
             if self.is_static:
-                cache.fix_steps(self.compile_config, max((r.max_bytes for r in requests if r), default=0))
+                cache.fix_steps(self.compile_config, self._longest)
+            cache.expect(self._longest)
             cache.start(count, device)
             if kept:
                 index = torch.tensor(kept, device=device)
