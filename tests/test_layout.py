@@ -24,6 +24,7 @@ HOLDS = {
     "model/test_diffusion_blt.py": ["fast_blt/masked"],
     "model/test_exactness.py": ["model/chunk_blt", "model/forward_blt", "model/stacks_blt"],
     "model/test_patches_blt.py": ["patches/data", "patches/display"],
+    "model/test_patching_blt.py": ["patches/lengths"],
     "model/test_unmasking_blt.py": ["fast_blt/blocks"],
     "test_cli.py": ["cli/calibrate", "cli/common", "cli/evaluate", "cli/flops", "cli/patches"],
     "test_cli_models.py": ["cli/card", "cli/generate", "cli/info", "cli/train"],
