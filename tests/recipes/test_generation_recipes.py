@@ -265,14 +265,6 @@ def draw_pairs() -> list[tuple[str, str, str]]:
 PAIRS = draw_pairs()
 
 
-def _pairs():
-    for first, second, mode in PAIRS:
-        marks = []
-        if "guidance_scale" in (first, second) and mode in ("drafts", "blocks"):
-            marks = [pytest.mark.xfail(strict=True, reason="drafts ask a processor that keeps a state out of order")]
-        yield pytest.param(first, second, mode, marks=marks, id=f"{mode}-{first}-{second}")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("first, second, mode", PAIRS, ids=lambda value: value)
 def test_two_arguments_on_a_llama(first, second, mode):
@@ -283,7 +275,7 @@ def test_two_arguments_on_a_llama(first, second, mode):
     assert str(found) == str(expected) or (isinstance(found, _Refused) and NEEDS_CACHE & {first, second})
 
 
-@pytest.mark.parametrize("first, second, mode", _pairs())
+@pytest.mark.parametrize("first, second, mode", PAIRS, ids=lambda value: value)
 def test_two_arguments_ask_the_same_however_a_text_is_written(first, second, mode):
     arguments = {**ARGUMENTS[first], **ARGUMENTS[second]}
     found = _attempt(MODES[mode], arguments)
@@ -396,7 +388,6 @@ def test_a_processor_with_a_state_sees_each_byte_once(kind):
     assert found != write(model_of(kind), TEXT, 10)
 
 
-@pytest.mark.xfail(strict=True, reason="drafts ask a processor that keeps a state out of order")
 @pytest.mark.parametrize("mode", ["drafts", "blocks"])
 def test_a_processor_with_a_state_under_drafts(mode):
     """The same text as without drafts, or a `ValueError` that names what does not go together."""
