@@ -79,6 +79,15 @@ def test_other_precisions(dtype):
     torch.testing.assert_close(logits_of(model)[0], logits_of(by_modules(model))[0], **tolerance)
 
 
+def test_an_entropy_model_in_another_precision_and_an_equal_window():
+    """Stacks of equal windows share a mask, each in its own precision."""
+    model = make_model(tiny_config(local_attention_window_len=12))
+    model = model.to(torch.bfloat16)
+    model.model.patcher.float()
+    assert packed_stacks(model) == list(STACKS)
+    torch.testing.assert_close(logits_of(model)[0], logits_of(by_modules(model))[0], atol=0.1, rtol=0.05)
+
+
 def _optimizer_step(model):
     model.train()
     model(IDS, labels=IDS).loss.backward()

@@ -87,7 +87,8 @@ class AttentionSpan:
         is_long = window is not None and (is_exporting() or num_queries > window)
         if is_long and not wants_weights and implementation in ("eager", "sdpa"):
             self.block = min(max(window, 32), 128)
-        self._masks: dict[str, object] = {}
+        self._masks: dict[tuple, object] = {}
+        self._sees_all = False
         self.rotations: dict[int, Tensor] = {}  # of packed stacks, which share a span
         self._head: AttentionSpan | None = None
 
@@ -99,7 +100,7 @@ class AttentionSpan:
 
     def hide_nothing(self) -> None:
         """Makes all keys visible."""
-        self._masks["whole"] = None
+        self._sees_all = True
 
     def whole_mask(self, query: Tensor) -> Tensor | None:
         """The mask of an attention in one piece, as the attention interface takes it."""
@@ -120,13 +121,14 @@ class AttentionSpan:
 
     def _mask(self, name: str, query: Tensor, build: Callable[[torch.device], Tensor | None]):
         """What the attention interface takes as `attention_mask`, built once a forward and shared by all layers."""
-        if name not in self._masks:
-            mask = build(query.device)
+        key = name, query.dtype, query.device  # stacks that share a span may differ
+        if key not in self._masks:
+            mask = None if self._sees_all else build(query.device)
             if isinstance(mask, Tensor) and self.implementation == "sdpa":
                 # Otherwise every layer makes, and keeps for its backward, floats of its own.
                 mask = (~mask * torch.finfo(torch.float32).min).to(query.dtype)
-            self._masks[name] = mask
-        return self._masks[name]
+            self._masks[key] = mask
+        return self._masks[key]
 
     def _build_mask(self, device: torch.device):
         num_keys = self.num_past + self.num_queries
