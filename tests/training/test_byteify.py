@@ -129,6 +129,35 @@ def test_final_norm_of_the_token_model_is_kept_in_the_projection():
     assert (folded - unfolded).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {
+            "cross_attn_k": 2,
+            "encoder_config": {"hidden_size": 16, "num_attention_heads": 2},
+            "decoder_config": {"hidden_size": 16, "num_attention_heads": 2},
+        },
+        {"encoder_config": {"num_hidden_layers": 2, "cross_attn_all_layers": True}},
+    ],
+    ids=["projection", "no projection", "all layers"],
+)
+@pytest.mark.parametrize("make_config", [TOKEN_CONFIGS["llama"], TOKEN_CONFIGS["mistral"]], ids=["llama", "mistral"])
+def test_patches_start_at_the_scale_of_token_embeddings(make_config, overrides, dtype):
+    """Whatever the shape, and however small the embeddings are; also on another text than the one that was measured."""
+    token_model = make_token_model(make_config()).to(dtype)
+    with torch.no_grad():
+        token_model.get_input_embeddings().weight.mul_(0.037)
+    model = byteify(token_model, patching_mode="space", patch_in_forward=False, **overrides).eval()
+    ids = torch.tensor([[1, *byte_ids("Other words, and more: an encyclopedia of three volumes, printed in 1911.")]])
+    with torch.no_grad():
+        states = model.model(ids, output_hidden_states=True, use_cache=False).global_hidden_states[0]
+    scale = token_model.get_input_embeddings().weight.float().square().mean().sqrt()
+    assert float(states.float().square().mean().sqrt() / scale) == pytest.approx(1, abs=0.15)
+    assert byteify(token_model, patching_mode="space", patch_in_forward=False).training
+
+
 def test_with_an_entropy_model(tmp_path):
     patcher = make_model().model.patcher
     token_model = make_token_model(LlamaConfig(**SIZE))

@@ -12,11 +12,17 @@ from torch import Tensor, nn
 
 from ..model.configuration_blt import BltConfig
 from ..model.modeling_blt import BltForCausalLM, BltPatcher
-from ..model.patching_blt import PatchingRule
+from ..model.patching_blt import BOS_TOKEN_ID, PatchingRule
+from ..tokenizer.encoding import byte_ids
 
 
 GLOBAL_LEARNING_RATE_SCALE = 0.1
 _TOKEN_MODEL_TYPES = ("llama", "mistral")
+
+_SAMPLE = (
+    "A text of some length, with words of many letters and of few. In 1871, 3.5 million people lived there; how many were "
+    "they in 1901?\n\n    for index, name in enumerate(names):\n        print(index, name)  # one line each\n"
+)
 
 _LAYER_TENSORS = (
     "self_attn.q_proj.weight",
@@ -48,6 +54,9 @@ def byteify(
     are not used. BLT's global transformer has no final norm. The weight of the token model's final norm is multiplied
     into the columns of the decoder's patch projection; its normalisation is not needed, because every latent is
     normalised when it is read.
+
+    Patches reach the layers at the scale of the token embeddings that they replace: the weights that make them are
+    multiplied so that both have the same root mean square. At a larger scale they would drown what the layers add to them.
 
     Args:
         token_model: a model of type llama or mistral, with or without its head.
@@ -83,7 +92,29 @@ def byteify(
         model.model.global_transformer.layers.load_state_dict(weights)
         # Each column of the projection reads one channel of the state, so scaling columns is scaling channels.
         model.model.local_decoder.patch_embedding_projection.weight.mul_(base.norm.weight)
+    _scale_patches(model, base.embed_tokens.weight)
     return model
+
+
+@torch.no_grad()
+def _scale_patches(model: BltForCausalLM, embeddings: Tensor) -> None:
+    """Gives the input of the global transformer the root mean square of `embeddings`."""
+    if embeddings.is_meta:
+        return
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor([[BOS_TOKEN_ID, *byte_ids(_SAMPLE)]], device=embeddings.device)
+    states = model.model(ids, output_hidden_states=True, use_cache=False).global_hidden_states[0]
+    model.train(was_training)
+    ratio = embeddings.float().square().mean().sqrt() / states.float().square().mean().sqrt()
+    encoder, projection = model.model.local_encoder, model.model.global_transformer.token_embedding_projection
+    if isinstance(projection, nn.Linear):
+        projection.weight.mul_(ratio)
+        return
+    # Queries of the cross attention are normed, so latents grow with these two alone.
+    encoder.patch_embedding_projection.weight.mul_(ratio)
+    for cross in encoder.cross_attn_layers:
+        cross.o_proj.weight.mul_(ratio)
 
 
 def byteify_config(token_config, patcher: BltPatcher | None = None, **overrides) -> BltConfig:
