@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from blt_hf import BltConfig, BltForCausalLM, BltPatcher, BltTokenizer
+from blt_hf.tokenizer.encoding import byte_ids
 
 
 SIZES = {  # encoder and decoder width, decoder layers, global width, global layers, rows of a hash table
@@ -58,8 +59,7 @@ def make_model(size: str, patcher: str | None) -> BltForCausalLM:
 def pieces(texts: list[str], num_bytes: int) -> Dataset:
     """Texts as ids, each between a BOS (1) and an EOS (2); long ones are cut."""
     rows = []
-    for text in texts:
-        ids = [byte + 4 for byte in text.encode()]
+    for ids in map(byte_ids, texts):
         rows += [[1, *ids[start : start + num_bytes - 2], 2] for start in range(0, len(ids), num_bytes - 2)]
     return Dataset.from_dict({"input_ids": rows})
 

@@ -22,7 +22,7 @@ _LOW_BYTES = bytes(range(256 - BYTE_OFFSET))  # their ids are below 256; UTF-8 h
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that names each of the 256 bytes in a byte-level `tokenizer.json` (GPT-2's table)."""
+    """Returns the printable characters that name the 256 bytes in a byte-level `tokenizer.json` (GPT-2's table)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

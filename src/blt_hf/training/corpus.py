@@ -16,11 +16,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ..model.patching_blt import PatchingRule
-from .data import BOS_TOKEN_ID, PrecomputePatches, byte_ids, find_files, stream_texts
-
-
-EOS_TOKEN_ID = 2
+from ..model.patching_blt import BOS_TOKEN_ID, EOS_TOKEN_ID, PatchingRule
+from ..tokenizer.encoding import byte_ids
+from .data import PrecomputePatches, find_files, stream_texts
 
 
 @dataclass(frozen=True)
