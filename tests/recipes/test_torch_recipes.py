@@ -399,7 +399,7 @@ class Logits(nn.Module):
 
 
 @pytest.mark.slow
-@on(*CAUSAL, broken={"blt": "the length of one row cannot be left open"})
+@on(*CAUSAL)
 def test_one_row_is_exported_for_any_length(kind):
     """`torch.export` of a batch of one row, whose length is a dimension with bounds."""
     model = make(kind)
