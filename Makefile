@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` set up what they need; the scripts say which variables they read.
-.PHONY: coverage links quickstart quality style test test-gpu test-lowest test-properties test-slow test-vllm
+.PHONY: coverage links quickstart quality style test test-gpu test-lowest test-newest test-properties test-slow test-vllm
 
 bin = $(or $(BLT_VENV),.venv)/bin
 
@@ -28,6 +28,10 @@ test-vllm:
 # The oldest versions that are supported, in an environment of their own (some GB).
 test-lowest:
 	bash scripts/test_lowest.sh
+
+# The newest versions (constraints/newest.txt), in an environment of their own (some GB).
+test-newest:
+	bash scripts/test_newest.sh
 
 # The code beside the bundled weights, after a module of the model was added, renamed or removed.
 links:

@@ -41,3 +41,16 @@ def test_nothing_else_is_pinned():
     assert LOWEST.keys() == BOUNDS.keys()
     assert PROJECT["requires-python"] == ">=3.10"  # of scripts/test_lowest.sh
     assert "python3.10" in (ROOT / "scripts" / "test_lowest.sh").read_text()
+
+
+def test_newest_versions_are_within_the_bounds():
+    lines = (ROOT / "constraints" / "newest.txt").read_text().split()
+    newest = dict(line.split("==") for line in lines if re.match(r"[\w-]+==", line))
+    numbers = lambda version: [int(number) for number in version.split(".")]
+    assert newest.keys() <= LOWEST.keys()
+    assert all(numbers(version) >= numbers(LOWEST[name]) for name, version in newest.items())
+    (below,) = (
+        re.search(r"<([\d.]+)", line)[1] for line in PROJECT["dependencies"] if line.startswith("transformers")
+    )
+    assert numbers(newest["transformers"]) < numbers(below)
+    assert "constraints/newest.txt" in (ROOT / "scripts" / "test_newest.sh").read_text()

@@ -64,6 +64,8 @@ def run(
     command = [os.fspath(part) if not isinstance(part, str) else part for part in command]
     if not hasattr(os, "pidfd_open"):  # not Linux
         options = {"env": env, "cwd": cwd, "capture_output": capture_output, "text": text, "timeout": timeout}
+        if isinstance(input, str) and not text:
+            input = input.encode()
         return subprocess.run(command, check=check, input=input, **options)
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
         if input is not None:

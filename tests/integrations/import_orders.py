@@ -1,35 +1,16 @@
 """Imports libraries in a given order in a new process, then loads a BLT in every way that clients have.
 
-Run by test_imports.py: `python import_orders.py FOLDERS.json ORDER...`, where an order is `blt_hf,transformers,trl,peft`.
+Run by test_imports.py: `python import_orders.py FOLDERS.json ORDER`, where an order is `blt_hf,transformers,trl,peft`.
 An order without `blt_hf` is one of code from the Hub: the package cannot be imported, and `trust_remote_code=True` is
-passed. What all orders share (torch, and other libraries that import none of the four) is imported once; then there is
-a fork for each order. Prints one JSON line for each order: `{"order": ..., "error": ... or null, "loaded": {...}}`.
+passed. Prints one JSON line: `{"order": ..., "error": ... or null, "loaded": {...}}`.
 """
 
 import contextlib
-import gc
 import importlib
 import json
 import os
 import sys
 import traceback
-
-
-SHARED = (
-    "torch",
-    "torch._dynamo",
-    "torchao",
-    "accelerate",
-    "datasets",
-    "huggingface_hub",
-    "jinja2",
-    "PIL",
-    "rich",
-    "safetensors.torch",
-    "sklearn",
-    "tokenizers",
-)
-LIBRARIES = ("blt_hf", "transformers", "trl", "peft")
 
 
 class Absent:
@@ -121,28 +102,16 @@ def check_order(order: list[str], folders: dict) -> dict:
 
 
 def main() -> None:
-    for name in SHARED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    for name in LIBRARIES:
-        assert name not in sys.modules, f"{name} is imported by a library that the orders share"
-    gc.freeze()  # a fork that looked through what is imported would copy it all
     with open(sys.argv[1]) as file:
         folders = json.load(file)
-    for order in sys.argv[2:]:
-        sys.stdout.flush()
-        child = os.fork()
-        if child:
-            os.waitpid(child, 0)
-            continue
-        result = {"order": order, "error": None, "loaded": {}}
-        try:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                result["loaded"] = check_order(order.split(","), folders)
-        except BaseException:
-            result["error"] = traceback.format_exc()[-4000:]
-        print(json.dumps(result), flush=True)
-        os._exit(0)
+    order = sys.argv[2]
+    result = {"order": order, "error": None, "loaded": {}}
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            result["loaded"] = check_order(order.split(","), folders)
+    except Exception:
+        result["error"] = traceback.format_exc()[-4000:]
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

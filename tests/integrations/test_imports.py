@@ -44,24 +44,26 @@ def run_orders(tmp_path_factory):
     (folder / "folders.json").write_text(json.dumps({kind: str(folder / kind) for kind in ("code", "plain")}))
 
     def run(orders: list[str]) -> dict:
-        result = subprocess.run(
-            [sys.executable, str(PROGRAM), str(folder / "folders.json"), *orders],
-            capture_output=True,
-            text=True,
-            timeout=60 + 60 * len(orders),
-            cwd=folder,
-            env={
-                **os.environ,
-                "HF_HUB_OFFLINE": "1",
-                "HF_HOME": str(folder / "home"),
-                "OMP_NUM_THREADS": "1",
-                "TOKENIZERS_PARALLELISM": "false",
-            },
-        )
-        assert result.returncode == 0, result.stderr[-4000:]
-        found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"order"')]
-        assert [entry["order"] for entry in found] == orders, result.stderr[-4000:]
-        return {entry["order"]: entry for entry in found}
+        found = {}
+        for order in orders:
+            result = subprocess.run(
+                [sys.executable, str(PROGRAM), str(folder / "folders.json"), order],
+                capture_output=True,
+                text=True,
+                timeout=240,
+                cwd=folder,
+                env={
+                    **os.environ,
+                    "HF_HUB_OFFLINE": "1",
+                    "HF_HOME": str(folder / "home"),
+                    "OMP_NUM_THREADS": "1",
+                    "TOKENIZERS_PARALLELISM": "false",
+                },
+            )
+            assert result.returncode == 0, result.stderr[-4000:]
+            found[order] = json.loads(result.stdout.splitlines()[-1])
+            assert found[order]["order"] == order
+        return found
 
     return run
 

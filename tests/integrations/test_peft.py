@@ -1,5 +1,6 @@
 """PEFT on a BLT without a BLT-specific line: defaults, names, saving, merging, and never the entropy model."""
 
+import subprocess
 import sys
 
 import peft
@@ -13,7 +14,6 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from blt_hf import BltForSequenceClassification, BltPatcher
 from helpers.adapters import CAUSAL, adapt, check_patcher_untouched, ids
 from helpers.models import make_model, tiny_config
-from helpers.processes import run
 from helpers.training import make_trainer, step_losses
 
 
@@ -270,5 +270,5 @@ model = peft.get_peft_model(AutoModelForCausalLM.from_config(config), peft.LoraC
 names = [name for name, weight in model.named_parameters() if weight.requires_grad]
 assert names and not any("patcher" in name for name in names), names
 """
-    result = run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -308,8 +308,8 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def set_output_embeddings(self, value):
-        self.lm_head = value
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
 
     def set_patcher(self, patcher: BltPatcher) -> None:
         """See [`BltModel.set_patcher`]."""

@@ -354,8 +354,8 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def set_output_embeddings(self, value):
-        self.lm_head = value
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
 
     def entropies(self, input_ids: Tensor, chunk: ByteChunk, cache: BltCache | None) -> Tensor:
         """Nats of the byte after each byte, fp32 `(B, S)`, for a [`BltModel`] that has made a chunk of `(B, S)` ids.
