@@ -20,7 +20,7 @@ from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotAccess, round_up_columns
 from .chunk_blt import ByteChunk, DocumentRules, PatchCounts, PatchNumbers, number_patches
 from .layers_blt import PatchReads, StateTrace, ngram_hashes
-from .patching_blt import BOS_TOKEN_ID, PatchingRule, find_patch_ends
+from .patching_blt import PatchingRule, find_patch_ends
 
 
 STEP_PATCHES = 4  # patches that a compiled or captured step closes, unless more end
@@ -237,8 +237,10 @@ def find_patches(
                     f"`inputs_embeds` hide the bytes that `patching_mode={rule.mode!r}` reads; pass `patch_lengths`."
                 )
         else:
+            knows_all = model.config.vocab_size <= model.patcher.config.vocab_size
+            ids = chunk.input_ids if knows_all else model.patcher.known_ids(chunk.input_ids)
             with torch.no_grad():
-                entropies = model.patcher.entropies(ids_known_to_patcher(model, chunk.input_ids), chunk, cache)
+                entropies = model.patcher.entropies(ids, chunk, cache)
     if given_ends is not None:
         return entropies, given_ends
     if rule.uses_entropies and entropies is None:
@@ -262,12 +264,6 @@ def find_patches(
         chunk.past_entropies,
     )
     return entropies, ends
-
-
-def ids_known_to_patcher(model, input_ids: Tensor) -> Tensor:
-    """Tokens that were added to this model's vocabulary read as a beginning of text to the frozen entropy model."""
-    size = model.patcher.config.vocab_size
-    return input_ids if model.config.vocab_size <= size else torch.where(input_ids < size, input_ids, BOS_TOKEN_ID)
 
 
 def keep_bytes(

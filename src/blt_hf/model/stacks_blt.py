@@ -28,7 +28,7 @@ from .layers_blt import (
 )
 from .modeling_base_blt import BltCausalLMOutput, BltPreTrainedModel, embed_inputs, keep_positions, keeps_all
 from .names_blt import CACHE_NAME, is_exporting, take_columns, takes_cache
-from .patching_blt import entropy_from_logits
+from .patching_blt import BOS_TOKEN_ID, entropy_from_logits
 
 
 NO_PATCH = -(2**31)  # index of the patch that holds a column without a byte
@@ -356,6 +356,10 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
 
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
+
+    def known_ids(self, input_ids: Tensor) -> Tensor:
+        """Reads ids that this model lacks, of tokens that were added to a [`BltModel`], as a beginning of text."""
+        return torch.where(input_ids < self.config.vocab_size, input_ids, BOS_TOKEN_ID)
 
     def entropies(self, input_ids: Tensor, chunk: ByteChunk, cache: BltCache | None) -> Tensor:
         """Nats of the byte after each byte, fp32 `(B, S)`, for a [`BltModel`] that has made a chunk of `(B, S)` ids.

@@ -84,10 +84,7 @@ class PatchFinder:
         """Patch lengths int64 `(B, P)` as the model computes them in its forward, and `entropies` (None without)."""
         chunk = self._chunk(input_ids, attention_mask, position_ids)
         entropies = self._entropies(chunk) if self.patcher is not None else None
-        zeros = torch.zeros_like(chunk.num_bytes)
-        ends = find_patch_ends(
-            self.rule, chunk.input_ids, entropies, chunk.text_positions, zeros, zeros.float(), zeros
-        )  # fmt: skip
+        ends = find_patch_ends(self.rule, chunk.input_ids, entropies, chunk.text_positions)
         lengths = patch_lengths_from_ends(ends, chunk.num_bytes)
         return lengths, None if entropies is None else chunk.unpack(entropies)
 
@@ -96,11 +93,8 @@ class PatchFinder:
         return make_chunk(input_ids, attention_mask, position_ids, None, shape, device, self.documents)
 
     def _entropies(self, chunk: ByteChunk) -> Tensor:
-        # Tokens that were added to the model's vocabulary are a beginning of text to the entropy model.
-        size = self.patcher.config.vocab_size
-        known_ids = torch.where(chunk.input_ids < size, chunk.input_ids, BOS_TOKEN_ID)
         with evaluating(self.patcher):
-            return self.patcher.entropies(known_ids, chunk, None)
+            return self.patcher.entropies(self.patcher.known_ids(chunk.input_ids), chunk, None)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..model.configuration_blt import BltConfig
 from ..model.layers_blt import PatchReads, ngram_hashes
 from ..model.modeling_blt import BltModel
-from ..model.patching_blt import BOS_TOKEN_ID, PatchingRule, entropy_from_logits, find_patch_ends
+from ..model.patching_blt import PatchingRule, entropy_from_logits, find_patch_ends
 
 
 _DEFAULT_OPEN_BYTES = 512  # of a model whose attention over bytes has no window
@@ -321,9 +321,9 @@ class RaggedBlt:
         if "patcher" not in self.stacks:
             return torch.zeros(ids.shape, device=ids.device)
         patcher = self.model.patcher
-        # Tokens that were added to the model read as a beginning of text to the frozen entropy model.
-        ids = torch.where(ids < patcher.config.vocab_size, ids, BOS_TOKEN_ID)
-        states = self._run_stack("patcher", patcher, patcher.embed_tokens(ids[None]), found, attention)
+        states = self._run_stack(
+            "patcher", patcher, patcher.embed_tokens(patcher.known_ids(ids)[None]), found, attention
+        )
         return entropy_from_logits(patcher.lm_head(patcher.norm(states)))[0]
 
     def _run_stack(
