@@ -6,7 +6,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_blt import AttentionSpan, SlotSpan
 from .cache_blt import BltCache, RowState, SlotAccess
-from .checks_blt import check_inputs, check_labels
+from .checks_blt import check_inputs, check_labels, ignore_unpredicted
 from .chunk_blt import ByteChunk, DocumentRules, PatchNumbers, first_visible_patches, make_chunk, number_patches
 from .configuration_blt import (
     BltGlobalTransformerConfig,
@@ -446,7 +446,8 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         loss = None
         if labels is not None:
             check_labels(labels, logits)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+            predicted = ignore_unpredicted(labels, attention_mask, logits_to_keep)
+            loss = self.loss_function(logits=logits, labels=predicted, vocab_size=self.vocab_size, **kwargs)
         return BltCausalLMOutput(
             loss=loss,
             logits=logits,

@@ -323,8 +323,17 @@ def get_patches(
             raise ValueError(f"`inputs` holds the id {wrong[0]}; ids of 0 to {config.vocab_size - 1} are accepted.")
     found = BltPatchesList()
     for first in range(0, len(rows), batch_size):
-        found += _find(finder, rows[first : first + batch_size], model.device)
+        found += _find(finder, rows[first : first + batch_size], _input_device(model))
     return found[0] if is_single else found
+
+
+def _input_device(model) -> torch.device:
+    """Where inputs go. The weights of an offloaded model are on `meta`, and accelerate's hooks know where they run."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 def _find(finder: PatchFinder, rows: list[list[int]], device: torch.device) -> Iterator[BltPatches]:
