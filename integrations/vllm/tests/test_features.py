@@ -18,7 +18,8 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 @pytest.fixture(scope="module")
 def llm():
     options = {"max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20, "max_num_batched_tokens": 256}
-    with engine(PRETRAINED, structured_outputs_config={"disable_any_whitespace": True}, **options) as llm:
+    grammars = {"backend": "xgrammar", "disable_any_whitespace": True}
+    with engine(PRETRAINED, structured_outputs_config=grammars, **options) as llm:
         yield llm
 
 
