@@ -118,6 +118,18 @@ def write(model, text: str = TEXTS[0], num_bytes: int = 12, **kwargs) -> list[in
     return model.generate(**inputs, **settings)[0, inputs.input_ids.shape[1] :].tolist()
 
 
+def assert_generates_as_it_reads(model, text: str = TEXTS[0], num_bytes: int = 4, tolerance: float = 1e-4) -> None:
+    """The logits by which `generate` chooses each byte are those of one pass over the whole text, without a cache."""
+    inputs = tokenizer(text, return_tensors="pt")
+    output = model.generate(
+        **inputs, max_new_tokens=num_bytes, do_sample=False, eos_token_id=None, return_dict_in_generate=True,
+        output_logits=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        whole = model(output.sequences, use_cache=False).logits[:, inputs.input_ids.shape[1] - 1 : -1]
+    assert_same(torch.stack(output.logits, dim=1), whole, tolerance)
+
+
 def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
     """Equal up to what another order of the same sums makes of fp32 numbers."""
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)

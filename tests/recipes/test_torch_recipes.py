@@ -17,6 +17,7 @@ from helpers.recipes import (
     BOTH,
     CAUSAL,
     TEXTS,
+    assert_generates_as_it_reads,
     assert_other,
     assert_same,
     encode,
@@ -497,13 +498,43 @@ def test_what_is_done_to_any_module_is_in_every_pass(kind, change):
                 output = model(ids[:, column : column + 1], past_key_values=output.past_key_values, use_cache=True)
                 steps.append(output.logits)
         assert_same(torch.cat(steps, dim=1), expected[:, :8], 1e-4)
-        assert write(model, num_bytes=2) == write(model, num_bytes=2, use_cache=False), name
+        assert_generates_as_it_reads(model, num_bytes=3)
         undo()
         if torch.allclose(before, expected, atol=1e-4):
             without_effect.append(name)
     assert torch.equal(logits_of(model, TEXTS[0]), before)
     # An entropy model may move no patch, and what is normalised afterwards keeps no scale.
     assert len(without_effect) <= 0.5 * len(names), without_effect
+
+
+@on(*CAUSAL)
+@pytest.mark.parametrize("what", ["mlp", "input_layernorm", "self_attn", "q_proj"])
+def test_a_class_whose_forward_is_replaced(kind, what, monkeypatch):
+    """As kernels of other libraries are put in the place of those of a model: for all modules of the class."""
+    model = make(kind)
+    before = logits_of(model, TEXTS[0]), write(model, TEXTS[0], 6)
+    module = next(m for n, m in model.named_modules() if n.rpartition(".")[2] == what and "patcher." not in n)
+    forward = type(module).forward
+    monkeypatch.setattr(type(module), "forward", lambda *args, **kwargs: scaled(forward(*args, **kwargs)))
+    assert_other(logits_of(model, TEXTS[0]), before[0])
+    assert_generates_as_it_reads(model)
+    monkeypatch.undo()
+    assert write(model, TEXTS[0], 6) == before[1]
+
+
+@on(*CAUSAL)
+@pytest.mark.parametrize("what", ["act_fn", "input_layernorm", "post_attention_layernorm", "mlp"])
+def test_a_part_that_is_swapped_for_another(kind, what):
+    """An activation, a norm or an MLP of one's own, without weights: generated text is that of whole passes."""
+    model = make(kind)
+    before = logits_of(model, TEXTS[0])
+    write(model, TEXTS[0], 3)  # so that what the first call has packed is there
+    swapped = [n for n, _ in model.named_modules() if n.rpartition(".")[2] == what and "patcher." not in n]
+    for name in swapped:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, nn.Tanh())
+    assert_other(logits_of(model, TEXTS[0]), before)
+    assert_generates_as_it_reads(model)
 
 
 @on(*CAUSAL)
