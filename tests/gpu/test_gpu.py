@@ -192,11 +192,11 @@ def test_recorded_steps_write_the_same_text(rule, rows):
     settings = {**GREEDY, "attention_mask": mask, "max_new_tokens": 60}
     expected = model.generate(ids, **settings)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what cannot be recorded warns
+        warnings.simplefilter("error")  # what cannot be captured warns
         for _ in range(2):
             assert torch.equal(model.generate(ids, **settings, **STATIC, disable_compile=True), expected)
     found = model.generate(ids, **settings, **STATIC, disable_compile=True, return_dict_in_generate=True)
-    assert sum(part is not None for part in found.past_key_values.recorder._parts.values()) >= 3
+    assert sum(part is not None for part in found.past_key_values.cuda_graphs._stages.values()) >= 3
 
 
 def test_waits_of_recorded_steps():

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from blt_hf import BltForCausalLM
-from blt_hf.model.cache_blt import BltCache, SlotAccess, Slots, SlotTensor
+from blt_hf.model.cache_blt import BltCache, SlotIndex, Slots, SlotTensor
 from helpers.checks import alone, assert_same
 from helpers.models import DEVICE, make_model, model_for, rules, tiny_config
 from helpers.texts import TEXT, encode, text_ids, texts
@@ -63,10 +63,10 @@ def test_slots_against_lists():
         new = torch.randn(len(rows), width, 2, generator=generator)
         slots.reserve(max(map(len, rows)) + width, slack, counts if step else None)
         if width <= slack:
-            access = SlotAccess(index=slots.find(counts[:, None] + torch.arange(width)).flatten())
+            slot_index = SlotIndex(index=slots.find(counts[:, None] + torch.arange(width)).flatten())
         else:
-            access = SlotAccess(source=slots.held(counts + torch.tensor(numbers)) - counts[:, None])
-        tensor.write(new, access)
+            slot_index = SlotIndex(source=slots.held(counts + torch.tensor(numbers)) - counts[:, None])
+        tensor.write(new, slot_index)
         for row, values, number in zip(rows, new, numbers):
             row.extend(values[:number].tolist())
         counts = torch.tensor([len(row) for row in rows])

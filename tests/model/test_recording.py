@@ -58,15 +58,15 @@ def tapes(monkeypatch) -> list[Tape]:
     """What was recorded."""
     made = []
 
-    def record(function, place):
+    def capture(function, place):
         with Tape() as tape:
             result = function()
         tape.take_back()
         made.append(tape)
         return result, tape.replay
 
-    monkeypatch.setattr(step_blt, "record", record)
-    monkeypatch.setattr(step_blt, "can_record", lambda device: True)
+    monkeypatch.setattr(step_blt, "capture", capture)
+    monkeypatch.setattr(step_blt, "can_capture", lambda device: True)
     return made
 
 
@@ -243,6 +243,6 @@ def test_what_asks_for_values_runs_as_it_is(tapes):
     model = make_model(tiny_config(patching_mode="test-asks"))
     ids = torch.tensor([rows_of("entropy", 12)[0]])
     expected = model.generate(ids, **SETTINGS)
-    with pytest.warns(UserWarning, match="cannot be recorded"):
+    with pytest.warns(UserWarning, match="cannot be captured"):
         assert torch.equal(model.generate(ids, **SETTINGS, **STATIC), expected)
     assert not replays(tapes)

@@ -23,7 +23,7 @@ from ..model.cache_blt import BltCache, BltCacheLayer
 from ..model.chunk_blt import next_bytes
 from ..model.forward_blt import ForwardSettings
 from ..model.generation_blt import Drafts, DraftSource, RaggedText, finish_rows
-from ..model.layers_blt import PatchReads
+from ..model.layers_blt import LatentIndex
 from ..model.step_blt import StepRunner
 
 
@@ -150,7 +150,7 @@ class _SlotsBefore:
     def __init__(self, layer: BltCacheLayer):
         self.layer = layer
 
-    def update(self, key_states: Tensor, value_states: Tensor, access=None) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, slot_index=None) -> tuple[Tensor, Tensor]:
         _, keys, values = self.layer.slot_views()
         return tuple(
             torch.cat([kept.to(new.dtype), new], dim=2) for kept, new in ((keys, key_states), (values, value_states))
@@ -179,15 +179,15 @@ def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_maske
     embeds = torch.where(is_masked[..., None], model.mask_embedding.weight[0], blt.local_encoder.embed_tokens(ids))
     states = torch.cat([last_state, embeds[:, 1:].to(last_state.dtype)], dim=1)
     last = (chunk.previous.num_patches[:, None] - 1).expand_as(ids)
-    patches, hidden = PatchReads.find(last, settings.decoder_window)
-    reads = PatchReads(patches % cache.latent_slots.size, hidden)
+    patches, hidden = LatentIndex.find(last, settings.decoder_window)
+    latent_index = LatentIndex(patches % cache.latent_slots.size, hidden)
     start = None if chunk.document_start is None else chunk.document_start[:, :1].expand_as(ids)
     span = BlockSpan(
         cache.local_slots.held(chunk.cached_bytes), chunk.row_positions, blt.config.local_attention_window_len, start,
         blt.config._attn_implementation,
     )  # fmt: skip
     text = _TextBefore([_SlotsBefore(layer) for layer in cache.decoder])
-    states = blt.local_decoder(states, cache.latents.values, chunk, reads, span, text)
+    states = blt.local_decoder(states, cache.latents.values, chunk, latent_index, span, text)
     return model.lm_head(states[:, :-1]).float()
 
 

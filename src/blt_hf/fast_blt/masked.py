@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from ..model.attention_blt import AttentionSpan
-from ..model.chunk_blt import ByteChunk, PatchNumbers
-from ..model.layers_blt import PatchReads
+from ..model.chunk_blt import ByteChunk, PatchAssignment
+from ..model.layers_blt import LatentIndex
 from ..model.names_blt import is_compiling, largest_count
 from ..model.patching_blt import IGNORED_LABEL
 
@@ -61,28 +61,28 @@ class BlockNoise:
         self,
         model,
         chunk: ByteChunk,
-        numbers: PatchNumbers,
+        patches: PatchAssignment,
         byte_states: Tensor,
-        reads: PatchReads,
+        latent_index: LatentIndex,
         wants_weights: bool,
-    ) -> tuple[Tensor, Tensor, PatchReads, "TwoStreamSpan"]:
+    ) -> tuple[Tensor, Tensor, LatentIndex, "TwoStreamSpan"]:
         """What the decoder of a [`BltModel`] takes of text and blocks: states, positions, latents, keys.
 
         Args:
-            chunk, numbers: the text and its patches.
+            chunk, patches: the text and its patches.
             byte_states: `(B, S, W)`, of the encoder.
-            reads: latents that each clean byte reads.
+            latent_index: patches whose latents each clean byte reads.
             wants_weights: the decoder returns attention weights.
         """
-        self.blocks, config = corrupt_blocks(chunk, numbers.ends, self), model.config
-        states, positions, reads = self.blocks.join(
-            byte_states, chunk.row_positions, reads, model.local_encoder.embed_tokens, self.mask_embedding
+        self.blocks, config = corrupt_blocks(chunk, patches.ends, self), model.config
+        states, positions, latent_index = self.blocks.join(
+            byte_states, chunk.row_positions, latent_index, model.local_encoder.embed_tokens, self.mask_embedding
         )
         span = TwoStreamSpan(
             self.blocks, chunk.document_start, chunk.num_columns, config.local_attention_window_len,
             config._attn_implementation, wants_weights,
         )  # fmt: skip
-        return states, positions, reads, span
+        return states, positions, latent_index, span
 
     def draw(self, num_rows: int, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """First a mask probability for each block, uniform `(B, N)`, then a uniform number for each byte `(B, N, K)`."""
@@ -123,13 +123,18 @@ class CorruptedBlocks:
         return self.starts[..., None] + torch.arange(self.ids.shape[-1], device=self.starts.device)
 
     def join(
-        self, byte_states: Tensor, positions: Tensor, reads: PatchReads, embed_tokens: nn.Embedding, mask: Tensor
-    ) -> tuple[Tensor, Tensor, PatchReads]:
+        self,
+        byte_states: Tensor,
+        positions: Tensor,
+        latent_index: LatentIndex,
+        embed_tokens: nn.Embedding,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor, LatentIndex]:
         """What the decoder takes of both streams, `[bytes | blocks]`: states, positions, and what each byte reads.
 
         Args:
             byte_states: `(B, S, W)`, of the encoder.
-            positions, reads: of the clean bytes.
+            positions, latent_index: of the clean bytes.
             mask: `(W,)`, the mask embedding.
         """
         size = self.ids.shape[-1]
@@ -139,13 +144,13 @@ class CorruptedBlocks:
         def with_blocks(values: Tensor) -> Tensor:
             return torch.cat([values, values.gather(1, before.expand(-1, -1, values.shape[-1]))], dim=1)
 
-        reads = replace(
-            reads,
-            index=with_blocks(reads.index),
-            hidden=None if reads.hidden is None else with_blocks(reads.hidden),
+        latent_index = replace(
+            latent_index,
+            index=with_blocks(latent_index.index),
+            hidden=None if latent_index.hidden is None else with_blocks(latent_index.hidden),
         )
         states = torch.cat([byte_states, embeds.to(byte_states.dtype)], dim=1)
-        return states, torch.cat([positions, self.positions.flatten(1)], dim=1), reads
+        return states, torch.cat([positions, self.positions.flatten(1)], dim=1), latent_index
 
     def take_states(self, hidden_states: Tensor, num_bytes: int) -> Tensor:
         """Keeps what predicts the blocks in states of `[bytes | blocks]`, and returns those of the `num_bytes` bytes.
@@ -202,7 +207,7 @@ def find_block_starts(chunk: ByteChunk, ends: Tensor, labels: Tensor, block_size
     order = torch.argsort((~starts).to(torch.uint8), dim=1, stable=True)
     counts = starts.sum(dim=1)
     # Where that is a symbol, two blocks at least, so that no case of one has to be decided.
-    num_blocks = largest_count(counts, 2 if chunk.is_traced else 1)
+    num_blocks = largest_count(counts, 2 if chunk.is_symbolic else 1)
     order = order.index_select(1, torch.arange(num_blocks, device=order.device).clamp_max(order.shape[1] - 1))
     return torch.where(torch.arange(order.shape[1], device=order.device) < counts[:, None], order, -1)
 

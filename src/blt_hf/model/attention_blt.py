@@ -61,7 +61,7 @@ class AttentionSpan:
         first_key: int64 `(B, S)`, index into `[past | chunk]` of the first key that a query may see. None: 0.
         implementation: name in transformers' attention interface.
         wants_weights: keep the attention in one piece, so that weights `(B, H, S, T)` can be returned.
-        access: where keys and values are kept, for the cache; None: nowhere.
+        slot_index: where keys and values are kept, for the cache; None: nowhere.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class AttentionSpan:
         first_key: Tensor | None,
         implementation: str,
         wants_weights: bool = False,
-        access=None,
+        slot_index=None,
     ):
         if implementation == "flex_attention" and is_exporting():
             raise ValueError(
@@ -80,7 +80,7 @@ class AttentionSpan:
                 "`model.set_attn_implementation('sdpa')` before."
             )
         self.num_past, self.num_queries, self.window = num_past, num_queries, window
-        self.first_key, self.access = first_key, access
+        self.first_key, self.slot_index = first_key, slot_index
         self.implementation = implementation
         self.block = 0
         # An exported program has no branch on its lengths.
@@ -246,7 +246,7 @@ class SlotSpan(AttentionSpan):
         query_positions: int64 `(B, S)`.
         window: positions that a query sees, itself included; None: no limit.
         start: int64 `(B, S)`, first position that it may see. None: 0.
-        implementation, access: as in [`AttentionSpan`].
+        implementation, slot_index: as in [`AttentionSpan`].
     """
 
     def __init__(
@@ -256,9 +256,9 @@ class SlotSpan(AttentionSpan):
         window: int | None,
         start: Tensor | None,
         implementation: str,
-        access=None,
+        slot_index=None,
     ):
-        super().__init__(0, query_positions.shape[1], None, None, implementation, access=access)
+        super().__init__(0, query_positions.shape[1], None, None, implementation, slot_index=slot_index)
         self.num_slots, self.query_positions = num_slots, query_positions
         self.longest, self.start = window, start
 

@@ -42,7 +42,7 @@ def round_up_columns(count: int) -> int:
 
 
 @dataclass
-class SlotAccess:
+class SlotIndex:
     """Where one forward writes and reads in the slots of one kind.
 
     Attributes:
@@ -59,7 +59,7 @@ class SlotAccess:
     rows: Tensor | None = None
     seen: int | None = None
 
-    def on(self, device: torch.device) -> "SlotAccess":
+    def on(self, device: torch.device) -> "SlotIndex":
         """The same on the device of a layer (they differ where a model is spread over several)."""
         named = {"index": self.index, "source": self.source, "past": self.past, "rows": self.rows}
         tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -143,35 +143,39 @@ class SlotTensor:
         if self.slots.is_static and self.slots.keep is None:
             torch._dynamo.maybe_mark_dynamic(values, 1)
 
-    def write(self, new: Tensor, access: SlotAccess, num_rows: int | None = None) -> None:
+    def write(self, new: Tensor, slot_index: SlotIndex, num_rows: int | None = None) -> None:
         """Writes `new` `(R, S, ...)`."""
         stored = self.prepare(num_rows or new.shape[0], new.shape[2:], new)
         new = new.to(stored.dtype)
-        if access.index is None:
+        if slot_index.index is None:
             rows = torch.arange(new.shape[0], device=new.device)[:, None] * new.shape[1]
-            taken = new.flatten(0, 1).index_select(0, (access.source.clamp_min(0) + rows).flatten()).view(stored.shape)
-            is_new = (access.source >= 0).view(*access.source.shape, *[1] * (stored.dim() - 2))
+            taken = (
+                new.flatten(0, 1).index_select(0, (slot_index.source.clamp_min(0) + rows).flatten()).view(stored.shape)
+            )
+            is_new = (slot_index.source >= 0).view(*slot_index.source.shape, *[1] * (stored.dim() - 2))
             if self.slots.is_static:
                 stored.copy_(torch.where(is_new, taken, stored))
             else:
                 self.values = torch.where(is_new, taken, stored)
         elif torch.is_grad_enabled() and (new.requires_grad or stored.requires_grad):
             # Autograd may hold the old values: write to a copy.
-            self.values = stored.flatten(0, 1).index_copy(0, access.index, new.flatten(0, 1)).view(stored.shape)
+            self.values = stored.flatten(0, 1).index_copy(0, slot_index.index, new.flatten(0, 1)).view(stored.shape)
         else:
-            stored.flatten(0, 1).index_copy_(0, access.index, new.flatten(0, 1))
+            stored.flatten(0, 1).index_copy_(0, slot_index.index, new.flatten(0, 1))
 
-    def extend(self, new: Tensor, access: SlotAccess, num_rows: int | None = None) -> Tensor:
+    def extend(self, new: Tensor, slot_index: SlotIndex, num_rows: int | None = None) -> Tensor:
         """Writes `new` `(R, S, ...)`, and gives what its queries may see `(R, T, ...)`."""
-        if access.index is None:
-            seen = new if access.past is None else torch.cat([self.read(access.past).to(new.dtype), new], dim=1)
-            self.write(new, access, num_rows)
+        if slot_index.index is None:
+            seen = (
+                new if slot_index.past is None else torch.cat([self.read(slot_index.past).to(new.dtype), new], dim=1)
+            )
+            self.write(new, slot_index, num_rows)
             return seen
-        self.write(new, access, num_rows)
-        if access.seen == 0:
+        self.write(new, slot_index, num_rows)
+        if slot_index.seen == 0:
             return new
-        seen = self.values if access.seen is None else self.values[:, : access.seen]
-        return seen if access.rows is None else seen.index_select(0, access.rows)
+        seen = self.values if slot_index.seen is None else self.values[:, : slot_index.seen]
+        return seen if slot_index.rows is None else seen.index_select(0, slot_index.rows)
 
     def read(self, index: Tensor) -> Tensor:
         """Entries in the slots `index` `(B, T)` among those of all rows, `(B, T, ...)`."""
@@ -251,10 +255,10 @@ class BltCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass  # `SlotTensor` makes its tensors when it knows their shape
 
-    def update(self, key_states: Tensor, value_states: Tensor, access: SlotAccess) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, slot_index: SlotIndex) -> tuple[Tensor, Tensor]:
         """Writes `(R, H_kv, S, D)`; returns keys and values that the queries may see, `(R, H_kv, T, D)`."""
         states = torch.stack([key_states.transpose(1, 2), value_states.transpose(1, 2)], dim=2)
-        seen = self.states.extend(states, access.on(states.device), len(self._cache.row_bytes))
+        seen = self.states.extend(states, slot_index.on(states.device), len(self._cache.row_bytes))
         if seen is states:
             return key_states, value_states
         return seen[:, :, 0].transpose(1, 2), seen[:, :, 1].transpose(1, 2)
@@ -364,12 +368,12 @@ class ByteHistory:
         self.last, self.last_ids, self.last_entropies = last, last_ids, last_entropies
         self.state = RowState(*last.unbind(-1))
 
-    def write(self, entries: Tensor, entropies: Tensor | None, access: SlotAccess) -> None:
+    def write(self, entries: Tensor, entropies: Tensor | None, slot_index: SlotIndex) -> None:
         """Writes entries `(B, S, F)` and entropies `(B, S)` (None: no entropy model, zeros) to their slots."""
-        self.entries.write(entries, access)
+        self.entries.write(entries, slot_index)
         if entropies is not None or self.entropies.values is None:
             entropies = entries.new_zeros(entries.shape[:2], dtype=torch.float32) if entropies is None else entropies
-            self.entropies.write(entropies[..., None], access)
+            self.entropies.write(entropies[..., None], slot_index)
 
     def advance(self, entries: Tensor, entropies: Tensor | None, num_bytes: Tensor | None, restarts: bool) -> None:
         """Makes the last of `entries` `(B, S, F)` the last of each row.
@@ -491,7 +495,7 @@ class BltCache(Cache):
         self.config, self.made_for = config, cache_facts(config)
         self._first_slack = slack
         self.is_fixed, self.compile_config = False, None  # see `fix_steps`
-        self.recorder = None  # CUDA graphs of the steps on this cache
+        self.cuda_graphs = None  # CUDA graphs of the steps on this cache
         self._starts = 0
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
         self.local_slots = Slots(None if local_window is None else local_window - 1)
@@ -628,7 +632,7 @@ class BltCache(Cache):
 
     def fix_steps(self, compile_config=None, max_length: int | None = None) -> None:
         """From now on decodes in tensors that stay where they are, in an empty cache: with compiled steps, and on a GPU
-        with recorded ones.
+        with CUDA graphs.
 
         Args:
             compile_config: a `transformers.CompileConfig`, what `torch.compile` is told; None: nothing is compiled.
@@ -647,8 +651,8 @@ class BltCache(Cache):
         self.latent_slots.least = self.decoder_window + 2 * self.slack
 
     @property
-    def layout(self) -> tuple:
-        """Another value whenever a tensor has moved, or the rows hold documents for the first time."""
+    def version(self) -> tuple:
+        """Changes whenever a tensor has moved, or the rows hold documents for the first time."""
         return (self._starts, self.has_documents, *(slots.moves for slots in self._kinds()))
 
     def is_small(self, num_columns: int) -> bool:
@@ -704,23 +708,25 @@ class BltCache(Cache):
         """Whether `(B, S)` bytes are a small chunk of the rows that are here."""
         return self.is_small(shape[1]) and shape[0] == len(self.row_bytes)
 
-    def commit(self, chunk, numbers, entropies: Tensor | None = None) -> None:
-        """Counts a chunk, on the device.
+    def advance_on_device(self, chunk, patches, entropies: Tensor | None = None) -> None:
+        """Moves the counters of the device past a chunk.
 
         Args:
             chunk: the [`ByteChunk`] that was run.
-            numbers: its [`PatchNumbers`].
+            patches: its [`PatchAssignment`].
             entropies: fp32 `(B, S)`, those of the entropy model; None: it did not run.
         """
         num_bytes = None if chunk.is_text is None else chunk.num_bytes
-        self.history.advance(numbers.entries, entropies, num_bytes, chunk.text_starts is not None)
+        self.history.advance(patches.entries, entropies, num_bytes, chunk.text_starts is not None)
 
-    def count(self, num_columns: int, row_bytes: list[int], counts=None, num_croppable: int | None = None) -> None:
-        """Counts it on the host.
+    def advance_on_host(
+        self, num_columns: int, row_bytes: list[int], counts=None, num_croppable: int | None = None
+    ) -> None:
+        """Does the same on the host, with the counts of a chunk.
 
         Args:
             num_columns, row_bytes: columns of the chunk, and bytes of each row in it.
-            counts: its [`PatchCounts`]; None: it closed no patch.
+            counts: its [`HostPatchCounts`]; None: it closed no patch.
             num_croppable: columns at its end that are text in every row; None: as many as the shortest row has.
         """
         self.row_bytes = [old + new for old, new in zip(self.row_bytes, row_bytes)]
@@ -732,9 +738,9 @@ class BltCache(Cache):
         self.num_croppable = croppable + (self.num_croppable if croppable == num_columns else 0)
         self.seq_length += num_columns
 
-    def count_chunk(self, chunk, counts=None) -> None:
-        """The same for a [`ByteChunk`] that may hold more than plain bytes."""
-        self.count(chunk.num_columns, chunk.row_bytes, counts, chunk.num_croppable)
+    def advance_chunk_on_host(self, chunk, counts=None) -> None:
+        """Does the same with a [`ByteChunk`], which may hold more than plain bytes."""
+        self.advance_on_host(chunk.num_columns, chunk.row_bytes, counts, chunk.num_croppable)
         self.has_documents |= chunk.has_documents
         self.hides_ids |= chunk.input_ids is None
 
@@ -924,7 +930,7 @@ __all__ = [
     "BltDynamicCache",
     "ByteHistory",
     "RowState",
-    "SlotAccess",
+    "SlotIndex",
     "SlotTensor",
     "Slots",
     "cache_to_write",

@@ -183,7 +183,7 @@ def check_position_ids(position_ids: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def find_text_starts(
-    position_ids: Tensor, num_bytes: Tensor, cached_bytes: Tensor | None, is_traced: bool = False
+    position_ids: Tensor, num_bytes: Tensor, cached_bytes: Tensor | None, is_symbolic: bool = False
 ) -> Tensor | None:
     """Where `position_ids` begin another text inside a row, bool `(B, S)`; None if they do so nowhere.
 
@@ -191,13 +191,13 @@ def find_text_starts(
         position_ids: `(B, S)`, the padding of each row at its end.
         num_bytes: int64 `(B,)`, bytes of each row.
         cached_bytes: int64 `(B,)`, bytes of each row in the cache; None: no cache.
-        is_traced: values are not to be looked at, so that the result is never None. There is no cache then.
+        is_symbolic: values are not to be looked at, so that the result is never None. There is no cache then.
     Raises:
         ValueError: positions neither rise by 1 nor begin anew at 0. (In the first column any position may stand.)
     """
     index = torch.arange(position_ids.shape[1], device=position_ids.device)
     is_text = index < num_bytes[:, None]
-    if is_traced:
+    if is_symbolic:
         before = shift_right(position_ids, position_ids[:, 0])
         return (position_ids != before + 1) & (index > 0) & is_text
     breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1  # transformers' own rule for packed rows

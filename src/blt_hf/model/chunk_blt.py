@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention_blt import AttentionSpan, SlotSpan
-from .cache_blt import BltCache, RowState, SlotAccess, Slots, round_up_columns
+from .cache_blt import BltCache, RowState, SlotIndex, Slots, round_up_columns
 from .checks_blt import check_attention_mask, check_position_ids, find_text_starts
 from .names_blt import is_compiling, is_exporting, largest_count, running_max, take_columns
 from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
@@ -18,7 +18,7 @@ from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes,
 
 # Traced code has columns for so many patches at least (more than there are hold values that nothing reads): a symbol of
 # which that is known takes no branch that is made for few patches.
-_LEAST_TRACED_PATCHES = 16
+_LEAST_SYMBOLIC_PATCHES = 16
 
 
 def _is_any_of(ids: Tensor, token_ids: tuple[int, ...]) -> Tensor:
@@ -110,7 +110,7 @@ class ByteChunk:
         return self.row_positions.shape[1]
 
     @property
-    def is_traced(self) -> bool:
+    def is_symbolic(self) -> bool:
         """`torch.compile` or `torch.export` records a whole forward, for texts of any length and number of patches."""
         return self.row_bytes is None and not self.is_small
 
@@ -146,15 +146,15 @@ class ByteChunk:
         """fp32 `(B,)`, nats after the last byte before the chunk."""
         return self.past_entropies[:, -1]
 
-    def access(self, slots: Slots, num_past: int) -> SlotAccess:
+    def slot_index(self, slots: Slots, num_past: int) -> SlotIndex:
         """Where the bytes of this chunk go in slots of bytes; a large chunk also reads `num_past` bytes before it."""
         if self.is_small:
-            return SlotAccess(index=slots.find(self.row_positions).flatten())
+            return SlotIndex(index=slots.find(self.row_positions).flatten())
         before = torch.zeros_like(self.num_bytes) if self.cached_bytes is None else self.cached_bytes
         past = None
         if num_past:
             past = slots.find(before[:, None] + torch.arange(-num_past, 0, device=before.device))
-        return SlotAccess(source=slots.held(before + self.num_bytes) - before[:, None], past=past)
+        return SlotIndex(source=slots.held(before + self.num_bytes) - before[:, None], past=past)
 
     def span(
         self,
@@ -175,16 +175,16 @@ class ByteChunk:
         if self.is_small:
             key = slots.size, window, id(start), implementation  # stacks of equal windows share a mask
             if key not in self.spans:
-                access = self.access(slots, 0)
-                self.spans[key] = SlotSpan(slots.size, self.row_positions, window, start, implementation, access)
+                slot_index = self.slot_index(slots, 0)
+                self.spans[key] = SlotSpan(slots.size, self.row_positions, window, start, implementation, slot_index)
             return self.spans[key]
-        num_past, access = 0, None
+        num_past, slot_index = 0, None
         if cache is not None:
             longest = max(cache.row_bytes)
             num_past = longest if window is None else min(longest, window - 1)
-            access = self.access(slots, num_past)
+            slot_index = self.slot_index(slots, num_past)
         first_key = self._first_key(start, num_past, 0 if cache is None else cache.min_bytes)
-        return AttentionSpan(num_past, self.num_columns, window, first_key, implementation, wants_weights, access)
+        return AttentionSpan(num_past, self.num_columns, window, first_key, implementation, wants_weights, slot_index)
 
     def _first_key(self, start: Tensor | None, num_past: int, min_cached_bytes: int) -> Tensor | None:
         """First visible key of each byte, as an index into `[past | chunk]` `(B, S)`; None: nothing to hide.
@@ -237,9 +237,9 @@ def make_chunk(
             f"`past_key_values` holds {len(cache.row_bytes)} rows and the input has {rows}; "
             "they must be the same rows, in the same order."
         )
-    is_traced = cache is None and is_compiling()
+    is_symbolic = cache is None and is_compiling()
     layout, row_bytes, num_croppable = _find_text(
-        attention_mask, shape, 0 if is_empty else cache.seq_length, is_traced
+        attention_mask, shape, 0 if is_empty else cache.seq_length, is_symbolic
     )
     if layout is None:
         num_bytes = torch.full((rows,), columns, dtype=torch.int64, device=device)
@@ -304,15 +304,15 @@ def _continue_rows(
 
 
 def _find_text(
-    attention_mask: Tensor | None, shape: tuple[int, int], past_columns: int, is_traced: bool
+    attention_mask: Tensor | None, shape: tuple[int, int], past_columns: int, is_symbolic: bool
 ) -> tuple[RowLayout | None, list[int] | None, int | None]:
     """Where the text of a chunk stands (None: in every column), its bytes in each row, and the columns at the end that
     are text in every row."""
     rows, columns = shape
     if attention_mask is None:
-        return (None, None, None) if is_traced else (None, [columns] * rows, columns)
+        return (None, None, None) if is_symbolic else (None, [columns] * rows, columns)
     attention_mask = check_attention_mask(attention_mask, rows, columns, past_columns)
-    if is_traced:
+    if is_symbolic:
         return RowLayout.from_mask(attention_mask), None, None
     is_text = attention_mask != 0
     text_at_end = is_text.flip(1).long().cumprod(dim=1).sum(dim=1)
@@ -330,10 +330,10 @@ def _find_texts(chunk: ByteChunk, position_ids: Tensor | None) -> None:
         return
     rows, columns = chunk.row_positions.shape
     position_ids = check_position_ids(position_ids, rows, columns)
-    if not chunk.is_traced and columns == 1 and chunk.cached_bytes is None:
+    if not chunk.is_symbolic and columns == 1 and chunk.cached_bytes is None:
         return
     position_ids = chunk.pack(position_ids)
-    chunk.text_starts = find_text_starts(position_ids, chunk.num_bytes, chunk.cached_bytes, chunk.is_traced)
+    chunk.text_starts = find_text_starts(position_ids, chunk.num_bytes, chunk.cached_bytes, chunk.is_symbolic)
     if chunk.text_starts is not None:
         index = torch.arange(columns, device=position_ids.device)
         before = -chunk.previous.text_bytes
@@ -362,7 +362,7 @@ def _find_documents(chunk: ByteChunk, holds_documents: bool, rules: DocumentRule
 
 
 @dataclass
-class PatchNumbers:
+class PatchAssignment:
     """Which patch holds each byte, and which it reads.
 
     Attributes:
@@ -371,7 +371,7 @@ class PatchNumbers:
             there keeps a patch from spanning two texts; nobody reads the latent of that patch.
         entries: int64 `(B, S, F)`, the chunk's entries for the history: a [`RowState`] after each byte.
         read: int64 `(B, S)`, index in its row of the patch that each byte reads; -1: none yet.
-        counts: int64 `(3, B)`, for [`PatchCounts`].
+        counts: int64 `(3, B)`, for [`HostPatchCounts`].
     """
 
     ends: Tensor
@@ -391,7 +391,7 @@ class PatchNumbers:
 
 
 @dataclass
-class PatchCounts:
+class HostPatchCounts:
     """What the host knows of the patches of a chunk.
 
     Attributes:
@@ -407,14 +407,14 @@ class PatchCounts:
     max_open_bytes: int
 
     @classmethod
-    def traced(cls, numbers: PatchNumbers) -> "PatchCounts":
+    def symbolic(cls, patches: PatchAssignment) -> "HostPatchCounts":
         """In traced code the most new patches are a symbol, and the rest is asked for by caches alone."""
-        return cls([], [], largest_count(numbers.num_new, _LEAST_TRACED_PATCHES), 0, 0)
+        return cls([], [], largest_count(patches.num_new, _LEAST_SYMBOLIC_PATCHES), 0, 0)
 
     @classmethod
-    def of(cls, numbers: PatchNumbers) -> "PatchCounts":
+    def of(cls, patches: PatchAssignment) -> "HostPatchCounts":
         """The one place where the host learns what the patcher decided."""
-        old, after, open_bytes = numbers.counts.tolist()
+        old, after, open_bytes = patches.counts.tolist()
         if len(old) == 1:
             new = [after[0] - old[0]]
             return cls(old, new, new[0], round_up_columns(after[0]), open_bytes[0])
@@ -423,7 +423,7 @@ class PatchCounts:
         return cls(old, new, max_new, round_up_columns(max(old) + max_new), max(open_bytes))
 
 
-def number_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> PatchNumbers:
+def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> PatchAssignment:
     """Numbers the patches that `ends` `(B, S)` closes, without asking the device for anything."""
     previous, is_text, is_one = chunk.previous, chunk.is_text, chunk.num_columns == 1 and chunk.is_small
     if is_text is not None:
@@ -463,17 +463,17 @@ def number_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> Patc
     )
     longest = open_bytes[:, 0] if is_one else open_bytes.amax(dim=1)
     counts = torch.stack([previous.num_patches, num_patches[:, -1], longest])
-    return PatchNumbers(ends, closes, torch.stack(fields, dim=-1), read, counts)
+    return PatchAssignment(ends, closes, torch.stack(fields, dim=-1), read, counts)
 
 
-def first_visible_patches(chunk: ByteChunk, numbers: PatchNumbers, new: Tensor) -> Tensor | None:
+def first_visible_patches(chunk: ByteChunk, patches: PatchAssignment, new: Tensor) -> Tensor | None:
     """Index in its row of the first patch that each new patch may see, int64 `(B, P)`; None: 0. `new`: `0 .. P - 1`."""
     if chunk.document_start is None:
         return None
     num_new = new.shape[0]
-    column = torch.where(numbers.closes, numbers.closes.long().cumsum(dim=1) - 1, num_new).clamp_max(num_new)
+    column = torch.where(patches.closes, patches.closes.long().cumsum(dim=1) - 1, num_new).clamp_max(num_new)
     first = torch.zeros(column.shape[0], num_new + 1, dtype=torch.int64, device=column.device)
-    return take_columns(first.scatter(1, column, numbers.field("patch_document_start")), 0, num_new)
+    return take_columns(first.scatter(1, column, patches.field("patch_document_start")), 0, num_new)
 
 
 def _patch_document_starts(chunk, closes, byte_patch, previous_open, rules: DocumentRules) -> tuple[Tensor, Tensor]:
@@ -497,10 +497,10 @@ def _patch_document_starts(chunk, closes, byte_patch, previous_open, rules: Docu
 __all__ = [
     "ByteChunk",
     "DocumentRules",
-    "PatchCounts",
-    "PatchNumbers",
+    "HostPatchCounts",
+    "PatchAssignment",
     "first_visible_patches",
     "make_chunk",
     "next_bytes",
-    "number_patches",
+    "assign_patches",
 ]

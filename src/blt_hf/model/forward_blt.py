@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention_blt import AttentionSpan
-from .cache_blt import BltCache, SlotAccess, round_up_columns
-from .chunk_blt import ByteChunk, DocumentRules, PatchCounts, PatchNumbers, number_patches
-from .layers_blt import PatchReads, StateTrace, ngram_hashes
+from .cache_blt import BltCache, SlotIndex, round_up_columns
+from .chunk_blt import ByteChunk, DocumentRules, HostPatchCounts, PatchAssignment, assign_patches
+from .layers_blt import LatentIndex, OutputCollector, ngram_hashes
 from .patching_blt import PatchingRule, find_patch_ends
 
 
@@ -80,7 +80,7 @@ class ForwardInputs:
     embeds: Tensor | None = None
     byte_embeds: Tensor | None = None
     given_ends: Tensor | None = None
-    collectors: tuple[StateTrace | None, StateTrace | None, StateTrace | None] = (None, None, None)
+    collectors: tuple[OutputCollector | None, OutputCollector | None, OutputCollector | None] = (None, None, None)
     block_noise: Any = None
     is_draft: bool = False
 
@@ -93,7 +93,7 @@ class BytesRead:
     """What reading bytes leaves for the stages behind it: patches, encoder states `(B, S, W)`, keys to see, entropies."""
 
     chunk: ByteChunk
-    patches: PatchNumbers
+    patches: PatchAssignment
     byte_states: list[Tensor]
     span: AttentionSpan
     entropies: Tensor | None
@@ -110,7 +110,7 @@ def read_bytes(
         entropies, ends = None, torch.zeros_like(chunk.input_ids, dtype=torch.bool)
     else:
         entropies, ends = find_patches(model, settings.rule, chunk, cache, inputs.given_ends)
-    patches = number_patches(chunk, ends, settings.documents)
+    patches = assign_patches(chunk, ends, settings.documents)
     collector = inputs.collectors[0]
     span = chunk.span(
         cache,
@@ -133,37 +133,37 @@ def close_patches(
     model,
     cache: BltCache,
     read: BytesRead,
-    new: Tensor,
-    columns: Tensor,
-    back: Tensor,
+    new_patches: Tensor,
+    cache_columns: Tensor,
+    byte_offsets: Tensor,
     rows: Tensor | None,
     sees_all: bool = False,
-    collector: StateTrace | None = None,
+    collector: OutputCollector | None = None,
 ) -> None:
     """Runs encoder cross attention and global transformer for the patches that a small chunk closed, into the slots.
 
     Args:
-        new: `0 .. P - 1`, int64, for up to `P` patches of a row.
-        columns: `0, 1, ...`, int64, columns of the global transformer's cache to read.
-        back: `-T .. -1`, int64, for the last `T` bytes, which hold all that these patches are made of.
+        new_patches: int64 `0 .. P - 1`, for up to `P` patches of a row.
+        cache_columns: int64 `0, 1, ...`, columns of the global transformer's cache to read.
+        byte_offsets: int64 `-T .. -1`, for the last `T` bytes, which hold all that these patches are made of.
         rows: int64 `(R,)`, rows that close a patch. None: every row runs; results of rows that close none are not read.
-        sees_all: there is one new patch of one row, which may see all `columns`.
+        sees_all: there is one new patch of one row, which may see all `cache_columns`.
     """
     chunk, before = read.chunk, read.chunk.previous.num_patches
     counts = chunk.cached_bytes + chunk.num_columns
-    states, segment = model.local_encoder.held_bytes(cache, chunk, counts, back, rows)
-    latents = model.local_encoder.make_latents(states, segment, new.shape[0])
+    states, segment = model.local_encoder.held_bytes(cache, chunk, counts, byte_offsets, rows)
+    latents = model.local_encoder.make_latents(states, segment, new_patches.shape[0])
     states = model.global_transformer(
-        latents.flatten(2), chunk, read.patches, new, columns, rows, cache, collector, sees_all
+        latents.flatten(2), chunk, read.patches, new_patches, cache_columns, rows, cache, collector, sees_all
     )
     before = before if rows is None else before.index_select(0, rows)
-    index = cache.latent_slots.find(before[:, None] + new, rows).flatten()
+    index = cache.latent_slots.find(before[:, None] + new_patches, rows).flatten()
     latents = model.local_decoder.project_latents(states, chunk.packed)
-    cache.latents.write(latents, SlotAccess(index=index).on(latents.device), len(cache.row_bytes))
+    cache.latents.write(latents, SlotIndex(index=index).on(latents.device), len(cache.row_bytes))
 
 
 def close_patches_in_order(
-    model, cache: BltCache | None, read: BytesRead, counts: PatchCounts, collector: StateTrace | None = None
+    model, cache: BltCache | None, read: BytesRead, counts: HostPatchCounts, collector: OutputCollector | None = None
 ) -> Tensor:
     """Does the same for a large chunk; gives keys and values `(B, P, L, 2, F)` of its patches."""
     chunk = read.chunk
@@ -171,9 +171,11 @@ def close_patches_in_order(
         cache.reserve_patches(counts.max_new)
     states, segment = model.local_encoder.patch_bytes(chunk, read.patches, read.byte_states, cache)
     latents = model.local_encoder.make_latents(states, segment, counts.max_new)
-    new = torch.arange(counts.max_new, device=latents.device)
-    columns = torch.arange(0 if chunk.cached_bytes is None else counts.seen, device=latents.device)
-    states = model.global_transformer(latents.flatten(2), chunk, read.patches, new, columns, None, cache, collector)
+    new_patches = torch.arange(counts.max_new, device=latents.device)
+    cache_columns = torch.arange(0 if chunk.cached_bytes is None else counts.seen, device=latents.device)
+    states = model.global_transformer(
+        latents.flatten(2), chunk, read.patches, new_patches, cache_columns, None, cache, collector
+    )
     return model.local_decoder.project_latents(states)
 
 
@@ -191,20 +193,20 @@ def predict_bytes(
     `latents`: `(B, P, L, 2, F)`, of the patches that a large chunk closed.
     """
     chunk = read.chunk
-    latents, reads = find_latents(settings, chunk, read.patches, cache, latents)
+    latents, latent_index = find_latents(settings, chunk, read.patches, cache, latents)
     states, span, positions = read.byte_states[-1], read.span, None
     collector = inputs.collectors[2]
     if inputs.block_noise is not None:
         wants_weights = collector is not None and collector.attentions is not None
-        states, positions, reads, span = inputs.block_noise.join(
-            model, chunk, read.patches, states, reads, wants_weights
+        states, positions, latent_index, span = inputs.block_noise.join(
+            model, chunk, read.patches, states, latent_index, wants_weights
         )
-    hidden_states = model.local_decoder(states, latents, chunk, reads, span, cache, collector, positions)
+    hidden_states = model.local_decoder(states, latents, chunk, latent_index, span, cache, collector, positions)
     if head is not None:
         hidden_states = head(hidden_states).float()
     if cache is not None:
         # Last, so that an interrupt in the middle of a step leaves a cache that has not read it
-        cache.commit(chunk, read.patches, read.entropies)
+        cache.advance_on_device(chunk, read.patches, read.entropies)
     return hidden_states
 
 
@@ -267,44 +269,44 @@ def find_patches(
 
 
 def keep_bytes(
-    chunk: ByteChunk, patches: PatchNumbers, byte_states: list[Tensor], entropies: Tensor | None, cache: BltCache
+    chunk: ByteChunk, patches: PatchAssignment, byte_states: list[Tensor], entropies: Tensor | None, cache: BltCache
 ) -> None:
     """Writes the history of the bytes, and their states for the patches that are open."""
-    access = chunk.access(cache.recent_slots, 0)
-    cache.history.write(patches.entries, entropies, access)
+    slot_index = chunk.slot_index(cache.recent_slots, 0)
+    cache.history.write(patches.entries, entropies, slot_index)
     for kept, new in zip(cache.byte_states, byte_states):
-        kept.write(new, access.on(new.device))
+        kept.write(new, slot_index.on(new.device))
 
 
 def find_latents(
-    settings: ForwardSettings, chunk: ByteChunk, patches: PatchNumbers, cache: BltCache | None, new: Tensor | None
-) -> tuple[Tensor | None, PatchReads]:
+    settings: ForwardSettings, chunk: ByteChunk, patches: PatchAssignment, cache: BltCache | None, new: Tensor | None
+) -> tuple[Tensor | None, LatentIndex]:
     """Keys and values of patches for the decoder, and which of them each byte reads.
 
     A small chunk reads the slots of the cache. A large one reads `[slots | new]`, and `new` `(B, P, L, 2, F)` is written
     to the slots.
     """
-    entries, hidden = PatchReads.find(patches.read, settings.decoder_window)
+    entries, hidden = LatentIndex.find(patches.read, settings.decoder_window)
     if chunk.is_small:
-        return cache.latents.values, PatchReads(entries % cache.latent_slots.size, hidden)
+        return cache.latents.values, LatentIndex(entries % cache.latent_slots.size, hidden)
     before = chunk.previous.num_patches
     if chunk.cached_bytes is None:
         entries, latents = entries.clamp_min(0), new
     else:
         size, latents = cache.latent_slots.size, cache.latents.values
         if new is None:
-            return latents, PatchReads(entries % size, hidden)
+            return latents, LatentIndex(entries % size, hidden)
         # New patches stand behind the slots, in their order.
         is_new = entries >= before[:, None, None]
         entries = torch.where(is_new, size + entries - before[:, None, None], entries % size)
         latents = torch.cat([latents.to(new.dtype), new], dim=1)
     if cache is not None and new is not None:
         source = cache.latent_slots.held(before + patches.num_new) - before[:, None]
-        cache.latents.write(new, SlotAccess(source=source).on(new.device))
-    return latents, PatchReads(entries, hidden)
+        cache.latents.write(new, SlotIndex(source=source).on(new.device))
+    return latents, LatentIndex(entries, hidden)
 
 
-def closing_rows(counts: PatchCounts, device: torch.device) -> Tensor | None:
+def closing_rows(counts: HostPatchCounts, device: torch.device) -> Tensor | None:
     """Rows that close a patch; None: run all of them."""
     # Leaving rows out saves work on a CPU; a GPU had better see the same shapes again.
     if len(counts.new) == 1 or device.type != "cpu" or 0 not in counts.new:
@@ -327,7 +329,7 @@ def run_chunk(
     if cache is not None:
         cache.begin(len(chunk.row_bytes), chunk.num_columns, chunk.is_small, chunk.device)
     read = read_bytes(model, settings, chunk, cache, inputs)
-    counts = PatchCounts.traced(read.patches) if chunk.is_traced else PatchCounts.of(read.patches)
+    counts = HostPatchCounts.symbolic(read.patches) if chunk.is_symbolic else HostPatchCounts.of(read.patches)
     latents = None
     if counts.max_new and chunk.is_small:
         made = closing_inputs(cache, read, counts, counts_rows(model))
@@ -340,12 +342,12 @@ def run_chunk(
         keep_bytes(chunk, read.patches, read.byte_states, read.entropies, cache)
     hidden_states = predict_bytes(model, settings, cache, read, latents, None, inputs)
     if cache is not None:
-        cache.count_chunk(chunk, counts)
+        cache.advance_chunk_on_host(chunk, counts)
     return hidden_states, read
 
 
 def closing_inputs(
-    cache: BltCache, read: BytesRead, counts: PatchCounts, all_rows: bool, is_fixed: bool = False
+    cache: BltCache, read: BytesRead, counts: HostPatchCounts, all_rows: bool, is_fixed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Makes the tensors that [`close_patches`] takes, and room for its patches.
 
@@ -358,15 +360,15 @@ def closing_inputs(
         max_new = STEP_PATCHES
     cache.reserve_patches(max_new)
     size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
-    back = torch.arange(-size if is_fixed else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
+    byte_offsets = torch.arange(-size if is_fixed else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
     seen = max(counts.old) + max_new
     if is_fixed or not sees_all(counts):
         seen = round_up_columns(seen)
-    columns = torch.arange(seen, device=device)
-    return torch.arange(max_new, device=device), columns, back, None if all_rows else closing_rows(counts, device)
+    new_patches, cache_columns = torch.arange(max_new, device=device), torch.arange(seen, device=device)
+    return new_patches, cache_columns, byte_offsets, None if all_rows else closing_rows(counts, device)
 
 
-def sees_all(counts: PatchCounts) -> bool:
+def sees_all(counts: HostPatchCounts) -> bool:
     """Whether one patch of one row was closed, which sees all patches of its text."""
     return len(counts.new) == 1 and counts.max_new == 1
 

@@ -597,7 +597,7 @@ class BltGenerationMixin(GenerationMixin):
 
     `cache_implementation="static"` compiles the decoding step with `torch.compile`, on any device, as `compile_config`
     says; the first bytes then take as long as compiling does. `disable_compile=True` compiles nothing. On a GPU the
-    steps are recorded as CUDA graphs either way.
+    steps are captured as CUDA graphs either way.
     """
 
     def _prepare_model_inputs(self, inputs=None, *args, **kwargs):

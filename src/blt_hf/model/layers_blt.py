@@ -101,7 +101,7 @@ class BltSelfAttention(nn.Module):
         key = rotate_pairs(self.k_proj(hidden_states).view(shape), *position_embeddings).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, span.access)
+            key, value = past_key_values.update(key, value, span.slot_index)
         dropout = self.dropout if self.training else 0.0
         output, weights = span.attend(self, query, key, value, dropout)
         return self.o_proj(output.flatten(2).contiguous()), weights
@@ -192,7 +192,7 @@ class BltPatchCrossAttention(_BltCrossAttention):
 
 
 @dataclass
-class PatchReads:
+class LatentIndex:
     """Which patches each byte reads in the decoder's cross attention.
 
     Attributes:
@@ -228,14 +228,14 @@ class BltByteCrossAttention(_BltCrossAttention):
         hidden_states: Tensor | None = None,
         keys: Tensor | None = None,
         values: Tensor | None = None,
-        reads: "PatchReads | None" = None,
+        latent_index: "LatentIndex | None" = None,
         latents: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             hidden_states: `(B, S, W)`, queries.
             keys, values: `(B, P, K*H_kv*D)`, what an earlier call made of patches.
-            reads: which of these each byte reads.
+            latent_index: patches that each byte reads, among these.
             latents: `(B, P, K, W)` of patches; then nothing else is given. (A call like any other, because FSDP gathers
                 a module's weights when it is called.)
         Returns:
@@ -245,7 +245,7 @@ class BltByteCrossAttention(_BltCrossAttention):
             return self._project(latents)
         query = self._split(self.q_proj(self.q_norm(hidden_states)))
         shape = (*keys.shape[:2], self.num_latents, -1, self.head_dim)
-        index, hidden = reads.on(query.device)
+        index, hidden = latent_index.on(query.device)
         output = gathered_attention(query, keys.view(shape), values.view(shape), index, hidden, self.scaling)
         return self.o_proj(output.flatten(2)) + hidden_states
 
@@ -261,17 +261,17 @@ def run_layers(
     position_embeddings: tuple[Tensor, Tensor],
     span: AttentionSpan,
     cache_layers: list | None,
-    trace: "StateTrace | None" = None,
+    collector: "OutputCollector | None" = None,
 ) -> Tensor:
-    """Runs a stack of [`BltTransformerLayer`] on `(B, S, W)`, writing states and weights to `trace` if there is one."""
+    """Runs [`BltTransformerLayer`]s on `(B, S, W)`; states and weights are added to `collector`, if there is one."""
     for layer, cache_layer in zip(layers, cache_layers or [None] * len(layers)):
         hidden_states, weights = layer(hidden_states, position_embeddings, span, cache_layer)
-        if trace is not None:
-            trace.add(hidden_states, weights)
+        if collector is not None:
+            collector.add(hidden_states, weights)
     return hidden_states
 
 
-class StateTrace:
+class OutputCollector:
     """Hidden states and attention weights of one stack, kept if asked for.
 
     Args:
@@ -415,8 +415,8 @@ __all__ = [
     "BltRotaryEmbedding",
     "BltSelfAttention",
     "BltTransformerLayer",
-    "PatchReads",
-    "StateTrace",
+    "LatentIndex",
+    "OutputCollector",
     "ngram_hashes",
     "rotate_pairs",
     "run_layers",

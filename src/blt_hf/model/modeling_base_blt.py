@@ -203,7 +203,7 @@ class BltPreTrainedModel(PreTrainedModel):
         data = import_from_package("patches.data", "`get_patches`")
         return data.get_patches(self, inputs, attention_mask, rule=rule, batch_size=batch_size)
 
-    def _wants(self, name: str, value: bool | list[int] | None) -> bool | list[int]:
+    def _resolve_output(self, name: str, value: bool | list[int] | None) -> bool | list[int]:
         """An `output_*` argument, or what the config says of it; hidden states may be chosen by index."""
         value = bool(getattr(self.config, name, False)) if value is None else value
         if isinstance(value, int) and not isinstance(value, bool):
@@ -220,7 +220,7 @@ class BltPreTrainedModel(PreTrainedModel):
         function = functools.partial(checkpoint_for_gradients, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, function, **kwargs)
 
-    def _checkpoints(self) -> bool:
+    def _uses_checkpointing(self) -> bool:
         """Whether layers are run again for their gradients, so that they may not write to a cache."""
         if not torch.is_grad_enabled():
             return False
@@ -235,7 +235,7 @@ class BltPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "`use_cache=True` cannot be exported, as a cache is no tensor; pass whole texts and `use_cache=False`."
             )
-        if use_cache and self.training and self._checkpoints():
+        if use_cache and self.training and self._uses_checkpointing():
             logger.warning_once(
                 "`use_cache=True` is incompatible with gradient checkpointing; setting `use_cache=False`."
             )

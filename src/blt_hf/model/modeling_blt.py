@@ -13,7 +13,7 @@ from .chunk_blt import ByteChunk, make_chunk
 from .configuration_blt import BltConfig
 from .forward_blt import BytesRead, ForwardInputs, ForwardSettings, embed_bytes, run_chunk
 from .generation_blt import BltGenerationMixin
-from .layers_blt import BltHashEmbedding, BltSelfAttention, BltTransformerLayer, StateTrace
+from .layers_blt import BltHashEmbedding, BltSelfAttention, BltTransformerLayer, OutputCollector
 from .modeling_base_blt import (
     BltCausalLMOutput,
     BltKwargs,
@@ -146,8 +146,8 @@ class BltModel(BltPreTrainedModel):
         cache = self._start_cache(past_key_values, use_cache, config)
         if input_ids is not None:
             self._check_history(cache)
-        wants_states = self._wants("output_hidden_states", output_hidden_states)
-        wants_weights = self._wants("output_attentions", output_attentions)
+        wants_states = self._resolve_output("output_hidden_states", output_hidden_states)
+        wants_weights = self._resolve_output("output_attentions", output_attentions)
         is_plain = attention_mask is position_ids is inputs_embeds is byte_embeds is patch_lengths is None
         is_plain = is_plain and not (wants_states or wants_weights or output_patches or torch.is_grad_enabled())
         if is_plain and cache is not None and cache.fits(shape):
@@ -157,7 +157,7 @@ class BltModel(BltPreTrainedModel):
             input_ids, attention_mask, position_ids, cache, shape, device, settings.documents, bool(wants_weights)
         )
         if chunk.has_documents and max(settings.encoder_window, settings.decoder_window) > 1:
-            verb = "may restart (a traced forward does not look)" if chunk.is_traced else "restart"
+            verb = "may restart (a traced forward does not look)" if chunk.is_symbolic else "restart"
             raise ValueError(
                 f"`position_ids` {verb} inside a row, and `cross_attn_window` is larger than 1: cross attention over "
                 "several patches would cross texts. Pass one text a row."
@@ -166,7 +166,7 @@ class BltModel(BltPreTrainedModel):
             embeds=None if inputs_embeds is None else chunk.pack(inputs_embeds),
             byte_embeds=None if byte_embeds is None else chunk.pack(byte_embeds),
             given_ends=None if patch_lengths is None else self._given_ends(chunk, patch_lengths),
-            collectors=tuple(StateTrace(wants_states, wants_weights) for _ in range(3)),
+            collectors=tuple(OutputCollector(wants_states, wants_weights) for _ in range(3)),
             block_noise=block_noise,
         )
         hidden_states, read = run_chunk(self, settings, chunk, cache, inputs)
@@ -232,7 +232,7 @@ class BltModel(BltPreTrainedModel):
                 f"`patch_lengths` has shape {tuple(patch_lengths.shape)} and dtype {patch_lengths.dtype}; at least one "
                 "whole number for each row is accepted."
             )
-        if not chunk.is_traced:
+        if not chunk.is_symbolic:
             self._check_patch_lengths(patch_lengths, chunk.num_bytes)
         ends = patch_ends_from_lengths(patch_lengths, chunk.num_columns)
         return ends | (chunk.text_positions == 0)
@@ -255,7 +255,7 @@ class BltModel(BltPreTrainedModel):
         read: BytesRead,
         hidden_states: Tensor,
         cache: BltCache | None,
-        collectors: tuple[StateTrace, StateTrace, StateTrace],
+        collectors: tuple[OutputCollector, OutputCollector, OutputCollector],
         output_patches: bool | None,
     ) -> BltModelOutput:
         chunk, (of_encoder, of_global, of_decoder) = read.chunk, collectors
@@ -356,7 +356,7 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         Returns:
             [`BltCausalLMOutput`].
         """
-        if use_cache and self.training and self._checkpoints():
+        if use_cache and self.training and self._uses_checkpointing():
             use_cache = self._start_cache(None, use_cache, self.config) is not None  # which warns
         noise = None
         # In an evaluation the loss is the text's own, and the same twice, unless the caller says where noise comes from.

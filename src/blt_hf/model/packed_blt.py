@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .attention_blt import AttentionSpan
-from .cache_blt import SlotAccess
+from .cache_blt import SlotIndex
 from .layers_blt import (
     BltByteCrossAttention,
     BltMLP,
     BltRMSNorm,
     BltSelfAttention,
     BltTransformerLayer,
-    PatchReads,
+    LatentIndex,
     rotate_pairs,
 )
 
@@ -139,7 +139,7 @@ class PackedStack:
         span: AttentionSpan,
         cache_layers: list,
         latents: Tensor | None = None,
-        reads: PatchReads | None = None,
+        latent_index: LatentIndex | None = None,
     ) -> Tensor:
         """Runs the layers on `(B, S, W)`, as the stack's modules do.
 
@@ -147,16 +147,16 @@ class PackedStack:
             positions: int64 `(B, S)`, of each byte (or patch) in its row.
             span: slots that each of them sees, and where its keys and values go.
             cache_layers: a [`BltCacheLayer`] for each layer.
-            latents, reads: as [`BltLocalDecoder.forward`] takes them.
+            latents, latent_index: as [`BltLocalDecoder.forward`] takes them.
         """
-        shape, access = states.shape, span.access
+        shape, slot_index = states.shape, span.slot_index
         states = states.reshape(-1, shape[-1])  # (N, W)
         rotation, mask = self._rotation(positions, states, span), span.whole_mask(states)
-        kept = None if not self.cross_layers else self._gather(latents, reads, states)
+        kept = None if not self.cross_layers else self._gather(latents, latent_index, states)
         for number, (layer, activation, cache_layer) in enumerate(zip(self.layers, self.activations, cache_layers)):
             if number < len(self.cross_layers):
                 states = self._cross_attend(self.cross_layers[number], states, number, *kept)
-            states = self._attend(layer, states, rotation, mask, access, cache_layer, shape[:2])
+            states = self._attend(layer, states, rotation, mask, slot_index, cache_layer, shape[:2])
             normed = self._normed(states, layer.mlp_norm)
             if self.copies:
                 gate, up = torch.mm(normed, layer.gate_up).chunk(2, dim=-1)
@@ -167,7 +167,7 @@ class PackedStack:
             states = self._normed(states, self.norm)
         return states.view(shape)
 
-    def _attend(self, layer: PackedLayer, states, rotation, mask, access: SlotAccess, cache_layer, shape) -> Tensor:
+    def _attend(self, layer: PackedLayer, states, rotation, mask, slot_index: SlotIndex, cache_layer, shape) -> Tensor:
         normed = self._normed(states, layer.attention_norm)
         if self.copies:
             joined = torch.mm(normed, layer.query_key_value)
@@ -180,10 +180,10 @@ class PackedStack:
         else:
             heads = rotated.view(*shape, -1, self.head_dim)
             heads.copy_(rotate_pairs(heads, *rotation.unbind()))
-        slots, keys, values = cache_layer.slot_views(access.seen)
-        slots.index_copy_(0, access.index, joined[:, num_query:])
-        if access.rows is not None:
-            keys, values = keys.index_select(0, access.rows), values.index_select(0, access.rows)
+        slots, keys, values = cache_layer.slot_views(slot_index.seen)
+        slots.index_copy_(0, slot_index.index, joined[:, num_query:])
+        if slot_index.rows is not None:
+            keys, values = keys.index_select(0, slot_index.rows), values.index_select(0, slot_index.rows)
         query = joined[:, :num_query].view(*shape, -1, self.head_dim).transpose(1, 2)
         attended = nn.functional.scaled_dot_product_attention(
             query, keys, values, mask, scale=self.scaling, enable_gqa=self.num_heads != self.num_kv_heads
@@ -213,16 +213,16 @@ class PackedStack:
         states = states.view(rows, num_patches, num_latents, len(self.cross_layers), 2, -1)
         return states.permute(0, 1, 3, 4, 2, 5).flatten(-2)
 
-    def _gather(self, latents: Tensor, reads: PatchReads, states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _gather(self, latents: Tensor, latent_index: LatentIndex, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Keys and values that each byte reads `(N, window, L, 2, F)`, of all cross attentions, and a mask over them."""
         rows, size = latents.shape[:2]
-        index = reads.index
+        index = latent_index.index
         if rows > 1:
             index = index + torch.arange(0, rows * size, size, device=index.device)[:, None, None]
         taken = latents.flatten(0, 1).index_select(0, index.flatten())
         mask = None
-        if reads.hidden is not None:
-            hidden = reads.hidden.flatten(0, 1).repeat_interleave(self.num_latents, dim=-1)[:, None, None]
+        if latent_index.hidden is not None:
+            hidden = latent_index.hidden.flatten(0, 1).repeat_interleave(self.num_latents, dim=-1)[:, None, None]
             mask = hidden.to(states.dtype) * torch.finfo(states.dtype).min
         return taken.view(states.shape[0], -1, *latents.shape[2:]), mask
 

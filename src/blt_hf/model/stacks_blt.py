@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
 from .attention_blt import AttentionSpan, SlotSpan
-from .cache_blt import BltCache, RowState, SlotAccess
+from .cache_blt import BltCache, RowState, SlotIndex
 from .checks_blt import check_inputs, check_labels, ignore_unpredicted
-from .chunk_blt import ByteChunk, DocumentRules, PatchNumbers, first_visible_patches, make_chunk, number_patches
+from .chunk_blt import ByteChunk, DocumentRules, PatchAssignment, assign_patches, first_visible_patches, make_chunk
 from .configuration_blt import (
     BltGlobalTransformerConfig,
     BltLocalDecoderConfig,
@@ -22,8 +22,8 @@ from .layers_blt import (
     BltRotaryEmbedding,
     BltSelfAttention,
     BltTransformerLayer,
-    PatchReads,
-    StateTrace,
+    LatentIndex,
+    OutputCollector,
     run_layers,
 )
 from .modeling_base_blt import BltCausalLMOutput, BltPreTrainedModel, embed_inputs, keep_positions, keeps_all
@@ -59,7 +59,7 @@ class BltLocalEncoder(BltPreTrainedModel):
         chunk: ByteChunk,
         span: AttentionSpan,
         cache: BltCache | None = None,
-        trace: StateTrace | None = None,
+        collector: OutputCollector | None = None,
     ) -> list[Tensor]:
         """The layers over bytes.
 
@@ -79,12 +79,12 @@ class BltLocalEncoder(BltPreTrainedModel):
             kept = None if cache is None else cache.encoder[index]
             hidden_states, weights = layer(hidden_states, position_embeddings, span, kept)
             states.append(hidden_states)
-            if trace is not None:
-                trace.add(hidden_states, weights)
+            if collector is not None:
+                collector.add(hidden_states, weights)
         return states[-len(self.cross_attn_layers) :]
 
     def patch_bytes(
-        self, chunk: ByteChunk, numbers: PatchNumbers, states: list[Tensor], cache: BltCache | None
+        self, chunk: ByteChunk, patches: PatchAssignment, states: list[Tensor], cache: BltCache | None
     ) -> tuple[list[Tensor], Tensor]:
         """The bytes that new patches may read: those of a large chunk, and those that the cache holds before it.
 
@@ -93,30 +93,30 @@ class BltLocalEncoder(BltPreTrainedModel):
             (negative for earlier ones).
         """
         old = chunk.previous.num_patches[:, None]
-        segment = numbers.field("byte_patch") - old
+        segment = patches.field("byte_patch") - old
         if chunk.is_text is not None:
             segment = torch.where(chunk.is_text, segment, NO_PATCH)
         if chunk.cached_bytes is None:
             return states, segment
         length = min(cache.needed_states(cache.max_open_bytes), max(cache.row_bytes))
-        back = torch.arange(-length, 0, device=old.device)
-        held, held_segment = self.held_bytes(cache, chunk, chunk.cached_bytes, back)
+        byte_offsets = torch.arange(-length, 0, device=old.device)
+        held, held_segment = self.held_bytes(cache, chunk, chunk.cached_bytes, byte_offsets)
         states = [torch.cat([before.to(new.dtype), new], dim=1) for before, new in zip(held, states)]
         return states, torch.cat([held_segment, segment], dim=1)
 
     def held_bytes(
-        self, cache: BltCache, chunk: ByteChunk, counts: Tensor, back: Tensor, rows: Tensor | None = None
+        self, cache: BltCache, chunk: ByteChunk, counts: Tensor, byte_offsets: Tensor, rows: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """The last bytes that the cache holds in rows of `counts` `(B,)` bytes; results as `patch_bytes`.
 
-        `back`: int64 `(T,)`, `-T .. -1`.
+        `byte_offsets`: int64 `(T,)`, `-T .. -1`.
         """
 
         def chosen(tensor: Tensor) -> Tensor:
             return tensor if rows is None else tensor.index_select(0, rows)
 
         counts = chosen(counts)[:, None]
-        positions = counts + back
+        positions = counts + byte_offsets
         index = cache.recent_slots.find(positions, rows)
         held = RowState(*cache.history.entries.read(index).unbind(-1))
         # The slot is valid unless the byte lies before the text, or this chunk wrote padding there.
@@ -140,11 +140,11 @@ class BltLocalEncoder(BltPreTrainedModel):
         """
         latents = self._pool(byte_states[0], segment, num_patches)
         for cross_attention, states in zip(self.cross_attn_layers, byte_states):
-            latents = latents + cross_attention(latents, states, segment, segment >= -self._reach)
+            latents = latents + cross_attention(latents, states, segment, segment >= -self._patches_back)
         return latents
 
     @property
-    def _reach(self) -> int:
+    def _patches_back(self) -> int:
         """How many patches back a byte may still be read."""
         return (self.config.cross_attn_window or 1) - 1
 
@@ -199,12 +199,12 @@ class BltGlobalTransformer(BltPreTrainedModel):
         self,
         inputs_embeds: Tensor,
         chunk: ByteChunk,
-        numbers: PatchNumbers,
-        new: Tensor,
-        columns: Tensor,
+        patches: PatchAssignment,
+        new_patches: Tensor,
+        cache_columns: Tensor,
         rows: Tensor | None = None,
         cache: BltCache | None = None,
-        trace: StateTrace | None = None,
+        collector: OutputCollector | None = None,
         sees_all: bool = False,
     ) -> Tensor:
         """Runs the patches that were closed: latents `(R, P, K*W_local)` to `(R, P, W)`.
@@ -212,38 +212,38 @@ class BltGlobalTransformer(BltPreTrainedModel):
         Columns past a row's own patches hold values that nothing reads.
 
         Args:
-            chunk, numbers: the bytes that closed them.
-            new: `0 .. P - 1`, int64.
-            columns: `0, 1, ...`, int64, columns of the cache to read. None of them: the new patches are the first.
+            chunk, patches: the bytes that closed them.
+            new_patches: int64 `0 .. P - 1`.
+            cache_columns: int64 `0, 1, ...`, columns of the cache to read. None of them: the new patches are the first.
             rows: int64 `(R,)`, rows that take part; None: all.
-            sees_all: there is one new patch of one row, which may see all `columns`.
+            sees_all: there is one new patch of one row, which may see all `cache_columns`.
         """
-        first_patch, before = first_visible_patches(chunk, numbers, new), chunk.previous.num_patches
+        first_patch, before = first_visible_patches(chunk, patches, new_patches), chunk.previous.num_patches
         if rows is not None:
             first_patch = None if first_patch is None else first_patch.index_select(0, rows)
             before = before.index_select(0, rows)
-        positions = before[:, None] + new
+        positions = before[:, None] + new_patches
         implementation = self.config._attn_implementation
-        access = None
+        slot_index = None
         if cache is not None:
             index = cache.patch_slots.find(positions, rows).flatten()
-            access = SlotAccess(index=index, rows=rows, seen=columns.shape[0])
-        if columns.shape[0] == 0:
-            wants_weights = trace is not None and trace.attentions is not None
-            span = AttentionSpan(0, new.shape[0], None, first_patch, implementation, wants_weights, access)
+            slot_index = SlotIndex(index=index, rows=rows, seen=cache_columns.shape[0])
+        if cache_columns.shape[0] == 0:
+            wants_weights = collector is not None and collector.attentions is not None
+            span = AttentionSpan(0, new_patches.shape[0], None, first_patch, implementation, wants_weights, slot_index)
         else:
-            span = SlotSpan(columns.shape[0], positions, None, first_patch, implementation, access)
+            span = SlotSpan(cache_columns.shape[0], positions, None, first_patch, implementation, slot_index)
             if sees_all and first_patch is None:
                 span.hide_nothing()
         hidden_states = self.token_embedding_projection(inputs_embeds)
         if chunk.packed is not None and chunk.packed.global_transformer is not None:
             return chunk.packed.global_transformer.run(hidden_states, positions, span, cache.global_transformer)
         hidden_states = self.dropout(hidden_states)
-        if trace is not None:
-            trace.add(hidden_states)
+        if collector is not None:
+            collector.add(hidden_states)
         position_embeddings = self.rotary_emb.for_heads(hidden_states, positions)
         layers = None if cache is None else cache.global_transformer
-        return run_layers(self.layers, hidden_states, position_embeddings, span, layers, trace)
+        return run_layers(self.layers, hidden_states, position_embeddings, span, layers, collector)
 
 
 class BltLocalDecoder(BltPreTrainedModel):
@@ -270,23 +270,24 @@ class BltLocalDecoder(BltPreTrainedModel):
         byte_states: Tensor,
         latents: Tensor | None,
         chunk: ByteChunk,
-        reads: PatchReads,
+        latent_index: LatentIndex,
         span: AttentionSpan,
         cache: BltCache | None = None,
-        trace: StateTrace | None = None,
+        collector: OutputCollector | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """Byte states `(B, S, W)` to `(B, S, W)`.
 
         Args:
-            latents: `(B, P, L, 2, F)`, keys and values of patches for each cross attention, among which `reads` tells
-                those of each byte. None: there are no patches.
-            reads: what each byte reads.
+            latents: `(B, P, L, 2, F)`, keys and values of patches for each cross attention. None: there are no patches.
+            latent_index: patches that each byte reads, among `latents`.
             positions: int64 `(B, S)`, of each byte in its row; None: those of the chunk. Behind the chunk's bytes may
-                stand those of corrupted blocks, which are not traced.
+                stand those of corrupted blocks, which are not collected.
         """
         if chunk.packed is not None and chunk.packed.decoder is not None:
-            return chunk.packed.decoder.run(byte_states, chunk.row_positions, span, cache.decoder, latents, reads)
+            return chunk.packed.decoder.run(
+                byte_states, chunk.row_positions, span, cache.decoder, latents, latent_index
+            )
         hidden_states = self.dropout(byte_states)
         position_embeddings = self.rotary_emb.for_heads(
             hidden_states, chunk.row_positions if positions is None else positions
@@ -295,16 +296,18 @@ class BltLocalDecoder(BltPreTrainedModel):
         def of_bytes(states: Tensor) -> Tensor:
             return states if positions is None else states[:, : chunk.num_columns]
 
-        if trace is not None:
-            trace.add(of_bytes(hidden_states))
+        if collector is not None:
+            collector.add(of_bytes(hidden_states))
         for index, layer in enumerate(self.layers):
             if index < len(self.cross_attn_layers):
                 keys, values = latents[:, :, index, 0], latents[:, :, index, 1]
-                hidden_states = hidden_states + self.cross_attn_layers[index](hidden_states, keys, values, reads)
+                hidden_states = hidden_states + self.cross_attn_layers[index](
+                    hidden_states, keys, values, latent_index
+                )
             cache_layer = None if cache is None else cache.decoder[index]
             hidden_states, weights = layer(hidden_states, position_embeddings, span, cache_layer)
-            if trace is not None:
-                trace.add(of_bytes(hidden_states), weights)
+            if collector is not None:
+                collector.add(of_bytes(hidden_states), weights)
         return self.norm(hidden_states)
 
     def project_latents(self, global_states: Tensor, packed=None) -> Tensor:
@@ -369,24 +372,24 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         return entropy_from_logits(self.lm_head(self._run(self.embed_tokens(input_ids), chunk, cache)))
 
     def _run(
-        self, hidden_states: Tensor, chunk: ByteChunk, cache: BltCache | None, trace: StateTrace | None = None
+        self, hidden_states: Tensor, chunk: ByteChunk, cache: BltCache | None, collector: OutputCollector | None = None
     ) -> Tensor:
         """The layers and the norm, on byte embeddings `(B, S, W)`."""
-        if trace is not None:
-            trace.add(hidden_states)
+        if collector is not None:
+            collector.add(hidden_states)
         span = chunk.span(
             cache,
             None if cache is None else cache.patcher_slots,
             self.config.sliding_window,
             chunk.context_start,
             self.config._attn_implementation,
-            trace is not None and trace.attentions is not None,
+            collector is not None and collector.attentions is not None,
         )
         if chunk.packed is not None and chunk.packed.patcher is not None:
             return chunk.packed.patcher.run(hidden_states, chunk.row_positions, span, cache.patcher)
         position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
         layers = None if cache is None else cache.patcher
-        return self.norm(run_layers(self.layers, hidden_states, position_embeddings, span, layers, trace))
+        return self.norm(run_layers(self.layers, hidden_states, position_embeddings, span, layers, collector))
 
     @takes_cache
     @can_return_tuple
@@ -419,26 +422,28 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         """
         shape, device = check_inputs(input_ids, inputs_embeds, self.config.vocab_size, self.config.hidden_size)
         cache = self._start_cache(past_key_values, use_cache, self.config)
-        trace = StateTrace(
-            self._wants("output_hidden_states", output_hidden_states),
-            self._wants("output_attentions", output_attentions),
+        collector = OutputCollector(
+            self._resolve_output("output_hidden_states", output_hidden_states),
+            self._resolve_output("output_attentions", output_attentions),
         )
-        rules, in_order = DocumentRules.of(self.config), trace.attentions is not None
+        rules, in_order = DocumentRules.of(self.config), collector.attentions is not None
         chunk = make_chunk(input_ids, attention_mask, position_ids, cache, shape, device, rules, in_order)
         if cache is not None:
             cache.begin(shape[0], shape[1], chunk.is_small, device)
         inputs_embeds = None if inputs_embeds is None else chunk.pack(inputs_embeds)
-        hidden_states = self._run(embed_inputs(self.embed_tokens, chunk.input_ids, inputs_embeds), chunk, cache, trace)
+        hidden_states = self._run(
+            embed_inputs(self.embed_tokens, chunk.input_ids, inputs_embeds), chunk, cache, collector
+        )
         if cache is not None:
             ends = torch.ones_like(chunk.row_positions, dtype=torch.bool)
-            numbers = number_patches(chunk, ends, rules)
+            patches = assign_patches(chunk, ends, rules)
             if not chunk.is_small:
                 cache.reserve_open(0, chunk.num_columns)
-            cache.history.write(numbers.entries, None, chunk.access(cache.recent_slots, 0))
-            cache.commit(chunk, numbers)
-            cache.count_chunk(chunk)
+            cache.history.write(patches.entries, None, chunk.slot_index(cache.recent_slots, 0))
+            cache.advance_on_device(chunk, patches)
+            cache.advance_chunk_on_host(chunk)
         hidden_states = chunk.unpack(hidden_states)
-        states, attentions = trace.unpacked(chunk, last=chunk.pack(hidden_states))
+        states, attentions = collector.unpacked(chunk, last=chunk.pack(hidden_states))
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep)).float()
         entropies = None
         if output_patches:

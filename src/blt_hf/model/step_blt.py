@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .cache_blt import BltCache
-from .chunk_blt import PatchCounts, next_bytes
+from .chunk_blt import HostPatchCounts, next_bytes
 from .forward_blt import (
     DRAFT,
     PLAIN,
@@ -36,7 +36,7 @@ _STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so th
 class StepRunner:
     """Runs small chunks of plain bytes behind those of a cache, for all bytes of a call of `generate`.
 
-    The stages run as they are, compiled (`cache.compile_config`), or captured as CUDA graphs (`cache.recorder`).
+    The stages run as they are, compiled (`cache.compile_config`), or captured as CUDA graphs (`cache.cuda_graphs`).
 
     Args:
         model: a [`BltModel`].
@@ -53,9 +53,9 @@ class StepRunner:
         # torch does not ask compiled code whether a hook was added since.
         self.hooks = hooks_of(model, head) if self.compiles else None
         device = cache.num_bytes.device
-        self.is_captured = cache.is_fixed and can_record(device) and may_record(model, device)
-        if self.is_captured and cache.recorder is None:
-            cache.recorder = Recorder()
+        self.is_captured = cache.is_fixed and can_capture(device) and may_capture(model, device)
+        if self.is_captured and cache.cuda_graphs is None:
+            cache.cuda_graphs = CudaGraphs()
         self.is_compiled = False
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class StepRunner:
         if counts.max_new:
             self._close(read, counts)
         result = self._predict(read)
-        self.cache.count(columns, [columns] * rows if lengths is None else lengths, counts)
+        self.cache.advance_on_host(columns, [columns] * rows if lengths is None else lengths, counts)
         return result
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class StepRunner:
         """
         read, _ = self._read(input_ids, None, is_draft=True)
         result = self._predict(read)
-        self.cache.count(input_ids.shape[1], [input_ids.shape[1]] * input_ids.shape[0])
+        self.cache.advance_on_host(input_ids.shape[1], [input_ids.shape[1]] * input_ids.shape[0])
         return result
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class StepRunner:
         cache.begin(rows, columns, True, input_ids.device)
         self.is_compiled = self.compiles and rows == 1 and columns == round_up_bytes(columns)
         if self.is_captured:
-            cache.recorder.begin(model, self.head, packed, settings, input_ids.device)
+            cache.cuda_graphs.begin(model, self.head, packed, settings, input_ids.device)
         on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
         if self.is_compiled or self.is_captured:
             input_ids = input_ids.clone(memory_format=torch.contiguous_format)  # one stride, whatever it was cut from
@@ -111,9 +111,9 @@ class StepRunner:
             return stage(model, settings, cache, packed, *given, is_draft)
 
         read = self._run((stage, self.head, is_draft), True, run, input_ids, on_device)
-        return read, None if is_draft else PatchCounts.of(read.patches)
+        return read, None if is_draft else HostPatchCounts.of(read.patches)
 
-    def _close(self, read: BytesRead, counts: PatchCounts) -> None:
+    def _close(self, read: BytesRead, counts: HostPatchCounts) -> None:
         is_fixed = self.is_compiled or self.is_captured
         if not is_fixed or (read.chunk.num_columns > 1 and counts.max_new > STEP_PATCHES):
             inputs = closing_inputs(self.cache, read, counts, self.all_rows)
@@ -139,7 +139,7 @@ class StepRunner:
     def _run(self, key: tuple, is_first: bool, function: Callable, *inputs: Tensor | None):
         if not self.is_captured:
             return function(*inputs)
-        return self.cache.recorder.run(self.cache, key, is_first, function, *inputs)
+        return self.cache.cuda_graphs.run(self.cache, key, is_first, function, *inputs)
 
     def _kept(self, result: Tensor) -> Tensor:
         """A result for the caller: what a captured stage gave is written over by the next step."""
@@ -227,35 +227,37 @@ def _copy_function(function: Callable) -> Callable:
 # CUDA graphs.
 
 
-def may_record(model, device: torch.device) -> bool:
-    """Whether nothing around the model does more with its tensors than its modules say."""
+def may_capture(model, device: torch.device) -> bool:
+    """Whether nothing around the model (accelerate, gradients, autocast) does more than its modules say."""
     return not (is_spread(model) or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type))
 
 
 class ModuleState:
-    """What a CUDA graph takes for granted about the modules of a model.
+    """State of a model's modules that a CUDA graph has baked in: addresses of weights, dtypes, hooks, training mode.
 
     Args:
-        roots: all modules below them are looked at.
+        roots: these and all modules below them.
+
+    Attributes:
+        is_whole: this state is all that their forwards depend on. Modules of other libraries (adapters, quantized layers)
+            have settings of their own, and some rotary embeddings change with the length.
     """
 
     def __init__(self, *roots: nn.Module):
         self.modules = [module for root in roots for module in root.modules()]
-        # Its dictionaries stay those of a module; looking at them takes a third of asking the modules.
+        # A module keeps its dictionaries for life, and reading these takes a third of the time of `getattr`.
         self._fields = [vars(module) for module in self.modules]
         self._hooks = [f[name] for f in self._fields for name in ("_forward_hooks", "_forward_pre_hooks")]
         self._children, self._tensors = (
             [f[name] for f in self._fields for name in names if f[name]]
             for names in (("_modules",), ("_parameters", "_buffers"))
         )
-        self.facts = self._read()
-        # Other libraries' modules (adapters, quantized layers) have settings of their own, and some rotary embeddings
-        # change with the length.
+        self._known = self._read()
         self.is_whole = all(_is_known(module) for module in self.modules)
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        return self.facts == self._read()
+        return self._known == self._read()
 
     def _read(self) -> tuple:
         tensors = [tensor for held in self._tensors for tensor in held.values()]
@@ -279,39 +281,41 @@ def _is_known(module: nn.Module) -> bool:
     return is_fixed and (is_ours or name.partition(".")[0] in ("torch", "transformers"))
 
 
-def can_record(device: torch.device) -> bool:
-    """Whether a device records what it runs."""
+def can_capture(device: torch.device) -> bool:
+    """Whether a device has CUDA graphs."""
     return device.type == "cuda"
 
 
-def make_place(device: torch.device) -> tuple | None:
-    """Where the graphs of one cache are recorded: memory and a stream of their own."""
+def make_pool(device: torch.device) -> tuple | None:
+    """Memory pool and stream for the graphs of one cache; None on other devices."""
     return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else None
 
 
-def record(function: Callable, place: tuple) -> tuple[object, Callable[[], None]]:
-    """What `function` returns, in tensors that get their values each time that the second result is called.
+def capture(function: Callable, pool: tuple) -> tuple[object, Callable[[], None]]:
+    """Captures `function()` as a CUDA graph.
 
     Args:
-        place: of [`make_place`].
+        pool: of [`make_pool`].
+    Returns:
+        the result of `function`, in tensors that each replay fills anew; and the replay.
     Raises:
-        RuntimeError: it asks the device for a value, or does something else that cannot be recorded.
+        RuntimeError: `function` asks the device for a value, or does something else that cannot be captured.
     """
-    graph, (pool, stream) = torch.cuda.CUDAGraph(), place
+    graph, (memory, stream) = torch.cuda.CUDAGraph(), pool
     with (
         torch.cuda.device(stream.device),
-        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"),
     ):
         result = function()
     return result, graph.replay
 
 
-class _Recorded:
-    """A part that was recorded: where it reads its inputs, what it gave, and how to run it again."""
+class _CapturedStage:
+    """The CUDA graph of a stage, the static tensors that it reads, and its result."""
 
-    def __init__(self, function: Callable, inputs: tuple[Tensor | None, ...], place):
+    def __init__(self, function: Callable, inputs: tuple[Tensor | None, ...], pool):
         self.inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
-        self.result, self.replay = record(lambda: function(*self.inputs), place)
+        self.result, self.replay = capture(lambda: function(*self.inputs), pool)
 
     def run(self, inputs: tuple[Tensor | None, ...]):
         for held, tensor in zip(self.inputs, inputs):
@@ -321,28 +325,28 @@ class _Recorded:
         return self.result
 
 
-class Recorder:
-    """The recorded parts of the steps of one cache.
+class CudaGraphs:
+    """The captured stages of the steps on one cache.
 
-    A part that goes on from what another part of the same step has left can be recorded only if that part was. Whatever
-    the recorded kernels took for granted (where tensors lie, modules, settings) is looked at before each step, and a
-    change makes all parts be recorded anew. What cannot be recorded runs as it is.
+    The later stages of a step read tensors that the first one made, so they are captured only where that one was. Before
+    each step all that a graph has baked in (addresses, modules, settings) is compared; after a change all graphs are
+    discarded. A stage that cannot be captured runs eagerly.
     """
 
     def __init__(self):
-        self._parts: dict[tuple, _Recorded | None] = {}
-        self._facts = self._state = self._packed = self._head = self._layout = self._place = None
-        self._refused = False
-        self._first: tuple | None = None  # the first part of this step, if it was recorded
+        self._stages: dict[tuple, _CapturedStage | None] = {}
+        self._settings = self._modules = self._packed = self._head = self._version = self._pool = None
+        self._is_refused = False
+        self._first: tuple | None = None  # key of the first stage of this step, if it was captured
 
-    def __deepcopy__(self, memo) -> "Recorder":
-        return Recorder()
+    def __deepcopy__(self, memo) -> "CudaGraphs":
+        return CudaGraphs()
 
     def __reduce__(self):
-        return Recorder, ()
+        return CudaGraphs, ()
 
     def begin(self, model: nn.Module, head: nn.Module | None, packed, settings, device: torch.device) -> None:
-        """Looks for changes, at the start of each step.
+        """Begins a step; discards all graphs if modules or settings have changed.
 
         Args:
             head: None where the step needs none.
@@ -351,56 +355,56 @@ class Recorder:
         """
         self._head = self._head if head is None else head
         roots = (model,) if self._head is None else (model, self._head)
-        facts = (*map(id, roots), settings, model.config._attn_implementation, torch.is_inference_mode_enabled())
-        is_known = self._state is not None and facts == self._facts and packed is self._packed
-        if not is_known or not self._state.holds():
-            self._parts.clear()
-            self._facts, self._packed, self._state = facts, packed, ModuleState(*roots)
-            self._refused = not self._state.is_whole
-            self._place = self._place or make_place(device)
+        settings = (*map(id, roots), settings, model.config._attn_implementation, torch.is_inference_mode_enabled())
+        is_known = self._modules is not None and settings == self._settings and packed is self._packed
+        if not is_known or not self._modules.holds():
+            self._stages.clear()
+            self._settings, self._packed, self._modules = settings, packed, ModuleState(*roots)
+            self._is_refused = not self._modules.is_whole
+            self._pool = self._pool or make_pool(device)
         self._first = None
 
     def run(self, cache, name: tuple, is_first: bool, function: Callable, *inputs: Tensor | None):
-        """`function(*inputs)`, from its record where there is one.
+        """Runs `function(*inputs)`: replays its graph, or captures it the second time it is called.
 
         Args:
-            name: says all that tells this part from others, but for the shapes of its inputs.
-            is_first: it begins a step; the others go on from what it left.
+            name: tells this stage from others; the shapes of its inputs need not be part of it.
+            is_first: this stage begins a step; the others continue from its result.
         """
-        if cache.layout != self._layout:
-            self._parts.clear()
-            self._layout, self._first = cache.layout, None
-        if self._refused or (self._first is None and not is_first):
+        if cache.version != self._version:
+            self._stages.clear()
+            self._version, self._first = cache.version, None
+        if self._is_refused or (self._first is None and not is_first):
             return function(*inputs)
         key = (*name, *(None if tensor is None else tuple(tensor.shape) for tensor in inputs))
         key = key if is_first else (*key, self._first)
-        if key not in self._parts:
-            self._parts[key] = None  # the first run makes tensors and loads kernels
+        if key not in self._stages:
+            self._stages[key] = None  # the first run makes tensors and loads kernels
             return function(*inputs)
-        if self._parts[key] is None:
+        if self._stages[key] is None:
             try:
-                self._parts[key] = _Recorded(function, inputs, self._place)
+                self._stages[key] = _CapturedStage(function, inputs, self._pool)
             except RuntimeError as error:
                 warnings.warn(
-                    f"this model's steps cannot be recorded as CUDA graphs and run as they are: {error}", stacklevel=2
+                    f"this model's steps cannot be captured as CUDA graphs and run as they are: {error}", stacklevel=2
                 )
-                self._refused = True
+                self._is_refused = True
                 return function(*inputs)
         if is_first:
             self._first = key
-        return self._parts[key].run(inputs)
+        return self._stages[key].run(inputs)
 
 
 __all__ = [
     "CompiledSteps",
+    "CudaGraphs",
     "ModuleState",
-    "Recorder",
     "StepRunner",
-    "can_record",
+    "can_capture",
+    "capture",
     "hooks_of",
     "is_compiled",
     "is_spread",
-    "may_record",
-    "record",
+    "may_capture",
     "round_up_bytes",
 ]

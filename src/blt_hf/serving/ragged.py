@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.configuration_blt import BltConfig
-from ..model.layers_blt import PatchReads, ngram_hashes
+from ..model.layers_blt import LatentIndex, ngram_hashes
 from ..model.modeling_blt import BltModel
 from ..model.patching_blt import PatchingRule, entropy_from_logits, find_patch_ends
 
@@ -494,12 +494,12 @@ class RaggedBlt:
         index = torch.where(
             patches.closed > 0, num_rows + patches.base[found.row] + patches.closed - 1, found.row
         )  # the last closed patch of each byte
-        reads = PatchReads(index[None, :, None], None)
+        latent_index = LatentIndex(index[None, :, None], None)
         embeddings, span = self._over_bytes("decoder", decoder, states, found, attention)
         for number, layer in enumerate(decoder.layers):
             if number < len(cross_layers):
                 keys, values = kept[None, :, number].unbind(dim=2)
-                states = states + cross_layers[number](states, keys, values, reads)
+                states = states + cross_layers[number](states, keys, values, latent_index)
             states, _ = layer(states, embeddings, span)
         return decoder.norm(states)[0]
 
