@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from .checks_blt import cache_facts, check_cache
+from .checks_blt import cache_shapes, check_cache
 from .patching_blt import PATCHING_MODES, PatchingRule
 
 
@@ -492,7 +492,7 @@ class BltCache(Cache):
             self.num_hash_bytes = max(*config.encoder_hash_byte_group_size, rule.window) - 1
             if rule.mode not in PATCHING_MODES and rule.uses_entropies:
                 self.num_rule_entropies = max(rule.window - 1, 1)
-        self.config, self.made_for = config, cache_facts(config)
+        self.config, self.made_for = config, cache_shapes(config)
         self._first_slack = slack
         self.is_fixed, self.compile_config = False, None  # see `fix_steps`
         self.cuda_graphs = None  # CUDA graphs of the steps on this cache

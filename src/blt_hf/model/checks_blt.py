@@ -262,35 +262,28 @@ def check_row_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -
         _check_range("labels", labels, num_classes, "accepted are", IGNORED_LABEL)
 
 
-def cache_facts(config) -> dict[str, object]:
-    """What a model's cache must fit: shapes of its keys and values, windows, and whether an entropy model runs."""
+def cache_shapes(config) -> dict[str, object]:
+    """Lists for each part what a cache depends on: shapes of keys and values, windows, whether an entropy model runs."""
+    fields = ("num_hidden_layers", "num_key_value_heads", "head_dim")
+    cross = ("hidden_size", "cross_attention_heads", "cross_attn_k", "cross_attn_all_layers", "cross_attn_window")
     if config.model_type == "blt_patcher":
-        return {"model type": "blt_patcher", "`patcher_config`": _stack_facts(config, config.sliding_window)}
+        return {"`patcher_config`": tuple(getattr(config, name) for name in (*fields, "sliding_window"))}
     has_patcher = config.uses_patcher and config.patch_in_forward
-    window, patcher = config.local_attention_window_len, config.patcher_config
     return {
-        "model type": "blt",
-        "`patcher_config`": _stack_facts(patcher, patcher.sliding_window) if has_patcher else None,
-        "`encoder_config`": _stack_facts(config.encoder_config, window),
-        "`decoder_config`": _stack_facts(config.decoder_config, window),
-        "`global_config`": _stack_facts(config.global_config, None),
+        "`patcher_config`": cache_shapes(config.patcher_config)["`patcher_config`"] if has_patcher else None,
+        "`encoder_config`": tuple(getattr(config.encoder_config, name) for name in (*fields, *cross)),
+        "`decoder_config`": tuple(getattr(config.decoder_config, name) for name in (*fields, *cross)),
+        "`global_config`": tuple(getattr(config.global_config, name) for name in fields),
+        "`local_attention_window_len`": config.local_attention_window_len,
         "`encoder_hash_byte_group_size`": max(config.encoder_hash_byte_group_size),
     }
 
 
-def _stack_facts(config, window: int | None) -> tuple:
-    facts = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim, window)
-    if not hasattr(config, "cross_attn_k"):
-        return facts
-    cross = (config.cross_attn_k, config.cross_attn_all_layers, config.cross_attn_window)
-    return (*facts, config.hidden_size, *config.cross_attention_heads, *cross)
-
-
 def check_cache(made_for: dict[str, object], config) -> None:
-    """Checks that a cache made for one configuration (its `cache_facts`) serves a model with another."""
-    facts = cache_facts(config)
-    if facts != made_for:
-        wrong = [name for name in facts | made_for if facts.get(name) != made_for.get(name)]
+    """Checks that a cache made for one configuration (its `cache_shapes`) serves a model with another."""
+    shapes = cache_shapes(config)
+    if shapes != made_for:
+        wrong = [name for name in shapes | made_for if shapes.get(name) != made_for.get(name)]
         raise ValueError(
             f"`past_key_values` was made by another model: {', '.join(wrong)} differ. Pass the cache that this model "
             "returned, or None."
@@ -298,7 +291,7 @@ def check_cache(made_for: dict[str, object], config) -> None:
 
 
 __all__ = [
-    "cache_facts",
+    "cache_shapes",
     "check_attention_mask",
     "check_cache",
     "check_inputs",

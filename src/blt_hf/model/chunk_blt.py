@@ -141,11 +141,6 @@ class ByteChunk:
         weights = torch.cat([weights[..., :past], chunk.permute(0, 3, 2, 1)], dim=-1)
         return self.layout.unpack(weights.permute(0, 2, 1, 3)).permute(0, 2, 1, 3)
 
-    @property
-    def previous_entropy(self) -> Tensor:
-        """fp32 `(B,)`, nats after the last byte before the chunk."""
-        return self.past_entropies[:, -1]
-
     def slot_index(self, slots: Slots, num_past: int) -> SlotIndex:
         """Where the bytes of this chunk go in slots of bytes; a large chunk also reads `num_past` bytes before it."""
         if self.is_small:

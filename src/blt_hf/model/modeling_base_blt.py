@@ -257,15 +257,6 @@ def checkpoint_for_gradients(checkpoint: Callable, function: Callable, *args):
     return checkpoint(function, *args) if torch.is_grad_enabled() else function(*args)
 
 
-def embed_inputs(module: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """`inputs_embeds`, or the embeddings of `input_ids`."""
-    return module(input_ids) if inputs_embeds is None else inputs_embeds
-
-
-def keeps_all(logits_to_keep: int | Tensor) -> bool:
-    return isinstance(logits_to_keep, int) and logits_to_keep == 0
-
-
 def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The last `logits_to_keep` positions of `(B, S, W)` (0: all), or those of an index tensor, as in transformers."""
     if isinstance(logits_to_keep, int):
@@ -282,6 +273,5 @@ __all__ = [
     "BltKwargs",
     "BltModelOutput",
     "BltPreTrainedModel",
-    "embed_inputs",
     "keep_positions",
 ]

@@ -26,7 +26,7 @@ from .layers_blt import (
     OutputCollector,
     run_layers,
 )
-from .modeling_base_blt import BltCausalLMOutput, BltPreTrainedModel, embed_inputs, keep_positions, keeps_all
+from .modeling_base_blt import BltCausalLMOutput, BltPreTrainedModel, keep_positions
 from .names_blt import CACHE_NAME, is_exporting, take_columns, takes_cache
 from .patching_blt import BOS_TOKEN_ID, entropy_from_logits
 
@@ -430,10 +430,8 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         chunk = make_chunk(input_ids, attention_mask, position_ids, cache, shape, device, rules, in_order)
         if cache is not None:
             cache.begin(shape[0], shape[1], chunk.is_small, device)
-        inputs_embeds = None if inputs_embeds is None else chunk.pack(inputs_embeds)
-        hidden_states = self._run(
-            embed_inputs(self.embed_tokens, chunk.input_ids, inputs_embeds), chunk, cache, collector
-        )
+        embeds = self.embed_tokens(chunk.input_ids) if inputs_embeds is None else chunk.pack(inputs_embeds)
+        hidden_states = self._run(embeds, chunk, cache, collector)
         if cache is not None:
             ends = torch.ones_like(chunk.row_positions, dtype=torch.bool)
             patches = assign_patches(chunk, ends, rules)
@@ -447,7 +445,8 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep)).float()
         entropies = None
         if output_patches:
-            entropies = entropy_from_logits(logits if keeps_all(logits_to_keep) else self.lm_head(hidden_states))
+            is_whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            entropies = entropy_from_logits(logits if is_whole else self.lm_head(hidden_states))
         loss = None
         if labels is not None:
             check_labels(labels, logits)
