@@ -267,9 +267,11 @@ def cache_shapes(config) -> dict[str, object]:
     fields = ("num_hidden_layers", "num_key_value_heads", "head_dim")
     cross = ("hidden_size", "cross_attention_heads", "cross_attn_k", "cross_attn_all_layers", "cross_attn_window")
     if config.model_type == "blt_patcher":
-        return {"`patcher_config`": tuple(getattr(config, name) for name in (*fields, "sliding_window"))}
+        shapes = tuple(getattr(config, name) for name in (*fields, "sliding_window"))
+        return {"model type": "blt_patcher", "`patcher_config`": shapes}
     has_patcher = config.uses_patcher and config.patch_in_forward
     return {
+        "model type": "blt",
         "`patcher_config`": cache_shapes(config.patcher_config)["`patcher_config`"] if has_patcher else None,
         "`encoder_config`": tuple(getattr(config.encoder_config, name) for name in (*fields, *cross)),
         "`decoder_config`": tuple(getattr(config.decoder_config, name) for name in (*fields, *cross)),
