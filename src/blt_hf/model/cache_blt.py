@@ -704,10 +704,6 @@ class BltCache(Cache):
             for slots in (self.patcher_slots, self.local_slots, self.recent_slots):
                 slots.reserve(max(self.row_bytes, default=0), self.slack, self.num_bytes)
 
-    def fits(self, shape: tuple[int, int]) -> bool:
-        """Whether `(B, S)` bytes are a small chunk of the rows that are here."""
-        return self.is_small(shape[1]) and shape[0] == len(self.row_bytes)
-
     def advance_on_device(self, chunk, patches, entropies: Tensor | None = None) -> None:
         """Moves the counters of the device past a chunk.
 

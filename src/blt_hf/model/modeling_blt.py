@@ -150,7 +150,7 @@ class BltModel(BltPreTrainedModel):
         wants_weights = self._resolve_output("output_attentions", output_attentions)
         is_plain = attention_mask is position_ids is inputs_embeds is byte_embeds is patch_lengths is None
         is_plain = is_plain and not (wants_states or wants_weights or output_patches or torch.is_grad_enabled())
-        if is_plain and cache is not None and cache.fits(shape):
+        if is_plain and cache is not None and cache.is_small(shape[1]) and len(cache.row_bytes) == shape[0]:
             return BltModelOutput(last_hidden_state=self.step(input_ids, cache), **{CACHE_NAME: cache})
         settings = ForwardSettings.of(config)
         chunk = make_chunk(
@@ -279,11 +279,30 @@ class BltModel(BltPreTrainedModel):
         )
 
 
-class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
-    """The Byte Latent Transformer with a head over the next byte."""
+class _BltWithHead(BltPreTrainedModel):
+    """A [`BltModel`], `self.model`, below a head."""
 
     config: BltConfig
     _keep_in_fp32_modules = ["model.patcher"]  # names are matched from their beginning
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def set_patcher(self, patcher: BltPatcher) -> None:
+        """See [`BltModel.set_patcher`]."""
+        self.model.set_patcher(patcher)
+
+    def embed_bytes(self, input_ids: Tensor, **kwargs) -> Tensor:
+        """See [`BltModel.embed_bytes`]."""
+        return self.model.embed_bytes(input_ids, **kwargs)
+
+
+class BltForCausalLM(_BltWithHead, BltGenerationMixin):
+    """The Byte Latent Transformer with a head over the next byte."""
+
     _tp_plan = {"lm_head": "colwise_gather_output"}
     # As in-tree: with `tie_word_embeddings`, files hold the head alone.
     _tied_weights_keys = {"model.local_encoder.embed_tokens.weight": "lm_head.weight"}
@@ -299,25 +318,11 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         )
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.model.set_input_embeddings(value)
-
     def get_output_embeddings(self):
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
-
-    def set_patcher(self, patcher: BltPatcher) -> None:
-        """See [`BltModel.set_patcher`]."""
-        self.model.set_patcher(patcher)
-
-    def embed_bytes(self, input_ids: Tensor, **kwargs) -> Tensor:
-        """See [`BltModel.embed_bytes`]."""
-        return self.model.embed_bytes(input_ids, **kwargs)
 
     def step_logits(self, input_ids: Tensor, cache: BltCache, lengths: list[int] | None = None) -> Tensor:
         """Logits `(B, S, vocabulary)`, fp32, of [`BltModel.step`]."""
@@ -394,11 +399,8 @@ class BltForCausalLM(BltPreTrainedModel, BltGenerationMixin):
         return BltCausalLMOutput(loss=loss, logits=logits, masked_loss=of_blocks, **fields)
 
 
-class _BltClassifier(BltPreTrainedModel):
+class _BltClassifier(_BltWithHead):
     """What the two classifiers share."""
-
-    config: BltConfig
-    _keep_in_fp32_modules = ["model.patcher"]
 
     def __init__(self, config: BltConfig):
         super().__init__(config)
@@ -409,20 +411,6 @@ class _BltClassifier(BltPreTrainedModel):
         self.post_init()
 
     _score_bias = False
-
-    def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.model.set_input_embeddings(value)
-
-    def set_patcher(self, patcher: BltPatcher) -> None:
-        """See [`BltModel.set_patcher`]."""
-        self.model.set_patcher(patcher)
-
-    def embed_bytes(self, input_ids: Tensor, **kwargs) -> Tensor:
-        """See [`BltModel.embed_bytes`]."""
-        return self.model.embed_bytes(input_ids, **kwargs)
 
 
 class BltForSequenceClassification(_BltClassifier):
