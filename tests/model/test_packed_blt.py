@@ -13,6 +13,7 @@ import torch
 
 from blt_hf import BltConfig, BltForCausalLM
 from blt_hf.model import generation_blt
+from blt_hf.model.layers_blt import BltMLP, BltRMSNorm, BltSelfAttention
 from blt_hf.model.packed_blt import PackedStacks
 from blt_hf.model.step_blt import StepRunner
 from helpers.checks import assert_same
@@ -184,6 +185,29 @@ def test_what_does_more_than_its_weights_say_is_not_packed(name, how):
         text = model.generate(IDS, **SETTINGS)
         expected = model(text[:, :-1], use_cache=False).logits[:, IDS.shape[1] - 1 :].argmax(dim=-1)
     assert text[:, IDS.shape[1] :].equal(expected)
+
+
+@pytest.mark.parametrize("cls", [BltMLP, BltRMSNorm, BltSelfAttention, torch.nn.Linear])
+def test_a_class_whose_forward_was_replaced_is_not_packed(cls, monkeypatch):
+    model, forward = make_model(seed=2), cls.forward
+
+    def twice(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
+
+    monkeypatch.setattr(cls, "forward", twice)
+    assert packed_stacks(model) == []
+    assert_same(logits_of(model)[0], logits_of(by_modules(model))[0])
+
+
+def test_parts_of_other_classes_are_not_packed():
+    model = make_model(seed=2)
+    model.model.local_decoder.layers[0].input_layernorm = torch.nn.Tanh()
+    model.model.patcher.layers[1].mlp = torch.nn.Identity()
+    model.model.local_encoder.layers[0].mlp.act_fn = torch.nn.Tanh()
+    model.eval()
+    assert packed_stacks(model) == ["encoder", "global_transformer"]
+    assert_same(logits_of(model)[0], logits_of(by_modules(model))[0])
 
 
 def test_autocast_and_other_attention_run_the_modules():

@@ -30,7 +30,11 @@ from .layers_blt import (
 )
 
 
-_PLAIN_TYPES = (BltTransformerLayer, BltSelfAttention, BltMLP, BltRMSNorm, BltByteCrossAttention, nn.Linear)
+# What calling a module of each class does, unless somebody replaces it.
+_FORWARDS = {
+    cls: cls.forward
+    for cls in (BltTransformerLayer, BltSelfAttention, BltMLP, BltRMSNorm, BltByteCrossAttention, nn.Linear)
+}
 
 
 class PackedLayer(NamedTuple):
@@ -306,9 +310,12 @@ def is_plain(module: nn.Module, like: Tensor) -> bool:
     """
     if _global_forward_hooks or _global_forward_pre_hooks:
         return False
-    for part in module.modules():
+    parts = list(module.modules())
+    # Activations are called, so any will do.
+    activations = {id(part.act_fn) for part in parts if type(part) is BltMLP and not any(part.act_fn.parameters())}
+    for part in parts:
         fields = vars(part)
-        is_known = type(part) in _PLAIN_TYPES or (not fields["_parameters"] and not fields["_modules"])
+        is_known = type(part).forward is _FORWARDS.get(type(part)) or id(part) in activations
         if not is_known or part.training or "forward" in fields or part._forward_hooks or part._forward_pre_hooks:
             return False
         for weight in fields["_parameters"].values():
