@@ -105,18 +105,6 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> tuple[tuple[int, int], tor
     return shape, input_ids.device
 
 
-def ignore_unpredicted(labels: Tensor, attention_mask: Tensor | None, logits_to_keep: int | Tensor) -> Tensor:
-    """Labels `(B, S)` with -100 for the first byte of a left-padded text, which only padding stands before.
-
-    Its loss would say nothing of the text, and a row alone has none for its first byte.
-    """
-    if attention_mask is None or attention_mask.dim() != 2 or not isinstance(logits_to_keep, int):
-        return labels
-    is_text = attention_mask[:, -labels.shape[1] :].to(labels.device) > 0
-    follows_text = torch.nn.functional.pad(is_text[:, :-1], (1, 0), value=True)
-    return labels.masked_fill(~follows_text, -100)
-
-
 def _check_embeds(name: str, embeds: Tensor, hidden_size: int) -> tuple[tuple[int, int], torch.device]:
     check_tensor(name, embeds, f"floats (rows, bytes, {hidden_size})")
     if not embeds.is_floating_point():
@@ -303,5 +291,4 @@ __all__ = [
     "check_tensor",
     "find_text_starts",
     "has_free_values",
-    "ignore_unpredicted",
 ]

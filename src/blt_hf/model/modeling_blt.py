@@ -8,7 +8,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple
 
 from .cache_blt import BltCache
-from .checks_blt import check_byte_inputs, check_inputs, check_labels, check_row_labels, ignore_unpredicted
+from .checks_blt import check_byte_inputs, check_inputs, check_labels, check_row_labels
 from .chunk_blt import ByteChunk, make_chunk
 from .configuration_blt import BltConfig
 from .forward_blt import BytesRead, ForwardInputs, ForwardSettings, embed_bytes, run_chunk
@@ -388,8 +388,7 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
         loss = of_blocks = None
         if labels is not None:
             check_labels(labels, logits)
-            predicted = ignore_unpredicted(labels, attention_mask, logits_to_keep)
-            loss = self.loss_function(logits=logits, labels=predicted, vocab_size=self.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         if noise is not None:
             of_blocks = masked.masked_loss(outputs.blocks, self.lm_head, labels, kwargs.get("num_items_in_batch"))
             loss = loss + self.config.diffusion_loss_weight * of_blocks

@@ -23,6 +23,7 @@ from .layers_blt import (
     BltByteCrossAttention,
     BltMLP,
     BltRMSNorm,
+    BltRotaryEmbedding,
     BltSelfAttention,
     BltTransformerLayer,
     LatentIndex,
@@ -33,7 +34,16 @@ from .layers_blt import (
 # What calling a module of each class does, unless somebody replaces it.
 _FORWARDS = {
     cls: cls.forward
-    for cls in (BltTransformerLayer, BltSelfAttention, BltMLP, BltRMSNorm, BltByteCrossAttention, nn.Linear)
+    for cls in (
+        BltTransformerLayer,
+        BltSelfAttention,
+        BltMLP,
+        BltRMSNorm,
+        BltRotaryEmbedding,
+        BltByteCrossAttention,
+        nn.Linear,
+        nn.Dropout,
+    )
 }
 
 
@@ -297,7 +307,10 @@ def _can_pack(stack: nn.Module, cache_layers: list, *parts: nn.Module) -> bool:
     if torch.is_autocast_enabled(weight.device.type) or "dynamic" in rope_type or "longrope" in rope_type:
         return False  # the angles of these rotary embeddings change with the length
     held = (layer.states.values for layer in cache_layers)
-    return all(is_plain(part, weight) for part in (*stack.layers, *parts)) and all(
+    parts = (*stack.layers, stack.rotary_emb, *parts)
+    if hasattr(stack, "dropout"):
+        parts = (*parts, stack.dropout)
+    return all(is_plain(part, weight) for part in parts) and all(
         values is not None and (values.dtype, values.device) == (weight.dtype, weight.device) for values in held
     )
 

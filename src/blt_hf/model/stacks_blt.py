@@ -6,7 +6,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_blt import AttentionSpan, SlotSpan
 from .cache_blt import BltCache, RowState, SlotIndex
-from .checks_blt import check_inputs, check_labels, ignore_unpredicted
+from .checks_blt import check_inputs, check_labels
 from .chunk_blt import ByteChunk, DocumentRules, PatchAssignment, assign_patches, first_visible_patches, make_chunk
 from .configuration_blt import (
     BltGlobalTransformerConfig,
@@ -450,8 +450,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         loss = None
         if labels is not None:
             check_labels(labels, logits)
-            predicted = ignore_unpredicted(labels, attention_mask, logits_to_keep)
-            loss = self.loss_function(logits=logits, labels=predicted, vocab_size=self.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         return BltCausalLMOutput(
             loss=loss,
             logits=logits,
