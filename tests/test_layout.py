@@ -34,11 +34,13 @@ HOLDS = {
 SUBJECTS = {
     "integrations/test_hub.py",
     "integrations/test_peft_pipeline.py",
+    "integrations/test_relied_on.py",
     "integrations/test_remote_code.py",
     "integrations/test_row_adapters.py",
     "integrations/test_saved_folders.py",
     "integrations/test_still_needed.py",
     "integrations/test_trl.py",
+    "model/test_awkward_inputs.py",
     "model/test_bad_input.py",
     "model/test_cache_name_blt.py",
     "model/test_decoding.py",

@@ -46,11 +46,9 @@ OVERRIDDEN = {
             _run_generation_loop add_request warmup""",
     },
     "BltForCausalLM": {
-        "transformers.modeling_utils.PreTrainedModel": """
-            _auto_class _keep_in_fp32_modules _tied_weights_keys config_class""",
+        "transformers.modeling_utils.PreTrainedModel": "_auto_class _tied_weights_keys config_class",
         "transformers.distributed.mixin.DistributedMixin": "_tp_plan",
-        "transformers.modeling_utils.EmbeddingAccessMixin": """
-            get_input_embeddings get_output_embeddings set_input_embeddings set_output_embeddings""",
+        "transformers.modeling_utils.EmbeddingAccessMixin": "get_output_embeddings set_output_embeddings",
     },
     "BltForSequenceClassification": {
         "transformers.modeling_utils.PreTrainedModel": "_auto_class config_class",
@@ -116,6 +114,9 @@ OVERRIDDEN = {
             _from_pretrained decode get_special_tokens_mask model_input_names padding_side""",
     },
     "_BltClassifier": {
+        "transformers.modeling_utils.PreTrainedModel": "config_class",
+    },
+    "_BltWithHead": {
         "transformers.modeling_utils.PreTrainedModel": "_keep_in_fp32_modules config_class",
         "transformers.modeling_utils.EmbeddingAccessMixin": "get_input_embeddings set_input_embeddings",
     },
