@@ -69,6 +69,16 @@ class PackedCross(NamedTuple):
     norm: Tensor | None
 
 
+def _multiply_one_row(states: Tensor, weight: Tensor) -> Tensor:
+    """`torch.mm` of one row `(1, in)`, as a sum that the compiler fuses with what stands before and behind it."""
+    return (states * weight.t()).sum(dim=-1)[None]
+
+
+def _add_one_row(other: Tensor, states: Tensor, weight: Tensor, beta: int = 1) -> Tensor:
+    """`torch.addmm` of one row."""
+    return beta * other + _multiply_one_row(states, weight)
+
+
 class PackedStack:
     """The layers of a stack.
 
@@ -166,27 +176,33 @@ class PackedStack:
         shape, slot_index = states.shape, span.slot_index
         states = states.reshape(-1, shape[-1])  # (N, W)
         rotation, mask = self._rotation(positions, states, span), span.whole_mask(states)
+        mm, addmm = products = torch.mm, torch.addmm
+        if states.shape[0] == 1 and torch.compiler.is_compiling():
+            mm, addmm = products = _multiply_one_row, _add_one_row
         kept = None if not self.cross_layers else self._gather(latents, latent_index, states)
         for number, (layer, activation, cache_layer) in enumerate(zip(self.layers, self.activations, cache_layers)):
             if number < len(self.cross_layers):
-                states = self._cross_attend(self.cross_layers[number], states, number, *kept)
-            states = self._attend(layer, states, rotation, mask, slot_index, cache_layer, shape[:2])
+                states = self._cross_attend(self.cross_layers[number], states, number, products, *kept)
+            states = self._attend(layer, states, products, rotation, mask, slot_index, cache_layer, shape[:2])
             normed = self._normed(states, layer.mlp_norm)
             if self.copies:
-                gate, up = torch.mm(normed, layer.gate_up).chunk(2, dim=-1)
+                gate, up = mm(normed, layer.gate_up).chunk(2, dim=-1)
             else:
-                gate, up = (torch.mm(normed, weight) for weight in layer.gate_up)
-            states = torch.addmm(states, activation(gate) * up, layer.down)
+                gate, up = (mm(normed, weight) for weight in layer.gate_up)
+            states = addmm(states, activation(gate) * up, layer.down)
         if self.norm is not None:
             states = self._normed(states, self.norm)
         return states.view(shape)
 
-    def _attend(self, layer: PackedLayer, states, rotation, mask, slot_index: SlotIndex, cache_layer, shape) -> Tensor:
+    def _attend(
+        self, layer: PackedLayer, states, products, rotation, mask, slot_index: SlotIndex, cache_layer, shape
+    ) -> Tensor:
+        mm, addmm = products
         normed = self._normed(states, layer.attention_norm)
         if self.copies:
-            joined = torch.mm(normed, layer.query_key_value)
+            joined = mm(normed, layer.query_key_value)
         else:
-            joined = torch.cat([torch.mm(normed, weight) for weight in layer.query_key_value], dim=-1)
+            joined = torch.cat([mm(normed, weight) for weight in layer.query_key_value], dim=-1)
         num_query, num_rotated = self.num_heads * self.head_dim, (self.num_heads + self.num_kv_heads) * self.head_dim
         rotated = joined[:, :num_rotated]
         if rotation.is_complex():
@@ -202,15 +218,14 @@ class PackedStack:
         attended = nn.functional.scaled_dot_product_attention(
             query, keys, values, mask, scale=self.scaling, enable_gqa=self.num_heads != self.num_kv_heads
         )
-        return torch.addmm(states, attended.transpose(1, 2).reshape(states.shape[0], -1), layer.output)
+        return addmm(states, attended.transpose(1, 2).reshape(states.shape[0], -1), layer.output)
 
     def _cross_attend(
-        self, cross: PackedCross, states: Tensor, number: int, latents: Tensor, mask: Tensor | None
+        self, cross: PackedCross, states: Tensor, number: int, products, latents: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Adds twice the queries, as the modules do, and what they read."""
-        query = torch.mm(self._normed(states, cross.norm), cross.query).view(
-            states.shape[0], -1, 1, self.cross_head_dim
-        )
+        mm, addmm = products
+        query = mm(self._normed(states, cross.norm), cross.query).view(states.shape[0], -1, 1, self.cross_head_dim)
         keys, values = (
             part.reshape(states.shape[0], -1, self.cross_kv_heads, self.cross_head_dim).transpose(1, 2)
             for part in latents[:, :, number].unbind(2)
@@ -218,7 +233,7 @@ class PackedStack:
         attended = nn.functional.scaled_dot_product_attention(
             query, keys, values, mask, scale=self.cross_scaling, enable_gqa=query.shape[1] != self.cross_kv_heads
         )
-        return torch.addmm(states, attended.view(states.shape[0], -1), cross.output, beta=2)
+        return addmm(states, attended.view(states.shape[0], -1), cross.output, beta=2)
 
     def project_latents(self, latents: Tensor) -> Tensor:
         """Keys and values `(B, P, L, 2, F)` of latents `(B, P, K, W)`, for all cross attentions."""
