@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from blt_hf import BltForSequenceClassification, BltPatcher, BltPatcherConfig
 from helpers.models import make_model, tiny_config
@@ -26,8 +28,9 @@ def test_invocation_tokens_are_refused(make, targets):
     config = peft.LoraConfig(target_modules=targets, alora_invocation_tokens=INVOCATION)
     with pytest.raises(ValueError, match="`alora_invocation_tokens=.*leave it None"):
         peft.get_peft_model(make(), config)
-    with pytest.raises(ValueError, match="`alora_invocation_tokens="):
-        make().add_adapter(config)
+    if Version(peft.__version__) >= Version(MIN_PEFT_VERSION):  # transformers 5.24 asks for a PEFT that came after it
+        with pytest.raises(ValueError, match="`alora_invocation_tokens="):
+            make().add_adapter(config)
     model = peft.get_peft_model(make(), peft.LoraConfig(target_modules=targets))
     with pytest.raises(ValueError, match="`alora_invocation_tokens="):
         model.add_adapter("other", config)
