@@ -303,15 +303,20 @@ def test_copies_are_small_beside_the_released_models(shape):
 
 
 @torch.no_grad()
-def test_memory_is_that_of_the_copies():
+def test_what_is_copied_is_what_is_joined():
+    """The weights that the test above counts, and no others, lie in memory of their own."""
     model = make_model()
-    cache = model(IDS, use_cache=True).past_key_values
-    stacks = (model.model.patcher, model.model.local_encoder, model.model.local_decoder)
+    packed = PackedStacks(model.model, model(IDS, use_cache=True).past_key_values)
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    stacks = (packed.patcher, packed.encoder, packed.decoder, packed.global_transformer)
+    made = [packed.decoder.keys_values]
+    for stack in stacks:
+        for layer in (*stack.layers, *stack.cross_layers):
+            for weight in layer:
+                made += weight if isinstance(weight, tuple) else [weight]
+    copies = [w for w in made if w is not None and w.dim() == 2 and w.untyped_storage().data_ptr() not in own]
     joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    expected = sum(
-        weight.nbytes
-        for stack in (*(s.layers for s in stacks), model.model.local_decoder.cross_attn_layers)
-        for name, weight in stack.named_parameters()
-        if name.split(".")[-2] in joined
-    )
-    assert PackedStacks(model.model, cache).memory == expected
+    local = (model.model.patcher.layers, model.model.local_encoder.layers, model.model.local_decoder.layers)
+    expected = [w for s in (*local, model.model.local_decoder.cross_attn_layers) for n, w in s.named_parameters()
+                if n.split(".")[-2] in joined]  # fmt: skip
+    assert sum(w.numel() for w in copies) == sum(w.numel() for w in expected)

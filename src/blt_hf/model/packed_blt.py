@@ -302,16 +302,6 @@ class PackedStacks:
         if self.encoder and self.decoder and not self.encoder.inv_freq.equal(self.decoder.inv_freq):
             self.decoder.rotation_key = 2
 
-    @property
-    def memory(self) -> int:
-        """Bytes of memory that the copies take."""
-        stacks = (stack for stack in (self.patcher, self.encoder, self.decoder) if stack is not None)
-        joined = (w for s in stacks for layer in s.layers for w in (layer.query_key_value, layer.gate_up))
-        stacks = (stack for stack in (self.encoder, self.decoder) if stack is not None and stack.is_exact)
-        queries = sum(cross.query.nbytes for stack in stacks for cross in stack.cross_layers)
-        pairs = getattr(self.decoder, "keys_values", None)
-        return sum(weight.nbytes for weight in joined) + queries + (0 if pairs is None else pairs.nbytes)
-
 
 def _can_pack(stack: nn.Module, cache_layers: list, *parts: nn.Module) -> bool:
     """Whether the layers of a stack and other `parts` are plain, and what the cache holds continues in their dtype."""
