@@ -19,6 +19,7 @@ from accelerate.big_modeling import attach_layerwise_casting_hooks
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from accelerate.state import AcceleratorState
 from accelerate.utils import compute_module_sizes
+from packaging.version import Version
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -45,6 +46,7 @@ from helpers.recipes import (
 
 IDS = tokenizer(TEXTS[1], return_tensors="pt").input_ids
 CPU = torch.device("cpu")
+OLD_ACCELERATE = Version(accelerate.__version__) < Version("1.15")
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +110,8 @@ def test_a_model_too_large_for_memory_is_loaded(kind, tmp_path):
 @on(*BOTH)
 @pytest.mark.parametrize("task", ["sequence", "token"])
 def test_an_offloaded_classifier(kind, task, tmp_path):
+    if OLD_ACCELERATE and kind == "llama":
+        pytest.skip("accelerate 1.10 puts all of a small Llama on the disk, which it then refuses")
     model = make(kind, task, num_labels=3)
     model.save_pretrained(tmp_path / "model")
     auto = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}[task]
@@ -150,6 +154,8 @@ def test_a_map_written_by_hand_is_followed(kind, tmp_path):
 def test_an_inferred_map_covers_every_weight_and_splits_no_block(kind):
     model = make(kind)
     size = compute_module_sizes(model)[""]
+    if OLD_ACCELERATE:
+        pytest.skip("accelerate 1.10 splits the blocks of a Llama as well")
     device_map = infer_auto_device_map(
         model, {"cpu": int(size * 0.9), "disk": 10 * size}, no_split_module_classes=model._no_split_modules
     )
@@ -348,6 +354,8 @@ def test_an_offloaded_model_is_saved_whole(kind, tmp_path):
     """`save_pretrained` brings every weight back from where it lies."""
     model = make(kind)
     model.save_pretrained(tmp_path / "model")
+    if OLD_ACCELERATE:
+        pytest.skip("accelerate 1.10 finds room for no layer in 50 kB, of a Llama neither")
     away = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map="auto", max_memory={"cpu": "50KB"}, offload_folder=tmp_path / "rest"
     )

@@ -6,9 +6,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
+import tokenizers
 import torch
 from datasets import Dataset, IterableDataset, load_from_disk
 from datasets.fingerprint import Hasher
+from packaging.version import Version
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorWithPadding
 
@@ -139,6 +141,10 @@ def test_workers_of_a_loader_collate_the_same_batches():
     assert torch.equal(alone[0]["input_ids"], text.input_ids)
 
 
+@pytest.mark.skipif(
+    Version(tokenizers.__version__) < Version("0.23.3"),
+    reason="tokenizers 0.23.1 drops all but the first pieces of a long text, in every tokenizer",
+)
 def test_rows_cut_into_windows_hold_every_byte():
     """`return_overflowing_tokens` in a batched map, as for long texts."""
 

@@ -6,8 +6,10 @@ import functools
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from helpers.recipes import (
     BOTH,
@@ -24,6 +26,7 @@ from helpers.recipes import (
 )
 
 
+PEFT_IS_OLDER = Version(peft.__version__) < Version(MIN_PEFT_VERSION)  # than this transformers asks for
 IDS = tokenizer(TEXTS[1], return_tensors="pt").input_ids
 TARGETS = ["q_proj", "v_proj"]
 # With what a method asks for on weights of 16 to 48 rows. One basis serves all targets of FRoD: they are of one shape.
@@ -219,6 +222,8 @@ def test_a_saved_adapter_comes_back(kind, method, tmp_path):
 
 @every_method(but={"Lily", "Beft"})  # neither can be merged into a Llama's weights
 def test_a_merged_adapter_is_in_the_weights(kind, method):
+    if method == "TrainableTokens" and Version(peft.__version__) < Version("0.21"):
+        pytest.skip("PEFT 0.19 keeps trained tokens so that no model with them, nor a Llama, can be copied")
     model = adapted(kind, method)
     twin = copy.deepcopy(model)
     merged = twin.merge_and_unload()
@@ -431,9 +436,12 @@ def test_an_adapted_classifier_comes_back_with_its_head(kind, task, tmp_path):
     assert_same(logits_of(loaded), logits_of(model))
 
 
+@pytest.mark.skipif(PEFT_IS_OLDER, reason="transformers 5.24 asks for PEFT 0.22, of any model, which came after it")
 @on(*CAUSAL)
 def test_transformers_own_adapter_methods(kind, tmp_path):
     """`model.add_adapter`, `disable_adapters`, `load_adapter`, without a PeftModel."""
+    if kind == "patcher" and Version(peft.__version__) < Version("0.21"):
+        pytest.skip("PEFT 0.19 loads an adapter so only into a model whose tensors are named `model.*`")
     model = make(kind)
     base = logits_of(model)
     model.add_adapter(LoraConfig(target_modules=TARGETS), adapter_name="own")
@@ -469,6 +477,8 @@ def test_vectors_before_the_text(kind, method):
     assert_other(logits, logits_of(make(kind)))
     first = int(logits[0, -1].argmax())
     assert write(model, TEXTS[1], 5)[0] == first
+    if PEFT_IS_OLDER:
+        return  # transformers 5.24 calls `past_key_values` `cache`, and PEFT 0.21 looks for vectors to add by the old name
     if method != "PrefixTuning":  # PEFT makes the vectors into a cache
         assert write(model, num_bytes=5) == write(model, num_bytes=5, use_cache=False)
 

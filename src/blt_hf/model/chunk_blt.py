@@ -168,7 +168,8 @@ class ByteChunk:
             start: `document_start`, `context_start` or None.
         """
         if self.is_small:
-            key = slots.size, window, id(start), implementation  # stacks of equal windows share a mask
+            # Stacks of equal windows share a mask. torch 2.11 does not compile `id(None)`.
+            key = slots.size, window, None if start is None else id(start), implementation
             if key not in self.spans:
                 slot_index = self.slot_index(slots, 0)
                 self.spans[key] = SlotSpan(slots.size, self.row_positions, window, start, implementation, slot_index)
