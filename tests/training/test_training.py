@@ -199,16 +199,17 @@ def test_precomputed_patches(tmp_path):
     assert_same_losses(losses, expected, 1e-5)
 
 
-def test_layers_compile_whole(monkeypatch):
+def test_layers_compile_whole():
     """`fullgraph=True` raises at a graph break; batches of several shapes make shapes dynamic."""
-    # All layers share their code, and the stacks differ in width and in what they see.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     model, compiled = (make_model(tiny_config(), seed=3).train() for _ in range(2))
     for module in compiled.modules():
         if isinstance(module, BltTransformerLayer):
             module.compile(backend="eager", fullgraph=True)
-    for length in (30, 41, 55):
-        ids = torch.randint(4, 260, (2, length), generator=torch.Generator().manual_seed(length))
-        losses = [m(ids, labels=ids).loss for m in (model, compiled)]
-        torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
-        losses[1].backward()
+    # All layers share their code, and the stacks differ in width and in what they see.
+    # torch's own `patch`: what `monkeypatch` restores cannot be read any more.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for length in (30, 41, 55):
+            ids = torch.randint(4, 260, (2, length), generator=torch.Generator().manual_seed(length))
+            losses = [m(ids, labels=ids).loss for m in (model, compiled)]
+            torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
+            losses[1].backward()
