@@ -1,47 +1,26 @@
 """What a step costs, in operations and calls of functions: numbers that are the same on every machine."""
 
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from packaging.version import Version
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.models import make_model, tiny_config
+
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last: the `tokenize.py` there is not Python's own
+from operations import count
 
 
 LAYERS = {"patcher_config": 4, "encoder_config": 1, "decoder_config": 4, "global_config": 8}  # of the mid shape
 
 
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = self.count_without_views = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        self.count_without_views += not (function.is_view or "_unsafe_view" in str(function))
-        return function(*args, **(kwargs or {}))
-
-
-def count_calls(function) -> int:
-    calls = 0
-
-    def profile(frame, event, argument):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(profile)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
-
-
 def costs(threshold: float, rows: int, width: int) -> list[float]:
     """Operations, those that are no views, and calls of functions: of a byte in `generate`, or of a step of several."""
-    model = make_model(tiny_config(**{part: {"num_hidden_layers": count} for part, count in LAYERS.items()}))
+    model = make_model(tiny_config(**{part: {"num_hidden_layers": layers} for part, layers in LAYERS.items()}))
     model.config.patching_threshold = threshold
     ids = torch.randint(4, 260, (rows, 40 + width), generator=torch.Generator().manual_seed(0))
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -61,13 +40,9 @@ def costs(threshold: float, rows: int, width: int) -> list[float]:
         with torch.no_grad():
             cache = model(ids[:, :40], use_cache=True).past_key_values
             runner = model.make_runner(cache)
-    found = []
     run(20)  # what is made once
-    for number in (12, 20):
-        with Operations() as operations:
-            run(number)
-        found.append((operations.count, operations.count_without_views, count_calls(lambda n=number: run(n))))
-    return [(more - less) / 8 for less, more in zip(*found)]
+    less, more = (count(lambda n=number: run(n)) for number in (12, 20))
+    return list(asdict((more - less) / 8).values())
 
 
 # Thresholds by which no byte ends its patch, and by which each does. A byte of 4.5-byte patches costs the first and a
@@ -87,4 +62,4 @@ def test_a_step_costs_no_more(threshold, rows, width, limits):
     found = costs(threshold, rows, width)
     if Version(torch.__version__).release[:2] != (2, 13):
         limits = [1.1 * limit for limit in limits]
-    assert all(count <= limit for count, limit in zip(found, limits)), found
+    assert all(cost <= limit for cost, limit in zip(found, limits)), found
