@@ -236,7 +236,7 @@ def warnings_of(monkeypatch):
 
 UNKNOWN = {
     "a component": ({"encoder_config": {"hidden_sise": 100}}, r"`BltLocalEncoderConfig`.* `hidden_sise`.*`hidden_size`\?"),
-    "nothing like it": ({"global_config": {"zzz": 1}}, "`BltGlobalTransformerConfig`.* `zzz`.*its fields are hidden_size"),
+    "nothing like it": ({"global_config": {"zzz": 1}}, "`BltGlobalTransformerConfig`.* `zzz`.*fields are .*hidden_size"),
     "the top": ({"patching_treshold": 2.0}, r"`BltConfig` has no field `patching_treshold`.*`patching_threshold`\?"),
     "of a component": ({"dropout": 0.1}, "`BltConfig` has no field `dropout`.*belongs into .*`global_config`"),
 }  # fmt: skip

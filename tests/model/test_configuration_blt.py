@@ -406,7 +406,8 @@ def test_every_field_is_read():
     read = names_read_in_source()
     fields = set()
     for config_class in EXTRA_FIELDS:
-        fields |= {name for name, base in vars(config_class).get("__annotations__", {}).items() if base is not None}
+        for owner in (cls for cls in config_class.__mro__ if cls.__module__ == config_class.__module__):
+            fields |= {name for name, base in vars(owner).get("__annotations__", {}).items() if base is not None}
     assert {"patching_threshold", "cross_attn_window", "hidden_act"} <= fields
     unread = fields - read
     assert unread == set(FORMAT_ONLY) | set(READ_BY_TRANSFORMERS)

@@ -78,9 +78,9 @@ def _own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
 
 
 def _warn_of_unknown_fields(config: PreTrainedConfig, given: dict) -> None:
-    """Tells of the names in `given`, what a constructor got beside the fields of `config`, that nothing reads.
+    """Warns of names in `given`, the further arguments of a constructor, that nothing reads.
 
-    A component has no names of its users; a [`BltConfig`] may, so there only likely mistakes are told.
+    Users may keep values of their own in a [`BltConfig`], so there only likely mistakes are told; not in a component.
     """
     known, name_of_class = _own_fields(type(config)), type(config).__name__
     components = config.sub_configs
@@ -101,11 +101,14 @@ def _warn_of_unknown_fields(config: PreTrainedConfig, given: dict) -> None:
         logger.warning_once(f"`{name_of_class}` has no field `{name}`, so it is not used; {hint}")
 
 
+def _check_least(name: str, value: float | None, accepted: str, least: int = 1, or_none: bool = False) -> None:
+    """Raises a `ValueError` unless `value` is at least `least`, which `accepted` says with its unit; or None."""
+    is_enough = or_none if value is None else value >= least
+    _check(is_enough, f"`{name}` must be {'None or ' if or_none else ''}at least {accepted}; got {value}.")
+
+
 def _check_vocabulary(name: str, size: int) -> None:
-    _check(
-        size >= VOCAB_SIZE,
-        f"`{name}.vocab_size` must be at least {VOCAB_SIZE} (4 special ids and 256 bytes); got {size}.",
-    )
+    _check_least(f"{name}.vocab_size", size, f"{VOCAB_SIZE} (4 special ids and 256 bytes)", VOCAB_SIZE)
 
 
 def _check_rope(name: str, rope_parameters: dict | None) -> None:
@@ -115,7 +118,7 @@ def _check_rope(name: str, rope_parameters: dict | None) -> None:
 
 
 class _SavedConfig(PreTrainedConfig):
-    """A configuration whose file names architectures that transformers does not have where code travels along."""
+    """Saves a file that names architectures which transformers does not have, where code travels along."""
 
     def save_pretrained(self, *args, **kwargs):
         if self._auto_class is not None and self.architectures:
@@ -124,9 +127,15 @@ class _SavedConfig(PreTrainedConfig):
 
 
 class _BltComponentConfig(_SavedConfig):
-    """What the four transformer stacks have in common: derived sizes and their validation."""
+    """Holds the fields of all four transformer stacks, the sizes that follow from them, and their validation."""
 
     base_model_tp_plan = _LAYERS_TP_PLAN
+
+    num_key_value_heads: int | None = None
+    rms_norm_eps: float = 1e-5
+    dropout: float | int | None = 0.0
+    rope_parameters: dict | None = None
+    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         if (norm_eps := kwargs.pop("norm_eps", None)) is not None:
@@ -137,10 +146,7 @@ class _BltComponentConfig(_SavedConfig):
             f"`{name}.hidden_size` must be a positive multiple of `num_attention_heads`; got "
             f"{self.hidden_size} and {self.num_attention_heads}.",
         )
-        _check(
-            self.num_hidden_layers >= 1,
-            f"`{name}.num_hidden_layers` must be at least 1; got {self.num_hidden_layers}.",
-        )
+        _check_least(f"{name}.num_hidden_layers", self.num_hidden_layers, "1")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.hidden_size // self.num_attention_heads
         self.intermediate_size = self.intermediate_size or int(8 * self.hidden_size / 3)
@@ -156,13 +162,7 @@ class _BltComponentConfig(_SavedConfig):
             f"`{name}`: rotary embeddings rotate pairs, so the head size must be even; got {self.head_dim} "
             f"(`hidden_size` {self.hidden_size} / `num_attention_heads` {self.num_attention_heads}).",
         )
-        window = getattr(self, "sliding_window", None)
-        _check(
-            window is None or window >= 1,
-            f"`{name}.sliding_window` must be None or at least 1 byte; got {window}.",
-        )
-        if hasattr(self, "cross_attn_k"):
-            self._validate_cross_attention(name)
+        _check_least(f"{name}.sliding_window", getattr(self, "sliding_window", None), "1 byte", or_none=True)
         if hasattr(self, "vocab_size"):
             _check_vocabulary(name, self.vocab_size)
         _check(
@@ -177,21 +177,34 @@ class _BltComponentConfig(_SavedConfig):
         super().__post_init__(**kwargs)
         _check_rope(name, self.rope_parameters)
 
-    def _validate_cross_attention(self, name: str) -> None:
-        heads, kv_heads = self.cross_attention_heads
-        _check(
-            self.cross_attn_k is not None and self.cross_attn_k >= 1,
-            f"`{name}.cross_attn_k` must be at least 1 latent a patch; got {self.cross_attn_k}.",
-        )
+
+class _BltLocalConfig(_BltComponentConfig):
+    """Adds the fields of the two stacks over bytes, which have cross attention."""
+
+    base_model_tp_plan = {**_LAYERS_TP_PLAN, **_CROSS_TP_PLAN}
+    default_theta = 500000.0
+
+    vocab_size: int = VOCAB_SIZE
+    cross_attn_k: int | None = 2
+    hidden_size_global: int | None = 2048
+    hidden_size: int = 1024
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 24576
+    hidden_act: str = "silu"
+    num_cross_attention_heads: int | None = None
+    num_cross_key_value_heads: int | None = None
+    cross_attn_window: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        name, (heads, kv_heads) = type(self).__name__, self.cross_attention_heads
+        _check_least(f"{name}.cross_attn_k", self.cross_attn_k, "1 latent a patch")
         _check(
             heads > 0 and self.hidden_size % heads == 0 and kv_heads > 0 and heads % kv_heads == 0,
             f"`{name}`: the cross-attention heads must divide `hidden_size` and be a multiple of their key/value "
             f"heads; got {heads} heads and {kv_heads} key/value heads for width {self.hidden_size}.",
         )
-        _check(
-            self.cross_attn_window is None or self.cross_attn_window >= 1,
-            f"`{name}.cross_attn_window` must be None or at least 1 patch; got {self.cross_attn_window}.",
-        )
+        _check_least(f"{name}.cross_attn_window", self.cross_attn_window, "1 patch", or_none=True)
 
     @property
     def cross_attention_heads(self) -> tuple[int, int]:
@@ -202,8 +215,8 @@ class _BltComponentConfig(_SavedConfig):
 
 
 @strict
-class BltLocalEncoderConfig(_BltComponentConfig):
-    """Bytes to patches.
+class BltLocalEncoderConfig(_BltLocalConfig):
+    """Configures the stack that turns bytes into patches.
 
     Fields as in transformers' `BltLocalEncoderConfig`; in addition:
         num_cross_attention_heads: heads of the cross attention; None: `num_attention_heads`.
@@ -214,28 +227,11 @@ class BltLocalEncoderConfig(_BltComponentConfig):
     """
 
     model_type = "blt_local_encoder"
-    base_model_tp_plan = {**_LAYERS_TP_PLAN, **_CROSS_TP_PLAN}
-    default_theta = 500000.0
 
-    vocab_size: int = VOCAB_SIZE
     cross_attn_all_layers: bool | None = False
-    cross_attn_k: int | None = 2
-    hidden_size_global: int | None = 2048
-    hidden_size: int = 1024
-    num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
     num_hidden_layers: int = 1
-    rms_norm_eps: float = 1e-5
-    dropout: float | int | None = 0.0
-    max_position_embeddings: int = 24576
-    rope_parameters: dict | None = None
-    hidden_act: str = "silu"
     intermediate_size: int | None = None
-    initializer_range: float = 0.02
     sliding_window: int | None = None
-    num_cross_attention_heads: int | None = None
-    num_cross_key_value_heads: int | None = None
-    cross_attn_window: int | None = None
     patch_pooling: str = "max"
 
     def __post_init__(self, **kwargs):
@@ -247,8 +243,8 @@ class BltLocalEncoderConfig(_BltComponentConfig):
 
 
 @strict
-class BltLocalDecoderConfig(_BltComponentConfig):
-    """Patches to bytes.
+class BltLocalDecoderConfig(_BltLocalConfig):
+    """Configures the stack that turns patches into bytes.
 
     Fields as in transformers' `BltLocalDecoderConfig`; in addition `num_cross_attention_heads`,
     `num_cross_key_value_heads` and `cross_attn_window` (patches a byte reads, the last closed one and those before),
@@ -256,57 +252,35 @@ class BltLocalDecoderConfig(_BltComponentConfig):
     """
 
     model_type = "blt_local_decoder"
-    base_model_tp_plan = {**_LAYERS_TP_PLAN, **_CROSS_TP_PLAN}
-    default_theta = 500000.0
 
-    vocab_size: int = VOCAB_SIZE
     cross_attn_all_layers: bool | None = True
-    cross_attn_k: int | None = 2
-    hidden_size_global: int | None = 2048
-    hidden_size: int = 1024
-    num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
     num_hidden_layers: int = 9
-    rms_norm_eps: float = 1e-5
-    dropout: float | int | None = 0.0
-    max_position_embeddings: int = 24576
-    rope_parameters: dict | None = None
-    hidden_act: str = "silu"
     intermediate_size: int = 2816
-    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    tie_word_embeddings: bool = False
-    num_cross_attention_heads: int | None = None
-    num_cross_key_value_heads: int | None = None
-    cross_attn_window: int | None = None
 
 
 @strict
 class BltGlobalTransformerConfig(_BltComponentConfig):
-    """The transformer over patches; fields as in transformers' `BltGlobalTransformerConfig`."""
+    """Configures the transformer over patches; fields as in transformers' `BltGlobalTransformerConfig`."""
 
     model_type = "blt_global_transformer"
     default_theta = 500000.0
 
     hidden_size: int = 2048
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
     num_hidden_layers: int = 25
-    rms_norm_eps: float = 1e-5
-    dropout: float | int | None = 0.0
     max_position_embeddings: int = 4096
-    rope_parameters: dict | None = None
     hidden_act: str = "silu"
     intermediate_size: int = 5632
-    initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
 
 @strict
 class BltPatcherConfig(_BltComponentConfig):
-    """The entropy model, a causal byte LM.
+    """Configures the entropy model, a causal byte LM.
 
     Fields as in transformers' `BltPatcherConfig`; in addition `use_cache` (for its own generation),
     `mask_documents` (an `eos` ends a document, later bytes do not see it) and the special ids.
@@ -319,13 +293,8 @@ class BltPatcherConfig(_BltComponentConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 14
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
     max_position_embeddings: int = 8192
-    rms_norm_eps: float = 1e-5
-    dropout: float | int | None = 0.0
     intermediate_size: int = 2048
-    rope_parameters: dict | None = None
-    initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     sliding_window: int | None = 512
     use_cache: bool = True
@@ -340,12 +309,18 @@ class BltPatcherConfig(_BltComponentConfig):
         super().__post_init__(**kwargs)
 
 
+def _of_decoder(name: str) -> property:
+    """Makes a property that answers with the local decoder's value."""
+    return property(lambda self: getattr(self.decoder_config, name))
+
+
 @strict
 class BltConfig(_SavedConfig):
-    """Configuration of a Byte Latent Transformer.
+    """Configures a Byte Latent Transformer.
 
-    Fields, defaults and file format are those of transformers' in-tree `BltConfig`. The fields that it does not have
-    default to what it does:
+    Fields, defaults and file format are those of transformers' in-tree `BltConfig`. Some belong to that format alone:
+    nothing here computes with `initializer_range`, `patching_batch_size` and the `rope_parameters` at the top. Fields
+    that the in-tree class lacks default to what it does:
 
         patching_mode (default `"entropy"`): `"entropy"`, `"space"`, `"static"` (every `patch_size` bytes), `"byte"`, or
             the name of a rule that was given to [`register_patching_rule`].
@@ -361,8 +336,7 @@ class BltConfig(_SavedConfig):
         diffusion_loss_weight (default 1.0): factor of the masked loss; with 0, training reads no blocks.
 
     `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim` and
-    `intermediate_size` answer with the local decoder's values (`last_hidden_state` and `hidden_states` are its
-    states); they are never written to `config.json`.
+    `intermediate_size` are those of the local decoder, whose states a model returns. Files do not hold them.
 
     Raises:
         ValueError: at construction, for values and combinations that no model can be built from.
@@ -432,10 +406,7 @@ class BltConfig(_SavedConfig):
                 setattr(self, name, config_class.from_dict(component.to_dict()))
         self.encoder_hash_byte_group_size = self.encoder_hash_byte_group_size or [3, 4, 5, 6, 7, 8]
         self.encoder_config.sliding_window = self.local_attention_window_len
-        _check(
-            self.cross_attn_k is not None and self.cross_attn_k >= 1,
-            f"`cross_attn_k` must be at least 1 latent a patch; got {self.cross_attn_k}.",
-        )
+        _check_least("cross_attn_k", self.cross_attn_k, "1 latent a patch")
         pooled_size = self.encoder_config.hidden_size * self.cross_attn_k
         self.global_config.encoder_cross_output_size = (
             pooled_size if pooled_size != self.global_config.hidden_size else None
@@ -483,19 +454,13 @@ class BltConfig(_SavedConfig):
             "`decoder_config.hidden_size_global` must equal `global_config.hidden_size`; got "
             f"{decoder.hidden_size_global} and {self.global_config.hidden_size}.",
         )
-        _check(
-            self.local_attention_window_len is None or self.local_attention_window_len >= 1,
-            f"`local_attention_window_len` must be None or at least 1 byte; got {self.local_attention_window_len}.",
-        )
+        _check_least("local_attention_window_len", self.local_attention_window_len, "1 byte", or_none=True)
         sizes = self.encoder_hash_byte_group_size
         _check(
             all(isinstance(size, int) and size >= 1 for size in sizes),
             f"`encoder_hash_byte_group_size` must hold n-gram sizes of at least 1; got {sizes}.",
         )
-        _check(
-            self.encoder_hash_byte_group_vocab is not None and self.encoder_hash_byte_group_vocab >= 1,
-            f"`encoder_hash_byte_group_vocab` must be at least 1 row; got {self.encoder_hash_byte_group_vocab}.",
-        )
+        _check_least("encoder_hash_byte_group_vocab", self.encoder_hash_byte_group_vocab, "1 row")
         _check(
             self.encoder_hash_byte_group_nb_functions is not None and self.encoder_hash_byte_group_nb_functions >= 0,
             "`encoder_hash_byte_group_nb_functions` must be 0 (no hash embeddings) or more; got "
@@ -536,10 +501,7 @@ class BltConfig(_SavedConfig):
                 self.patch_size is not None and self.patch_size >= 1 and int(self.patch_size) == self.patch_size,
                 f"`patching_mode='static'` needs a whole `patch_size` of at least 1 byte; got {self.patch_size}.",
             )
-        _check(
-            self.max_patch_length is None or self.max_patch_length >= 1,
-            f"`max_patch_length` must be None or at least 1 byte; got {self.max_patch_length}.",
-        )
+        _check_least("max_patch_length", self.max_patch_length, "1 byte", or_none=True)
 
     def _check_is_off(self, name: str, off: bool | None) -> None:
         _check(
@@ -566,29 +528,12 @@ class BltConfig(_SavedConfig):
         """Whether training adds the masked loss."""
         return self.diffusion_block_size is not None and self.diffusion_loss_weight > 0
 
-    @property
-    def hidden_size(self) -> int:
-        return self.decoder_config.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.decoder_config.num_hidden_layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.decoder_config.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.decoder_config.num_key_value_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.decoder_config.head_dim
-
-    @property
-    def intermediate_size(self) -> int:
-        return self.decoder_config.intermediate_size
+    hidden_size = _of_decoder("hidden_size")
+    num_hidden_layers = _of_decoder("num_hidden_layers")
+    num_attention_heads = _of_decoder("num_attention_heads")
+    num_key_value_heads = _of_decoder("num_key_value_heads")
+    head_dim = _of_decoder("head_dim")
+    intermediate_size = _of_decoder("intermediate_size")
 
 
 # Code of a checkpoint: TRL, Trainer and `transformers serve` look a class up by its name once the configuration is read.
