@@ -1,10 +1,66 @@
 """Patching rules of your own: registering them, and the check that they can be used for generation."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .model.patching_blt import BOS_TOKEN_ID, PATCHING_MODES, PatchingRule, RegisteredRule, RuleFunction
+from .model.names_blt import sliding_windows
+from .model.patching_blt import BOS_TOKEN_ID, PATCHING_MODES, PatchingRule
 from .tokenizer.encoding import byte_ids
+
+
+RuleFunction = Callable[[Tensor, Tensor | None, Tensor, PatchingRule], Tensor]
+
+
+@dataclass(frozen=True)
+class RegisteredRule:
+    """Holds the arguments of [`register_patching_rule`]."""
+
+    name: str
+    function: RuleFunction
+    window: int
+    uses_entropies: bool
+
+    def find_ends(
+        self,
+        rule: PatchingRule,
+        input_ids: Tensor,
+        entropies: Tensor | None,
+        positions: Tensor,
+        past_ids: Tensor | None,
+        past_entropies: Tensor | None,
+    ) -> Tensor:
+        """Calls the function on the bytes `(B, S)` and on those before them `(B, H)`; bool `(B, S)`."""
+        ids = _windows(input_ids, past_ids, positions, self.window)
+        if self.uses_entropies:
+            entropies = _windows(entropies.float(), past_entropies, positions, self.window)
+        ends = self.function(ids, entropies if self.uses_entropies else None, positions, rule)
+        if not isinstance(ends, Tensor) or ends.dtype != torch.bool or ends.shape != positions.shape:
+            got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, Tensor) else type(ends).__name__
+            raise ValueError(
+                f"patching rule {self.name!r} must return a tensor of torch.bool {tuple(positions.shape)}, one answer "
+                f"for each byte; got {got}."
+            )
+        return ends | (positions == 0)
+
+
+def _windows(values: Tensor, past: Tensor | None, positions: Tensor, window: int) -> Tensor:
+    """Gives each byte the last `window` values `(B, S, window)`; 0 before its text.
+
+    Args:
+        values: `(B, S)`.
+        past: `(B, H)`, the values before them, the newest last; None: there are none.
+        positions: int64 `(B, S)`, index of each byte in its text.
+    """
+    if past is not None:
+        values = torch.cat([past[:, max(past.shape[1] - window + 1, 0) :].to(values.dtype), values], dim=1)
+    missing = positions.shape[1] + window - 1 - values.shape[1]
+    values = sliding_windows(torch.nn.functional.pad(values, (missing, 0)), 1, window)
+    age = torch.arange(window - 1, -1, -1, device=values.device)
+    # A row may hold several texts, and what lies before one is not its own.
+    return values * (positions[..., None] >= age)
 
 
 RULES: dict[str, RegisteredRule] = {}

@@ -171,18 +171,16 @@ def test_rules_are_incremental(rule, text):
 
 @given(rule=rules, text=rows, sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_ends_of_chunks_are_the_ends_of_the_text(rule, text, sizes):
-    """`find_patch_ends` continues from the four facts that it takes about the bytes before."""
+    """`find_patch_ends` continues from the three facts that it takes about the bytes before."""
     ids, entropies, _ = batch_of([text], [list(range(len(text)))], len(text))
     expected = patch_ends_from_lengths(compute_patch_lengths(rule, ids, entropies), len(text))
     pieces, start, open_bytes = [], 0, torch.zeros(1, dtype=torch.int64)
     while start < len(text):
         stop = start + sizes[len(pieces) % len(sizes)]
-        previous = (
-            (ids[:, start - 1], entropies[:, start - 1]) if start else (torch.tensor([77]), torch.tensor([99.0]))
-        )
+        past = (ids[:, :start], entropies[:, :start]) if start else (torch.tensor([[77]]), torch.tensor([[99.0]]))
         positions = torch.arange(start, min(stop, len(text)))[None]
         pieces.append(
-            find_patch_ends(rule, ids[:, start:stop], entropies[:, start:stop], positions, *previous, open_bytes)
+            find_patch_ends(rule, ids[:, start:stop], entropies[:, start:stop], positions, *past, open_bytes)
         )
         open_bytes = open_patch_bytes(pieces[-1], open_bytes)[:, -1]
         start = stop
@@ -196,7 +194,7 @@ def test_positions_that_restart_begin_a_text(rule, texts):
     entropies = torch.tensor([[e for text in texts for _, e in text]])
     positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
     zero = torch.zeros(1, dtype=torch.int64)
-    ends = find_patch_ends(rule, ids, entropies, positions, zero, zero.float(), zero)[0]
+    ends = find_patch_ends(rule, ids, entropies, positions, zero[:, None], zero.float()[:, None], zero)[0]
     start = 0
     for text, lengths in zip(texts, expected_lengths(rule, texts)):
         alone = patch_ends_from_lengths(torch.tensor([lengths]), len(text))[0]

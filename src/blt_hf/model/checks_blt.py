@@ -14,7 +14,7 @@ _ID_DTYPES = (torch.int64, torch.int32)
 
 
 def has_free_values(tensor: Tensor) -> bool:
-    """Whether reading a value of `tensor` neither waits for a device nor breaks a graph."""
+    """Tells whether reading a value of `tensor` neither waits for a device nor breaks a graph."""
     # Subclasses are fake tensors (tracing) or hold their values elsewhere (tensor parallelism).
     return (
         type(tensor) is Tensor
@@ -25,7 +25,7 @@ def has_free_values(tensor: Tensor) -> bool:
 
 
 def check_tensor(name: str, value, accepted: str) -> None:
-    """Raises unless `value` is a tensor; `accepted` says which one is wanted."""
+    """Checks that `value` is a tensor; `accepted` describes it."""
     if not isinstance(value, Tensor):
         hint = "; a tokenizer with `return_tensors='pt'` makes one of texts" if name == "input_ids" else ""
         raise ValueError(f"`{name}` must be a tensor, {accepted}; got {type(value).__name__}{hint}.")
@@ -139,7 +139,7 @@ def _check_range(name: str, ids: Tensor, size: int, owner: str, ignored: int | N
 
 
 def check_attention_mask(attention_mask: Tensor, rows: int, columns: int, past: int) -> Tensor:
-    """The columns of `attention_mask` that belong to the new bytes, `(B, S)`.
+    """Checks a mask; returns the columns that belong to the new bytes, `(B, S)`.
 
     Args:
         attention_mask: `(rows, columns)` or `(rows, past + columns)`.
@@ -156,8 +156,8 @@ def check_attention_mask(attention_mask: Tensor, rows: int, columns: int, past: 
 
 
 def check_position_ids(position_ids: Tensor, rows: int, columns: int) -> Tensor:
-    """`position_ids` for all rows, `(B, S)`; their values are the business of [`find_text_starts`]."""
-    check_tensor("position_ids", position_ids, "int64 (rows or 1, bytes)")  # a number in this text has to be known
+    """Checks all but the values; returns `position_ids` for all rows, `(B, S)`."""
+    check_tensor("position_ids", position_ids, "int64 (rows or 1, bytes)")  # formatting a symbolic size would fix it
     # Rows are compared one by one, because torch.compile finds no symbol in a tuple.
     fits = position_ids.dim() == 2 and position_ids.shape[1] == columns
     if not fits or (position_ids.shape[0] != rows and position_ids.shape[0] != 1):
@@ -173,13 +173,13 @@ def check_position_ids(position_ids: Tensor, rows: int, columns: int) -> Tensor:
 def find_text_starts(
     position_ids: Tensor, num_bytes: Tensor, cached_bytes: Tensor | None, is_symbolic: bool = False
 ) -> Tensor | None:
-    """Where `position_ids` begin another text inside a row, bool `(B, S)`; None if they do so nowhere.
+    """Finds where `position_ids` begin another text inside a row, bool `(B, S)`; None: nowhere.
 
     Args:
         position_ids: `(B, S)`, the padding of each row at its end.
         num_bytes: int64 `(B,)`, bytes of each row.
         cached_bytes: int64 `(B,)`, bytes of each row in the cache; None: no cache.
-        is_symbolic: values are not to be looked at, so that the result is never None. There is no cache then.
+        is_symbolic: values are unknown, so the result is never None. There is no cache then.
     Raises:
         ValueError: positions neither rise by 1 nor begin anew at 0. (In the first column any position may stand.)
     """
@@ -207,7 +207,7 @@ def find_text_starts(
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Checks a class for each position.
+    """Checks the classes of positions.
 
     Args:
         labels: int64 `(B, S)`, in `[0, C)` or -100.
@@ -278,17 +278,3 @@ def check_cache(made_for: dict[str, object], config) -> None:
             f"`past_key_values` was made by another model: {', '.join(wrong)} differ. Pass the cache that this model "
             "returned, or None."
         )
-
-
-__all__ = [
-    "cache_shapes",
-    "check_attention_mask",
-    "check_cache",
-    "check_inputs",
-    "check_labels",
-    "check_position_ids",
-    "check_row_labels",
-    "check_tensor",
-    "find_text_starts",
-    "has_free_values",
-]

@@ -259,11 +259,9 @@ def find_patches(
         chunk.input_ids,
         entropies,
         chunk.text_positions,
-        chunk.previous.input_id,
-        chunk.past_entropies[:, -1],
-        chunk.previous.open_bytes,
         chunk.history,
         chunk.past_entropies,
+        chunk.previous.open_bytes,
     )
     return entropies, ends
 

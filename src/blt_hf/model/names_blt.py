@@ -16,7 +16,6 @@ have a symbolic size for the number of patches, which only the entropies tell.
 
 import functools
 import importlib
-import importlib.machinery
 import importlib.util
 import inspect
 import os
@@ -39,7 +38,7 @@ IS_FROM_CHECKPOINT = not __name__.startswith("blt_hf.")
 _LIKE = "llama"  # whose default targets of PEFT fit: queries, keys and values have the same names
 _Function = TypeVar("_Function", bound=Callable)
 
-# Class, and the Auto class that loads it.
+# The Auto class that loads each class.
 AUTO_CLASSES = {
     "BltModel": "AutoModel",
     "BltForCausalLM": "AutoModelForCausalLM",
@@ -48,7 +47,7 @@ AUTO_CLASSES = {
     "BltForTokenClassification": "AutoModelForTokenClassification",
 }
 
-# Class, and the table of transformers that says what it is for.
+# The table of transformers that says what each class is for.
 TASK_TABLES = {
     "BltForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "BltPatcher": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -58,9 +57,9 @@ TASK_TABLES = {
 
 
 def takes_cache(function: _Function) -> _Function:
-    """Lets the argument `past_key_values` of a function be called `cache` as well.
+    """Lets callers name the argument `past_key_values` of a function `cache` as well.
 
-    The signature shows the name of the installed transformers, which reads it to see what a model accepts.
+    The signature shows the name of the installed transformers, which reads signatures to see what a model accepts.
     """
 
     @functools.wraps(function)
@@ -88,10 +87,10 @@ def architecture_name(class_name: str) -> str:
 
 
 def add_architectures() -> None:
-    """Adds the names of `architectures` to `transformers`; a name that is there stays what it is.
+    """Adds the names of `architectures` to `transformers`; existing names stay what they are.
 
     `transformers.processing_utils` runs `transformers/__init__.py` again, so most processes have two module objects of
-    that name, and who imported transformers early (TRL, a script) holds the first one.
+    that name. Whoever imported transformers early (TRL, a script) holds the first one.
     """
     importlib.import_module("transformers.processing_utils")  # here, so that no other object comes later
     auto, current = importlib.import_module("transformers.models.auto"), sys.modules["transformers"]
@@ -102,7 +101,7 @@ def add_architectures() -> None:
 
 
 def add_tasks() -> None:
-    """Adds the classes to the tables that say what a class is for."""
+    """Adds the classes to transformers' tables of tasks."""
     tables = importlib.import_module("transformers.models.auto.modeling_auto")
     for class_name, table_name in TASK_TABLES.items():
         table = getattr(tables, table_name)
@@ -112,10 +111,7 @@ def add_tasks() -> None:
 
 
 def add_default_targets() -> None:
-    """Adds model types to PEFT's tables of default targets, if PEFT is there: what it adapts in a Llama.
-
-    A model type that is in a table keeps what it has there.
-    """
+    """Gives our model types a Llama's default targets in PEFT's tables, if PEFT was imported; existing entries stay."""
     if "peft" not in sys.modules:
         return
     # Not as a statement: code on the Hub is refused where a package that it imports by name is missing.
@@ -150,10 +146,10 @@ def import_from_package(name: str, feature: str) -> ModuleType:
 
     Args:
         name: of the module, within `blt_hf`.
-        feature: what the caller needs it for, the beginning of the error's sentence.
+        feature: begins the error's sentence.
     Raises:
-        ImportError: this code came with a checkpoint. The module would make objects of the package's own classes, which
-            are others than these, even where the package is installed.
+        ImportError: this code came with a checkpoint. Even where the package is installed, the module would make objects
+            of the package's own classes, which are others than these.
     """
     if IS_FROM_CHECKPOINT:
         raise ImportError(
@@ -167,9 +163,9 @@ def import_from_package(name: str, feature: str) -> ModuleType:
 
 @functools.cache
 def import_serving() -> ModuleType:
-    """Imports `blt_hf.serving.continuous`, which serves any model by the model's own classes, these ones included.
+    """Imports `blt_hf.serving.continuous`, which takes all classes from the model that it serves.
 
-    Where nobody has imported `blt_hf`, that file alone is run: the rest of the package takes over the in-tree names.
+    Where nobody has imported `blt_hf`, that file alone is run, since the package takes over the in-tree names.
 
     Raises:
         ImportError: the package is not installed.
@@ -186,16 +182,15 @@ def import_serving() -> ModuleType:
             "continuous batching is not part of the code that comes with a checkpoint: `pip install blt-hf`; it need "
             "not be imported."
         )
-    folders = [os.path.join(folder, "serving") for folder in package.submodule_search_locations]
-    spec = importlib.machinery.PathFinder.find_spec(name, folders)
+    path = os.path.join(next(iter(package.submodule_search_locations)), "serving", "continuous.py")
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def largest_count(counts: Tensor, least: int) -> int:
-    """The largest of `counts` `(B,)` on the host, and not less than `least`; a symbol of that range where values are
-    not known."""
+    """Gives the host the largest of `counts` `(B,)`, at least `least`; under tracing a symbolic size of that range."""
     largest = counts.max().clamp_min(least).item()
     if is_compiling():
         torch._check(largest >= least)
@@ -203,7 +198,7 @@ def largest_count(counts: Tensor, least: int) -> int:
 
 
 def sliding_windows(values: Tensor, dim: int, size: int, step: int = 1) -> Tensor:
-    """`values.unfold(dim, size, step)`, which asks for the number of windows, and which ONNX does not have."""
+    """Does `values.unfold(dim, size, step)`, which branches on the number of windows, and which ONNX does not have."""
     if not is_exporting():
         return values.unfold(dim, size, step)
     count = (values.shape[dim] - size) // step + 1
@@ -213,7 +208,7 @@ def sliding_windows(values: Tensor, dim: int, size: int, step: int = 1) -> Tenso
 
 
 def running_max(values: Tensor, least: Tensor) -> Tensor:
-    """Running maximum along the rows of `values` `(B, S)`, which ONNX does not have.
+    """Takes the running maximum along the rows of `values` `(B, S)`, which ONNX does not have.
 
     Args:
         values: int64; not below `least`, and not falling where they are above it.
@@ -228,28 +223,7 @@ def running_max(values: Tensor, least: Tensor) -> Tensor:
 
 
 def take_columns(values: Tensor, start: int, stop: int) -> Tensor:
-    """`values[:, start:stop]` of `(B, S, ...)`; a slice asks whether it is the whole, or a single column."""
+    """Takes `values[:, start:stop]` of `(B, S, ...)`; a slice branches on being the whole, or a single column."""
     if not is_exporting():
         return values[:, start:stop]
     return values.index_select(1, torch.arange(start, stop, device=values.device))
-
-
-__all__ = [
-    "AUTO_CLASSES",
-    "CACHE_NAME",
-    "CACHE_NAMES",
-    "IS_FROM_CHECKPOINT",
-    "add_architectures",
-    "add_default_targets",
-    "architecture_name",
-    "check_patcher",
-    "import_from_package",
-    "import_serving",
-    "is_compiling",
-    "is_exporting",
-    "largest_count",
-    "running_max",
-    "sliding_windows",
-    "take_columns",
-    "takes_cache",
-]

@@ -8,13 +8,12 @@ Dimension letters: `B` rows, `S` bytes, `P` patches.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .names_blt import is_exporting, largest_count, running_max, sliding_windows, take_columns
+from .names_blt import is_exporting, largest_count, running_max, take_columns
 
 
 PATCHING_MODES = ("entropy", "space", "static", "byte")
@@ -29,7 +28,7 @@ IGNORED_LABEL = -100  # where `labels` hold it, nothing is learned; torch's `cro
 
 @dataclass(frozen=True)
 class PatchingRule:
-    """Where patches start.
+    """Says where patches start.
 
     Attributes:
         mode: `"entropy"`, `"space"`, `"static"`, `"byte"`, or the name of a rule of your own; see
@@ -50,7 +49,7 @@ class PatchingRule:
 
     @classmethod
     def from_config(cls, config) -> "PatchingRule":
-        """The rule that a [`BltConfig`] describes."""
+        """Reads the rule that a [`BltConfig`] describes."""
         return cls(
             mode=config.patching_mode,
             threshold=config.patching_threshold,
@@ -91,64 +90,14 @@ class PatchingRule:
         return 2 if self.mode in PATCHING_MODES else find_rule(self.mode).window
 
 
-RuleFunction = Callable[[Tensor, Tensor | None, Tensor, PatchingRule], Tensor]
-
-
-@dataclass(frozen=True)
-class RegisteredRule:
-    """A rule that was given to `blt_hf.register_patching_rule`, whose arguments these are."""
-
-    name: str
-    function: RuleFunction
-    window: int
-    uses_entropies: bool
-
-    def find_ends(
-        self,
-        rule: PatchingRule,
-        input_ids: Tensor,
-        entropies: Tensor | None,
-        positions: Tensor,
-        past_ids: Tensor | None,
-        past_entropies: Tensor | None,
-    ) -> Tensor:
-        """Calls the function on the bytes `(B, S)` and on those before them `(B, H)`; bool `(B, S)`."""
-        ids = _windows(input_ids, past_ids, positions, self.window)
-        if self.uses_entropies:
-            entropies = _windows(entropies.float(), past_entropies, positions, self.window)
-        ends = self.function(ids, entropies if self.uses_entropies else None, positions, rule)
-        if not isinstance(ends, Tensor) or ends.dtype != torch.bool or ends.shape != positions.shape:
-            got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, Tensor) else type(ends).__name__
-            raise ValueError(
-                f"patching rule {self.name!r} must return a tensor of torch.bool {tuple(positions.shape)}, one answer "
-                f"for each byte; got {got}."
-            )
-        return ends | (positions == 0)
-
-
-def _windows(values: Tensor, past: Tensor | None, positions: Tensor, window: int) -> Tensor:
-    """The last `window` values at each byte, `(B, S, window)`; 0 before the text that the byte belongs to.
-
-    Args:
-        values: `(B, S)`. past: `(B, H)`, those before them, the newest last; None: there are none.
-        positions: int64 `(B, S)`, index of each byte in its text.
-    """
-    if past is not None:
-        values = torch.cat([past[:, max(past.shape[1] - window + 1, 0) :].to(values.dtype), values], dim=1)
-    missing = positions.shape[1] + window - 1 - values.shape[1]
-    values = sliding_windows(torch.nn.functional.pad(values, (missing, 0)), 1, window)
-    age = torch.arange(window - 1, -1, -1, device=values.device)
-    # A row may hold several texts, and what lies before one is not its own.
-    return values * (positions[..., None] >= age)
-
-
-def find_rule(name: str) -> RegisteredRule:
-    """The rule that was registered under `name`.
+def find_rule(name: str):
+    """Finds the `blt_hf.rules.RegisteredRule` of that name.
 
     Raises:
         ValueError: there is none.
     """
-    registry = sys.modules.get("blt_hf.rules")  # no import: code that came with a checkpoint asks here as well
+    # Not imported: code that came with a checkpoint looks here as well, and may do without the package.
+    registry = sys.modules.get("blt_hf.rules")
     rule = None if registry is None else registry.RULES.get(name)
     if rule is None:
         raise ValueError(
@@ -159,13 +108,13 @@ def find_rule(name: str) -> RegisteredRule:
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy of the next byte in nats, fp32 `(...)`, from logits `(..., vocabulary)` of any floating dtype."""
+    """Computes entropies in nats, fp32 `(...)`, of logits `(..., vocabulary)` of any floating dtype."""
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 def shift_right(values: Tensor, first: Tensor) -> Tensor:
-    """`values` `(B, S)` moved one byte later along the row, with `first` `(B,)` in front; same shape and dtype."""
+    """Moves `values` `(B, S)` one byte later along the row, with `first` `(B,)` in front; same shape and dtype."""
     first = first[:, None].to(values.dtype)
     if is_exporting():  # without a tensor of one column less, which might have none
         return take_columns(torch.cat([first, values], dim=1), 0, values.shape[1])
@@ -173,7 +122,7 @@ def shift_right(values: Tensor, first: Tensor) -> Tensor:
 
 
 def entropy_patch_ends(rule: PatchingRule, entropies: Tensor, previous_entropies: Tensor, positions: Tensor) -> Tensor:
-    """Where patches end by the entropy rules.
+    """Finds where patches end by the entropy rules.
 
     Args:
         entropies: `(B, S)` nats, of the byte after each byte.
@@ -195,7 +144,7 @@ def entropy_patch_ends(rule: PatchingRule, entropies: Tensor, previous_entropies
 
 
 def space_patch_ends(input_ids: Tensor, previous_ids: Tensor, positions: Tensor) -> Tensor:
-    """Where patches end by the space rule, bool `(B, S)`.
+    """Finds where patches end by the space rule, bool `(B, S)`.
 
     A patch ends after a space-like byte that follows one that is not, and after every special id. Space-like is every
     byte but `0-9`, `A-Z`, `a-z` and UTF-8 continuation bytes (0x80-0xBF).
@@ -220,7 +169,7 @@ def space_patch_ends(input_ids: Tensor, previous_ids: Tensor, positions: Tensor)
 
 
 def split_long_patches(ends: Tensor, text_starts: Tensor, open_bytes: Tensor, max_patch_length: int) -> Tensor:
-    """`ends`, and an end wherever a patch has reached `max_patch_length` bytes.
+    """Adds to `ends` an end wherever a patch has reached `max_patch_length` bytes.
 
     Args:
         ends: bool `(B, S)`.
@@ -236,7 +185,7 @@ def split_long_patches(ends: Tensor, text_starts: Tensor, open_bytes: Tensor, ma
 
 
 def open_patch_bytes(ends: Tensor, open_bytes: Tensor) -> Tensor:
-    """Bytes in the open patch after each byte, int64 `(B, S)`; 0 where the byte ends its patch.
+    """Counts the bytes of the open patch after each byte, int64 `(B, S)`; 0 where the byte ends its patch.
 
     Args:
         ends: bool `(B, S)`.
@@ -250,7 +199,7 @@ def open_patch_bytes(ends: Tensor, open_bytes: Tensor) -> Tensor:
 
 
 def patch_lengths_from_ends(ends: Tensor, num_bytes: Tensor | None = None) -> Tensor:
-    """Patch lengths as Meta's patcher gives them: they include the next, not yet known byte.
+    """Counts the bytes of patches as Meta's patcher does: the next, not yet known byte included.
 
     Args:
         ends: bool `(B, S)`; the bytes of a row stand at its beginning.
@@ -275,12 +224,11 @@ def patch_lengths_from_ends(ends: Tensor, num_bytes: Tensor | None = None) -> Te
 
 
 def patch_ends_from_lengths(patch_lengths: Tensor, num_bytes: int) -> Tensor:
-    """The inverse of [`patch_lengths_from_ends`].
+    """Inverts [`patch_lengths_from_ends`].
 
     Args:
         patch_lengths: int `(B, P)`, zeros on the right. A row that sums to the bytes of its text plus 1 says whether
-            the last byte ends a patch; one that sums to the bytes alone leaves the last patch open, for nothing says
-            that the next byte starts another.
+            the last byte ends a patch. A row that sums to the bytes alone leaves the last patch open.
         num_bytes: `S`, bytes to label.
     Returns:
         bool `(B, S)`.
@@ -296,34 +244,31 @@ def find_patch_ends(
     input_ids: Tensor | None,
     entropies: Tensor | None,
     positions: Tensor,
-    previous_ids: Tensor | None = None,
-    previous_entropy: Tensor | None = None,
-    open_bytes: Tensor | None = None,
     past_ids: Tensor | None = None,
     past_entropies: Tensor | None = None,
+    open_bytes: Tensor | None = None,
 ) -> Tensor:
-    """Applies `rule` to the next bytes of each row, given what is known of the bytes before.
+    """Applies `rule` to the next bytes of each row.
 
     Args:
         rule: the patching rule.
         input_ids: int64 `(B, S)`; needed if the rule reads ids.
         entropies: `(B, S)` nats; needed if it reads entropies.
         positions: int64 `(B, S)`, index of each byte in its text; 0 begins a text.
-        previous_ids: int64 `(B,)`, id before the first byte; any value at the start of a text.
-        previous_entropy: fp32 `(B,)`, entropy there; likewise.
-        open_bytes: int64 `(B,)`, bytes of the open patch; 0 at the start of a text. None, with the two before it: all
-            rows start here.
-        past_ids, past_entropies: `(B, H)`, what came before, the newest last; a registered rule reads as many as its
-            window says. None: nothing came before.
+        past_ids, past_entropies: `(B, H)`, those before the first byte, the newest last: one of them, or as many as
+            the window of a registered rule says. Any values at the start of a text. None: all rows start here.
+        open_bytes: int64 `(B,)`, bytes of the open patch; 0 at the start of a text. None: 0.
     Returns:
         bool `(B, S)`: byte `i` is the last of its patch.
     """
-    if open_bytes is None:
-        previous_ids = previous_entropy = open_bytes = positions.new_zeros(positions.shape[0])
+
+    def one_byte_earlier(values: Tensor, past: Tensor | None) -> Tensor:
+        return shift_right(values, values.new_zeros(values.shape[0]) if past is None else past[:, -1])
+
     if rule.mode == "entropy":
-        ends = entropy_patch_ends(rule, entropies, shift_right(entropies, previous_entropy), positions)
+        ends = entropy_patch_ends(rule, entropies, one_byte_earlier(entropies, past_entropies), positions)
     elif rule.mode == "space":
-        ends = space_patch_ends(input_ids, shift_right(input_ids, previous_ids), positions)
+        ends = space_patch_ends(input_ids, one_byte_earlier(input_ids, past_ids), positions)
     elif rule.mode == "static":
         ends = positions % rule.patch_size == 0
     elif rule.mode == "byte":
@@ -332,13 +277,14 @@ def find_patch_ends(
         registered = find_rule(rule.mode)
         ends = registered.find_ends(rule, input_ids, entropies, positions, past_ids, past_entropies)
     if rule.max_patch_length is not None:
+        open_bytes = positions.new_zeros(positions.shape[0]) if open_bytes is None else open_bytes
         ends = split_long_patches(ends, positions == 0, open_bytes, rule.max_patch_length)
     return ends
 
 
 @dataclass
 class RowLayout:
-    """Where the bytes of padded rows stand, so that each row can be worked on from its first byte.
+    """Maps between padded rows and rows that begin with their first byte.
 
     Attributes:
         source: int64 `(B, S)`, column of the i-th byte of each row (columns without text come last).
@@ -352,7 +298,7 @@ class RowLayout:
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor) -> "RowLayout":
-        """From an attention mask `(B, S)`; nonzero means text. Zeros may stand anywhere."""
+        """Reads an attention mask `(B, S)`; nonzero means text. Zeros may stand anywhere."""
         is_text = attention_mask != 0
         text_so_far = is_text.long().cumsum(dim=1)
         num_bytes = is_text.sum(dim=1)
@@ -375,24 +321,3 @@ class RowLayout:
         return torch.where(
             is_text, self._gather(values, self.rank), torch.zeros((), dtype=values.dtype, device=values.device)
         )
-
-
-__all__ = [
-    "BOE_TOKEN_ID",
-    "BOS_TOKEN_ID",
-    "BPE_TOKEN_ID",
-    "BYTE_OFFSET",
-    "EOS_TOKEN_ID",
-    "IGNORED_LABEL",
-    "NEWLINE_ID",
-    "PATCHING_MODES",
-    "PatchingRule",
-    "RegisteredRule",
-    "RowLayout",
-    "VOCAB_SIZE",
-    "entropy_from_logits",
-    "find_patch_ends",
-    "find_rule",
-    "patch_ends_from_lengths",
-    "patch_lengths_from_ends",
-]

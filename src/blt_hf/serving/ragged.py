@@ -354,9 +354,6 @@ class RaggedBlt:
             found.rows.input_ids[:, None],
             entropies[:, None] if self._rule.uses_entropies else None,
             positions[:, None],
-            found.windows[:, -2],
-            past_entropies[:, -1],
-            torch.zeros_like(positions),
             found.windows[:, :-1],
             past_entropies,
         )[:, 0]
