@@ -276,7 +276,7 @@ def test_reset_empties_everything(model, ids, rows_and_cache):
     _, cache = rows_and_cache
     cache.activate_past_recording()
     cache.reset()
-    assert cache.is_empty and cache.get_seq_length() == 0 and cache.min_bytes == 0 and not cache.record_past
+    assert cache.is_empty and cache.get_seq_length() == 0 and cache.row_bytes == [] and not cache.record_past
     assert all(layer.get_seq_length() == 0 and layer.keys is None for layer in cache.layers)
     continues(model, cache, [ids[0, :0]], ids[:, :30])
 

@@ -11,7 +11,6 @@ A *small* chunk (up to `slack` bytes a row) writes its entries and then reads al
 larger one reads the window before it once, in order, and writes its tail.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -26,9 +25,9 @@ from .patching_blt import PATCHING_MODES, PatchingRule
 
 _BLOCK = 32  # numbers of slots are multiples of this, so that few shapes occur
 _COLUMNS = 64  # the same for patches, of which a step reads no more than there are
-_OPEN_BYTES = 64  # the least slots for the last bytes in compiled steps, whose shapes had better not change
+_OPEN_BYTES = 64  # fewest slots for the last bytes in compiled steps, which a new shape would compile again
 _SLACK = 16  # bytes that can be taken back, if nobody asks for more
-_MOST_IDLE_SLACK = 128  # what stays of the slack that recording asked for
+_MOST_IDLE_SLACK = 128  # slack that a cache keeps after `activate_past_recording` has raised it
 _LARGEST_SMALL_CHUNK = 64  # above this, attention in blocks is faster than over all slots
 
 
@@ -37,20 +36,20 @@ def _round_up(count: int) -> int:
 
 
 def round_up_columns(count: int) -> int:
-    """Columns of patches that are read where `count` are needed."""
+    """Rounds the columns of patches that a step reads up to a shape of which few occur."""
     return -(-count // _COLUMNS) * _COLUMNS
 
 
 @dataclass
 class SlotIndex:
-    """Where one forward writes and reads in the slots of one kind.
+    """Says which slots of one kind a forward writes and reads.
 
     Attributes:
         index: int64 `(B*S,)`, slot of each new entry, among the slots of all rows. None in a large chunk.
-        source: int64 `(B, size)` in a large chunk: new entry that each slot gets; negative: it keeps what it has.
+        source: int64 `(B, size)` in a large chunk: new entry that each slot gets; negative: the slot keeps its entry.
         past: int64 `(B, T)`, slots to read in front of the new entries of a large chunk. None: no past.
         rows: int64 `(R,)`, rows that take part; None: all.
-        seen: slots to read; None: all, 0: none, as the new entries are all there is.
+        seen: number of slots that queries may read. None: all. 0: the new entries alone (the cache was empty).
     """
 
     index: Tensor | None = None
@@ -60,7 +59,7 @@ class SlotIndex:
     seen: int | None = None
 
     def on(self, device: torch.device) -> "SlotIndex":
-        """The same on the device of a layer (they differ where a model is spread over several)."""
+        """Moves the tensors to the device of a layer (a model may be spread over several)."""
         named = {"index": self.index, "source": self.source, "past": self.past, "rows": self.rows}
         tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
         if all(tensor.device == device for tensor in tensors.values()):
@@ -69,10 +68,10 @@ class SlotIndex:
 
 
 class Slots:
-    """The slots of one kind: how many there are, and the tensors that have them.
+    """Counts the slots of one kind, and lists the tensors that have them.
 
     Args:
-        keep: entries at the end of a row that are needed, those that may be taken back not counted; None: all.
+        keep: last entries of a row that later queries need, without those that `crop` may take back. None: all.
     """
 
     def __init__(self, keep: int | None):
@@ -83,12 +82,12 @@ class Slots:
         self.tensors: list[SlotTensor] = []
 
     def held(self, counts: Tensor) -> Tensor:
-        """Entry that each slot holds in rows of `counts` `(B,)` entries, int64 `(B, size)`; negative: none."""
+        """Computes the entry of each slot in rows of `counts` `(B,)` entries, int64 `(B, size)`; negative: none."""
         last = counts[:, None] - 1
         return last - (last - torch.arange(self.size, device=counts.device)) % self.size
 
     def find(self, entries: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Slot, among those of all rows, of `entries` `(R, S)` of each of `rows` `(R,)` (None: all rows)."""
+        """Computes the slots, among those of all rows, of `entries` `(R, S)` of `rows` `(R,)` (None: all rows)."""
         if entries.shape[0] == 1 and rows is None:
             return entries % self.size
         rows = torch.arange(entries.shape[0], device=entries.device) if rows is None else rows
@@ -97,7 +96,7 @@ class Slots:
     def reserve(self, total: int, slack: int, counts: Tensor | None) -> None:
         """Makes room for rows of up to `total` entries, `slack` of which may be taken back.
 
-        `counts` `(B,)`: entries of each row now, by which what is there is laid out anew; None: nothing is there.
+        `counts` `(B,)`: entries of each row now, which move to their new slots; None: the cache is empty.
         """
         needed = max(total if self.keep is None else min(total, self.keep + slack), self.least)
         if needed > self.size:
@@ -106,7 +105,7 @@ class Slots:
             self.resize(_round_up(max(needed, grown if most is None else min(grown, most))), counts)
 
     def resize(self, size: int, counts: Tensor | None) -> None:
-        """Lays out anew what is there, in rows of `counts` `(B,)` entries."""
+        """Moves the entries of rows of `counts` `(B,)` entries to their slots among `size`."""
         old_size, self.size = self.size, size
         if counts is None or all(tensor.values is None for tensor in self.tensors):
             return
@@ -119,7 +118,7 @@ class Slots:
 
 
 class SlotTensor:
-    """A tensor `(B, size, ...)` of entries in slots, made when it is first written to."""
+    """Holds a tensor `(B, size, ...)` of entries in slots, which the first write makes."""
 
     def __init__(self, slots: Slots):
         self.slots = slots
@@ -127,9 +126,9 @@ class SlotTensor:
         slots.tensors.append(self)
 
     def prepare(self, num_rows: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The tensor, for entries of `shape` of the dtype and device of `like`."""
+        """Returns the tensor; makes it first for entries of `shape`, of the dtype and device of `like`."""
         if self.values is None:
-            # What is read under autocast may be continued without it.
+            # A cache that is begun under autocast may be continued without it.
             kind = like.device.type
             is_narrowed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
             dtype = torch.float32 if is_narrowed and like.is_floating_point() else like.dtype
@@ -149,9 +148,8 @@ class SlotTensor:
         new = new.to(stored.dtype)
         if slot_index.index is None:
             rows = torch.arange(new.shape[0], device=new.device)[:, None] * new.shape[1]
-            taken = (
-                new.flatten(0, 1).index_select(0, (slot_index.source.clamp_min(0) + rows).flatten()).view(stored.shape)
-            )
+            index = (slot_index.source.clamp_min(0) + rows).flatten()
+            taken = new.flatten(0, 1).index_select(0, index).view(stored.shape)
             is_new = (slot_index.source >= 0).view(*slot_index.source.shape, *[1] * (stored.dim() - 2))
             if self.slots.is_static:
                 stored.copy_(torch.where(is_new, taken, stored))
@@ -164,13 +162,11 @@ class SlotTensor:
             stored.flatten(0, 1).index_copy_(0, slot_index.index, new.flatten(0, 1))
 
     def extend(self, new: Tensor, slot_index: SlotIndex, num_rows: int | None = None) -> Tensor:
-        """Writes `new` `(R, S, ...)`, and gives what its queries may see `(R, T, ...)`."""
+        """Writes `new` `(R, S, ...)`, and returns the entries that its queries may see `(R, T, ...)`."""
         if slot_index.index is None:
-            seen = (
-                new if slot_index.past is None else torch.cat([self.read(slot_index.past).to(new.dtype), new], dim=1)
-            )
+            past = None if slot_index.past is None else self.read(slot_index.past).to(new.dtype)
             self.write(new, slot_index, num_rows)
-            return seen
+            return new if past is None else torch.cat([past, new], dim=1)
         self.write(new, slot_index, num_rows)
         if slot_index.seen == 0:
             return new
@@ -178,12 +174,12 @@ class SlotTensor:
         return seen if slot_index.rows is None else seen.index_select(0, slot_index.rows)
 
     def read(self, index: Tensor) -> Tensor:
-        """Entries in the slots `index` `(B, T)` among those of all rows, `(B, T, ...)`."""
+        """Reads the slots `index` `(B, T)` among those of all rows, `(B, T, ...)`."""
         taken = self.values.flatten(0, 1).index_select(0, index.flatten())
         return taken.view(*index.shape, *self.values.shape[2:])
 
     def rearrange(self, index: Tensor, is_held: Tensor) -> None:
-        """Slot `s` of each row gets what lay in slot `index` `(B, size)` among those of all rows, or 0."""
+        """Fills slot `s` of each row from slot `index` `(B, size)` among those of all rows, or with 0."""
         if self.values is not None:
             index, is_held = index.to(self.values.device), is_held.to(self.values.device)
             is_held = is_held.view(*is_held.shape, *[1] * (self.values.dim() - 2))
@@ -194,14 +190,14 @@ class SlotTensor:
             self._set(self.values.index_select(0, index.to(self.values.device)))
 
     def write_rows(self, index: Tensor, values: Tensor | None, num_rows: int) -> None:
-        """Rows `index` get the rows of `values`, which has as many slots."""
+        """Replaces rows `index` by the rows of `values`, which has as many slots."""
         if values is not None:
             stored = self.prepare(num_rows, values.shape[2:], values)
             stored.index_copy_(0, index.to(stored.device), values.to(stored.device, stored.dtype))
 
 
 class BltCacheLayer(CacheLayerMixin):
-    """Keys and values of one attention layer, over bytes or patches; what transformers' `Cache` asks of a layer."""
+    """Keeps keys and values of one attention layer, over bytes or patches, as transformers' `Cache` asks of a layer."""
 
     is_croppable = True
     supports_early_init = False
@@ -212,14 +208,13 @@ class BltCacheLayer(CacheLayerMixin):
         self.window, self.is_sliding = window, window is not None
         self.record_past = False
         self._views: tuple | None = None
-        super().__init__()
+        # Not `super()`, which would set the properties below.
 
     def _in_order(self, index: int) -> Tensor | None:
-        """Keys (0) or values (1) that later queries may see, the newest last; rows that have less begin with zeros."""
-        states = self.states.values
-        if states is None:
+        """Reads keys (0) or values (1) that later queries may see, the newest last; shorter rows begin with zeros."""
+        if self.states.values is None:
             return None
-        counts = getattr(self._cache, self._counter).to(states.device)
+        counts = getattr(self._cache, self._counter).to(self.states.values.device)
         length = int(counts.max())
         length = length if self.window is None else min(length, self.window - 1)
         entries = counts[:, None] + torch.arange(-length, 0, device=counts.device)
@@ -236,21 +231,9 @@ class BltCacheLayer(CacheLayerMixin):
         """`(B, H_kv, T, D)`; right-aligned."""
         return self._in_order(1)
 
-    @keys.setter
-    def keys(self, value: None) -> None:
-        pass  # the base class announces its attributes by setting them to None
-
-    @values.setter
-    def values(self, value: None) -> None:
-        pass
-
     @property
     def is_initialized(self) -> bool:
         return self.states.values is not None
-
-    @is_initialized.setter
-    def is_initialized(self, value: bool) -> None:
-        pass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass  # `SlotTensor` makes its tensors when it knows their shape
@@ -264,7 +247,7 @@ class BltCacheLayer(CacheLayerMixin):
         return seen[:, :, 0].transpose(1, 2), seen[:, :, 1].transpose(1, 2)
 
     def slot_views(self, seen: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Views: the slots of all rows `(B*size, 2*H_kv*D)`, and keys and values `(B, H_kv, T, D)` in the first `seen`."""
+        """Views the slots of all rows `(B*size, 2*H_kv*D)`, and keys and values `(B, H_kv, T, D)` in the first `seen`."""
         states = self.states.values
         if torch.compiler.is_compiling():
             views = self._make_views(states)
@@ -308,12 +291,12 @@ class BltCacheLayer(CacheLayerMixin):
 
 
 class RowState(NamedTuple):
-    """What is known after each byte of a row, int64; in this order in the history. All zeros: no byte yet.
+    """Describes a row after one of its bytes, int64; in this order in the history. All zeros: no byte yet.
 
     Attributes:
         input_id: id of the byte.
-        num_bytes, num_patches: bytes of the row up to and with it, and patches that these close.
-        text_bytes: bytes of its text up to and with it (a text begins where `position_ids` restart).
+        num_bytes, num_patches: bytes of the row up to this one, and patches that they close.
+        text_bytes: bytes of its text up to this one (a text begins where `position_ids` restart).
         open_bytes: bytes in the open patch after it; 0 if it ended its patch.
         byte_patch: index in its row of the patch that holds it.
         document_start: row index of the first byte that it may see; context_start: the same for the entropy model.
@@ -334,12 +317,12 @@ class RowState(NamedTuple):
 
 
 class ByteHistory:
-    """What is known after the last bytes of each row, in slots; and after the very last one, where forwards read it.
+    """Keeps a [`RowState`] and the entropy after each of the last bytes of a row.
 
     Attributes:
-        entries: int64 `(B, size, F)`, a [`RowState`] after each byte.
-        entropies: fp32 `(B, size, 1)`, nats.
-        last: int64 `(B, F)`, entry of the last byte; `state`: its fields, views of it `(B,)`.
+        entries: int64 `(B, size, F)` in slots, a [`RowState`] after each byte.
+        entropies: fp32 `(B, size, 1)` in slots, nats.
+        last: int64 `(B, F)`, entry of the last byte, where forwards read it; `state`: its fields, views of it `(B,)`.
         last_ids: int64 `(B, H)`, ids of the last `H` bytes, the newest last; 0 before their text.
         last_entropies: fp32 `(B, E)`, entropies after the last `E` bytes.
 
@@ -376,9 +359,11 @@ class ByteHistory:
             self.entropies.write(entropies[..., None], slot_index)
 
     def advance(self, entries: Tensor, entropies: Tensor | None, num_bytes: Tensor | None, restarts: bool) -> None:
-        """Makes the last of `entries` `(B, S, F)` the last of each row.
+        """Moves `last`, `last_ids` and `last_entropies` past new bytes.
 
         Args:
+            entries: `(B, S, F)`, those of the new bytes.
+            entropies: `(B, S)`; None: the entropy model did not run.
             num_bytes: int64 `(B,)`, how many of them count in each row; None: all.
             restarts: a text may begin among them.
         """
@@ -395,10 +380,7 @@ class ByteHistory:
         self.last_ids.mul_(self.state.text_bytes[:, None] >= age)
 
     def take_back(self, num_bytes: Tensor, restarts: bool) -> None:
-        """Reads what is known of rows of `num_bytes` bytes `(B,)` from their slots again.
-
-        `restarts`: rows may hold several texts.
-        """
+        """Returns to rows of `num_bytes` bytes `(B,)`, from the slots. `restarts`: rows may hold several texts."""
         length = max(self.num_ids, self.num_entropies, 1)
         positions = num_bytes[:, None] + torch.arange(-length, 0, device=num_bytes.device)
         index, exists = self.slots.find(positions), positions >= 0
@@ -424,16 +406,8 @@ class ByteHistory:
         for tensor in (self.last, self.last_ids, self.last_entropies):
             tensor[row] = 0
 
-    def __deepcopy__(self, memo) -> "ByteHistory":
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        vars(copied).update(
-            {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "state"}
-        )
-        copied.state = None if copied.last is None else RowState(*copied.last.unbind(-1))
-        return copied
-
     def __getstate__(self) -> dict:
+        # For pickles and deep copies, in which views would become tensors of their own.
         return {name: value for name, value in vars(self).items() if name != "state"}
 
     def __setstate__(self, state: dict) -> None:
@@ -441,7 +415,7 @@ class ByteHistory:
 
 
 def _newest(old: Tensor, new: Tensor, counts: Tensor | None) -> Tensor:
-    """The last `H` of `old` `(B, H, ...)` and the first `counts[b]` of `new` `(B, S, ...)` behind it (None: all)."""
+    """Takes the last `H` of `old` `(B, H, ...)` followed by the first `counts[b]` of `new` `(B, S, ...)` (None: all)."""
     size = old.shape[1]
     if counts is None and new.shape[1] >= size:
         return new[:, new.shape[1] - size :]
@@ -454,11 +428,11 @@ def _newest(old: Tensor, new: Tensor, counts: Tensor | None) -> Tensor:
 
 
 class BltCache(Cache):
-    """Everything that a BLT must remember to continue each row exactly where it stands.
+    """Remembers everything that a BLT needs to continue each row exactly.
 
-    Bytes: keys and values of the patcher's, encoder's and decoder's windows, the log of the last bytes, and the encoder
-    states of the open patch. Patches: keys and values of the global layers, and what the decoder's cross attention
-    keeps of the last patches. An empty cache has no tensors at all.
+    Of bytes: keys and values in the windows of patcher, encoder and decoder, the history of the last bytes, and the
+    encoder states of the open patch. Of patches: keys and values of the global layers, and those of the last patches
+    for the decoder's cross attention. An empty cache has no tensors at all.
 
     `get_seq_length` counts columns of `input_ids`, padding included, as `generate` expects; `num_bytes` counts text.
 
@@ -487,7 +461,7 @@ class BltCache(Cache):
         self.decoder_window = 1 if decoder is None else decoder.cross_attn_window or 1
         self.num_hash_bytes, self.num_rule_entropies = 0, 1
         if encoder is not None:
-            # The log also serves the patching rule, and one of a user's may look further back than the hashes.
+            # The history also serves the patching rule, and a registered one may look further back than the hashes.
             rule = PatchingRule(config.patching_mode)
             self.num_hash_bytes = max(*config.encoder_hash_byte_group_size, rule.window) - 1
             if rule.mode not in PATCHING_MODES and rule.uses_entropies:
@@ -555,7 +529,7 @@ class BltCache(Cache):
         slack: int = _SLACK,
         max_open_bytes: int = 16,
     ) -> int:
-        """Bytes of memory of a row, in a cache whose rows hold up to so many bytes of text and patches.
+        """Counts the bytes of memory of a row, in a cache whose rows hold up to so many bytes of text and patches.
 
         Args:
             config: a [`BltConfig`].
@@ -569,26 +543,23 @@ class BltCache(Cache):
             slots.reserve(num_bytes, slack, None)
         cache.reserve_open(max_open_bytes, 0)
         cache.reserve_patches(0)
-        fields, size = len(RowState._fields), dtype.itemsize
-        of_log = cache.recent_slots.size * (8 * fields + 4)
-        encoder, decoder = config.encoder_config, config.decoder_config
-        of_states = len(cache.byte_states) * cache.recent_slots.size * encoder.hidden_size * size
-        head_size = decoder.hidden_size // decoder.cross_attention_heads[0]
-        of_patch = config.cross_attn_k * decoder.cross_attention_heads[1] * head_size
-        of_latents = 2 * cache.num_cross_layers * cache.latent_slots.size * of_patch * size
-        of_layers = sum(
-            2 * len(layers) * slots.size * part.num_key_value_heads * part.head_dim * item
-            for layers, slots, part, item in (
-                (cache.patcher, cache.patcher_slots, config.patcher_config, 4),
-                (cache.encoder, cache.local_slots, encoder, size),
-                (cache.decoder, cache.local_slots, decoder, size),
-                (cache.global_transformer, cache.patch_slots, config.global_config, size),
-            )
-            if layers
-        )
-        return of_log + of_states + of_latents + of_layers
+        encoder, decoder, size = config.encoder_config, config.decoder_config, dtype.itemsize
+        heads, kv_heads = decoder.cross_attention_heads
+        of_latents = config.cross_attn_k * kv_heads * (decoder.hidden_size // heads)
+        of_slots = [  # slots, and bytes of memory of each
+            (cache.recent_slots, 8 * len(RowState._fields) + 4 + len(cache.byte_states) * encoder.hidden_size * size),
+            (cache.latent_slots, 2 * cache.num_cross_layers * of_latents * size),
+        ]
+        for layers, part, item in (
+            (cache.patcher, config.patcher_config, 4),
+            (cache.encoder, encoder, size),
+            (cache.decoder, decoder, size),
+            (cache.global_transformer, config.global_config, size),
+        ):
+            of_slots += [(layer.states.slots, 2 * part.num_key_value_heads * part.head_dim * item) for layer in layers]
+        return sum(slots.size * memory for slots, memory in of_slots)
 
-    # What a forward asks for.
+    # The interface of forwards.
 
     @property
     def num_bytes(self) -> Tensor | None:
@@ -602,10 +573,6 @@ class BltCache(Cache):
     def is_empty(self) -> bool:
         """Whether no row has any text, and no column was seen."""
         return self.seq_length == 0 and not any(self.row_bytes)
-
-    @property
-    def min_bytes(self) -> int:
-        return min(self.row_bytes, default=0)
 
     @property
     def record_past(self) -> bool:
@@ -626,16 +593,15 @@ class BltCache(Cache):
         self.row_bytes, self.row_patches, self._row_stale = [0] * num_rows, [0] * num_rows, [0] * num_rows
 
     def expect(self, num_bytes: int) -> None:
-        """Says how many bytes the longest row will have, at least, so that no tensor grows beyond what it needs."""
+        """Tells the cache how many bytes the longest row will have, so that no tensor grows beyond its need."""
         for slots in self._kinds():
             slots.most = num_bytes  # patches are no more than bytes
 
     def fix_steps(self, compile_config=None, max_length: int | None = None) -> None:
-        """From now on decodes in tensors that stay where they are, in an empty cache: with compiled steps, and on a GPU
-        with CUDA graphs.
+        """Prepares an empty cache for compiled steps, and on a GPU for CUDA graphs: its tensors stay where they are.
 
         Args:
-            compile_config: a `transformers.CompileConfig`, what `torch.compile` is told; None: nothing is compiled.
+            compile_config: a `transformers.CompileConfig`, the settings of `torch.compile`; None: nothing is compiled.
             max_length: bytes to make room for at once, so that no shape changes as the text grows.
         """
         self.is_fixed = True
@@ -652,11 +618,11 @@ class BltCache(Cache):
 
     @property
     def version(self) -> tuple:
-        """Changes whenever a tensor has moved, or the rows hold documents for the first time."""
+        """Identifies the tensors: differs once one has moved, or the rows hold documents for the first time."""
         return (self._starts, self.has_documents, *(slots.moves for slots in self._kinds()))
 
     def is_small(self, num_columns: int) -> bool:
-        """Whether a chunk of so many columns is written first and then reads all slots."""
+        """Tells whether a chunk of so many columns is written first and then reads all slots."""
         return not self.is_empty and num_columns <= min(self.slack, _LARGEST_SMALL_CHUNK)
 
     def begin(self, num_rows: int, num_columns: int, is_small: bool, device: torch.device) -> None:
@@ -675,7 +641,7 @@ class BltCache(Cache):
             self._reserve_recent(self.max_open_bytes + num_columns, num_columns)
 
     def reserve_open(self, max_open_bytes: int, num_columns: int) -> None:
-        """Makes room for the log of the next `num_columns` bytes, and for open patches of so many bytes."""
+        """Makes room for the history of the next `num_columns` bytes, and for open patches of so many bytes."""
         self.max_open_bytes = max(self.max_open_bytes, max_open_bytes)
         self._reserve_recent(self.max_open_bytes, num_columns)
 
@@ -684,8 +650,9 @@ class BltCache(Cache):
         self.recent_slots.reserve(max(self.row_bytes) + num_columns, self.slack, self.num_bytes)
 
     def needed_states(self, max_open_bytes: int) -> int:
-        """Bytes before the next one whose encoder states later patches read, at most."""
-        # Cross attention over several patches reads closed ones again; a patch closes at most one byte later.
+        """Bounds the bytes before the next one whose encoder states later patches read."""
+        # With `cross_attn_window` w a patch also reads the bytes of the w - 1 patches before it: w patches of up to
+        # `max_open_bytes + 1` bytes, as a patch closes at most one byte later.
         return self.encoder_window * (max_open_bytes + 1)
 
     def reserve_patches(self, max_new: int) -> None:
@@ -718,7 +685,7 @@ class BltCache(Cache):
     def advance_on_host(
         self, num_columns: int, row_bytes: list[int], counts=None, num_croppable: int | None = None
     ) -> None:
-        """Does the same on the host, with the counts of a chunk.
+        """Moves the host's counters past a chunk, as `advance_on_device` does on the device.
 
         Args:
             num_columns, row_bytes: columns of the chunk, and bytes of each row in it.
@@ -735,15 +702,15 @@ class BltCache(Cache):
         self.seq_length += num_columns
 
     def advance_chunk_on_host(self, chunk, counts=None) -> None:
-        """Does the same with a [`ByteChunk`], which may hold more than plain bytes."""
+        """Moves them past a [`ByteChunk`], which may hold more than plain bytes."""
         self.advance_on_host(chunk.num_columns, chunk.row_bytes, counts, chunk.num_croppable)
         self.has_documents |= chunk.has_documents
         self.hides_ids |= chunk.input_ids is None
 
-    # What `generate` and others ask for.
+    # The interface of transformers' caches.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of `input_ids` that the cache has seen, padding included."""
+        """Counts the columns of `input_ids` that the cache has seen, padding included."""
         return self.seq_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -754,10 +721,7 @@ class BltCache(Cache):
         return len(self.row_bytes) or -1
 
     max_batch_size = batch_size
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
+    is_compileable = False
 
     @property
     def is_initialized(self) -> bool:
@@ -822,7 +786,7 @@ class BltCache(Cache):
         self.history.take_back(self.num_bytes - counts, self.has_documents)
 
     def set_columns(self, count: int) -> None:
-        """Says how many columns of `input_ids` the rows, which may have grown differently, stand for."""
+        """Sets how many columns of `input_ids` the rows stand for, which may have grown differently."""
         self.seq_length, self.num_croppable = count, 0
 
     def _shrink(self) -> None:
@@ -847,13 +811,13 @@ class BltCache(Cache):
             setattr(self, name, [counts[row] for row in rows])
 
     def reset_rows(self, index: list[int] | Tensor) -> None:
-        """Makes rows empty: the next byte of each is the first of another text."""
+        """Empties rows: the next byte of each is the first of another text."""
         for row in index.tolist() if isinstance(index, Tensor) else index:
             self.history.reset_row(row)
             self.row_bytes[row] = self.row_patches[row] = self._row_stale[row] = 0
 
     def write_rows(self, index: list[int], other: "BltCache") -> None:
-        """Rows `index` become the rows of `other`, a cache of the same model; the other rows stay as they are."""
+        """Replaces rows `index` by those of `other`, a cache of the same model; the other rows stay as they are."""
         self.reserve_slack(other.slack)
         device = self.num_bytes.device
         rows = torch.tensor(index, device=device)
@@ -893,11 +857,11 @@ class BltCache(Cache):
 
 
 class BltDynamicCache(BltCache, DynamicCache):
-    """A caller's own `DynamicCache` that a BLT writes to: the same object, and still a `DynamicCache`."""
+    """Marks a caller's own `DynamicCache` that a BLT writes to: the same object, and still a `DynamicCache`."""
 
 
 def cache_to_write(cache, config) -> BltCache:
-    """The caller's cache, ready for a model of this configuration. An empty `DynamicCache` becomes a BLT's in place.
+    """Checks a caller's cache for a model of this configuration; an empty `DynamicCache` becomes a BLT's in place.
 
     Raises:
         ValueError: another cache, one of another model, or one that moves its layers away (`offloading`).
@@ -918,17 +882,3 @@ def cache_to_write(cache, config) -> BltCache:
         f"`past_key_values` must be a BltCache of {BltCache.__module__}, as a forward or `model.make_cache()` returns it, "
         f"or an empty DynamicCache; got {kind.__name__}{state}, of {kind.__module__}."
     )
-
-
-__all__ = [
-    "BltCache",
-    "BltCacheLayer",
-    "BltDynamicCache",
-    "ByteHistory",
-    "RowState",
-    "SlotIndex",
-    "SlotTensor",
-    "Slots",
-    "cache_to_write",
-    "round_up_columns",
-]

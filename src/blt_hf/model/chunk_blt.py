@@ -179,7 +179,7 @@ class ByteChunk:
             longest = max(cache.row_bytes)
             num_past = longest if window is None else min(longest, window - 1)
             slot_index = self.slot_index(slots, num_past)
-        first_key = self._first_key(start, num_past, 0 if cache is None else cache.min_bytes)
+        first_key = self._first_key(start, num_past, 0 if cache is None else min(cache.row_bytes))
         return AttentionSpan(num_past, self.num_columns, window, first_key, implementation, wants_weights, slot_index)
 
     def _first_key(self, start: Tensor | None, num_past: int, min_cached_bytes: int) -> Tensor | None:
