@@ -16,8 +16,8 @@ from .names_blt import is_compiling, is_exporting, largest_count, running_max, t
 from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
 
 
-# Traced code has columns for so many patches at least (more than there are hold values that nothing reads): a symbol of
-# which that is known takes no branch that is made for few patches.
+# Traced code has columns for at least so many patches; nothing reads the values of those that do not exist. With this
+# lower bound the symbolic size takes none of the branches for few patches.
 _LEAST_SYMBOLIC_PATCHES = 16
 
 
@@ -29,13 +29,13 @@ def _is_any_of(ids: Tensor, token_ids: tuple[int, ...]) -> Tensor:
 
 
 def _running_max(values: Tensor, carried: Tensor) -> Tensor:
-    """Running maximum along the row, that starts from `carried` `(B,)`."""
+    """Takes the running maximum along the row, starting from `carried` `(B,)`."""
     return running_max(torch.maximum(values, carried[:, None]), carried)
 
 
 @dataclass(frozen=True)
 class DocumentRules:
-    """What ends a document inside a row, besides `position_ids` that restart.
+    """Says what ends a document inside a row, besides `position_ids` that restart.
 
     Attributes:
         mask_documents: a document ends at each of `eos_token_ids`.
@@ -48,7 +48,7 @@ class DocumentRules:
 
     @classmethod
     def of(cls, config) -> "DocumentRules":
-        """The rules of a [`BltConfig`] or a [`BltPatcherConfig`]."""
+        """Reads the rules of a [`BltConfig`] or a [`BltPatcherConfig`]."""
         eos = config.eos_token_id
         ids = (EOS_TOKEN_ID,) if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         return cls(bool(config.mask_documents), bool(getattr(config, "patching_newline_reset", False)), ids)
@@ -56,45 +56,44 @@ class DocumentRules:
 
 @dataclass
 class ByteChunk:
-    """New bytes of each row, from its first column on.
+    """Holds the new bytes of each row, from its first column on.
 
     Attributes:
         input_ids: int64 `(B, S)`; ids after a row's bytes are whatever the padding was. None with `inputs_embeds`.
         num_bytes: int64 `(B,)`, bytes of each row in this chunk; None in a step: all columns.
-        row_bytes: the same on the host. Host-side fields are None in a decoding step (its caller keeps the counts) and
-            while traced (values are unknown).
-        is_small: it is written to the slots of the cache first, and reads them then (see `cache_blt.py`).
-        num_croppable: columns at the chunk's end that are text in every row.
-        layout: where the bytes stood; None: every column is text.
         row_positions: int64 `(B, S)`, index of each byte in its row.
         text_positions: int64 `(B, S)`, index of each byte in its text.
+        previous: state of each row before the chunk; views of the cache, which hold until it counts the chunk.
+        past_entropies: fp32 `(B, E)`, nats after the last bytes before the chunk, as many as the patching rule may ask.
+        history: int64 `(B, H)`, ids before the chunk, as many as the hashes and the patching rule may ask; 0 before the
+            text. None: there are none.
+        cached_bytes: int64 `(B,)`, bytes of each row before the chunk; None: there are none.
+        row_bytes: `num_bytes` on the host. Host-side fields are None in a decoding step (its caller keeps the counts)
+            and while traced (values are unknown).
+        num_croppable: on the host, columns at the chunk's end that are text in every row.
+        is_small: the chunk is written to the slots of the cache first, and reads them then (see `cache_blt.py`).
+        is_partial: some columns at the end of rows hold no byte, though there is no `layout`.
+        layout: where the bytes stood; None: every column is text.
         text_starts: bool `(B, S)`, bytes at which `position_ids` begin a new text; None: only at the row's first byte.
         document_start, context_start: int64 `(B, S)`, row index of the first byte that each byte may see, in the
             encoder and decoder, and in the entropy model. None: all bytes before it.
-        previous: what is known after the last byte of each row before the chunk; views of the cache, which hold until it
-            counts the chunk.
-        history: int64 `(B, H)`, ids before the chunk, as many as the hashes and the patching rule may ask; 0 before the
-            text. None: there are none.
-        past_entropies: fp32 `(B, E)`, nats after the last bytes before the chunk, as many as the patching rule may ask.
-        cached_bytes: int64 `(B,)`, bytes of each row before the chunk; None: there are none.
-        is_partial: some columns at the end of rows hold no byte, though there is no `layout`.
         packed: a [`PackedStacks`] whose stacks run in the place of modules. None: all modules run.
         spans: those made so far of a small chunk.
     """
 
     input_ids: Tensor | None
     num_bytes: Tensor | None
-    row_bytes: list[int] | None
-    is_small: bool
-    num_croppable: int | None
-    layout: RowLayout | None
     row_positions: Tensor
     text_positions: Tensor
     previous: RowState
     past_entropies: Tensor
     history: Tensor | None
     cached_bytes: Tensor | None
+    row_bytes: list[int] | None = None
+    num_croppable: int | None = None
+    is_small: bool = False
     is_partial: bool = False
+    layout: RowLayout | None = None
     text_starts: Tensor | None = None
     document_start: Tensor | None = None
     context_start: Tensor | None = None
@@ -111,7 +110,7 @@ class ByteChunk:
 
     @property
     def is_symbolic(self) -> bool:
-        """`torch.compile` or `torch.export` records a whole forward, for texts of any length and number of patches."""
+        """Whether a whole forward is traced, for texts of any length and number of patches."""
         return self.row_bytes is None and not self.is_small
 
     @property
@@ -129,11 +128,11 @@ class ByteChunk:
         return values if self.layout is None else self.layout.pack(values)
 
     def unpack(self, values: Tensor) -> Tensor:
-        """From this chunk's columns to those of the caller; 0 at padding."""
+        """Moves values from this chunk's columns to those of the caller; 0 at padding."""
         return values if self.layout is None else self.layout.unpack(values)
 
     def unpack_weights(self, weights: Tensor) -> Tensor:
-        """The same for attention weights `(B, H, S, T)`, whose last `S` keys are this chunk's bytes."""
+        """Does the same for attention weights `(B, H, S, T)`, whose last `S` keys are this chunk's bytes."""
         if self.layout is None:
             return weights
         past = weights.shape[-1] - self.num_columns
@@ -142,13 +141,15 @@ class ByteChunk:
         return self.layout.unpack(weights.permute(0, 2, 1, 3)).permute(0, 2, 1, 3)
 
     def slot_index(self, slots: Slots, num_past: int) -> SlotIndex:
-        """Where the bytes of this chunk go in slots of bytes; a large chunk also reads `num_past` bytes before it."""
+        """Finds the slots of the bytes of this chunk; a large chunk also reads `num_past` bytes before it."""
         if self.is_small:
             return SlotIndex(index=slots.find(self.row_positions).flatten())
         before = torch.zeros_like(self.num_bytes) if self.cached_bytes is None else self.cached_bytes
         past = None
         if num_past:
             past = slots.find(before[:, None] + torch.arange(-num_past, 0, device=before.device))
+        # A slot ends with the newest byte that falls on it. Byte `before + i` is column `i` of the chunk, so for older
+        # bytes, which the slot keeps, the difference is negative.
         return SlotIndex(source=slots.held(before + self.num_bytes) - before[:, None], past=past)
 
     def span(
@@ -160,7 +161,7 @@ class ByteChunk:
         implementation: str,
         wants_weights: bool = False,
     ) -> AttentionSpan:
-        """Keys of each byte.
+        """Says which keys each byte sees.
 
         Args:
             cache, slots: where keys are kept; None: nowhere.
@@ -183,7 +184,7 @@ class ByteChunk:
         return AttentionSpan(num_past, self.num_columns, window, first_key, implementation, wants_weights, slot_index)
 
     def _first_key(self, start: Tensor | None, num_past: int, min_cached_bytes: int) -> Tensor | None:
-        """First visible key of each byte, as an index into `[past | chunk]` `(B, S)`; None: nothing to hide.
+        """Finds the first visible key of each byte, as an index into `[past | chunk]` `(B, S)`; None: nothing to hide.
 
         Args:
             start: `document_start`, `context_start` or None.
@@ -209,7 +210,7 @@ def make_chunk(
     rules: DocumentRules,
     in_order: bool = False,
 ) -> ByteChunk:
-    """Reads what the caller says about the rows of a chunk.
+    """Makes a chunk of a caller's arguments.
 
     Args:
         input_ids: int64 `(B, S)`; None with `inputs_embeds`.
@@ -217,7 +218,7 @@ def make_chunk(
         position_ids: `(B or 1, S)`; only where they begin anew matters, as the positions of this model are relative.
         cache: what came before; None: nothing, and nothing is kept.
         shape: `(B, S)`.
-        in_order: attention is to see its keys in their order, however few bytes come.
+        in_order: attention reads its keys in their order, however few bytes come.
     Raises:
         ValueError: a shape does not fit.
     """
@@ -251,7 +252,7 @@ def make_chunk(
 
 
 def next_bytes(input_ids: Tensor, lengths: Tensor | None, cache: BltCache, rules: DocumentRules) -> ByteChunk:
-    """A small chunk without padding or texts to look for: the next bytes `(B, S)` of each row.
+    """Makes a small chunk of the next bytes `(B, S)` of each row, without padding or texts to look for.
 
     Args:
         lengths: int64 `(B,)`, how many of them count in each row; None: all.
@@ -270,7 +271,7 @@ def _continue_rows(
     device: torch.device,
     cache: BltCache | None,
 ) -> ByteChunk:
-    """A chunk behind the bytes of `cache` (None: of empty rows), whose columns are text."""
+    """Makes a chunk behind the bytes of `cache` (None: of empty rows), whose columns are text."""
     rows, columns = shape
     index = None if columns == 1 and cache is not None else torch.arange(columns, device=device)
     if cache is None:
@@ -286,10 +287,6 @@ def _continue_rows(
     return ByteChunk(
         input_ids=input_ids,
         num_bytes=num_bytes,
-        row_bytes=None,
-        is_small=False,
-        num_croppable=None,
-        layout=None,
         row_positions=positions,
         text_positions=text_positions,
         previous=previous,
@@ -302,8 +299,7 @@ def _continue_rows(
 def _find_text(
     attention_mask: Tensor | None, shape: tuple[int, int], past_columns: int, is_symbolic: bool
 ) -> tuple[RowLayout | None, list[int] | None, int | None]:
-    """Where the text of a chunk stands (None: in every column), its bytes in each row, and the columns at the end that
-    are text in every row."""
+    """Reads a mask: where the text stands (None: in every column), bytes of each row, columns at the end that are text."""
     rows, columns = shape
     if attention_mask is None:
         return (None, None, None) if is_symbolic else (None, [columns] * rows, columns)
@@ -312,7 +308,7 @@ def _find_text(
         return RowLayout.from_mask(attention_mask), None, None
     is_text = attention_mask != 0
     text_at_end = is_text.flip(1).long().cumprod(dim=1).sum(dim=1)
-    # One transfer for what the host must know.
+    # In one transfer.
     row_bytes, at_end = torch.stack([is_text.sum(dim=1), text_at_end]).tolist()
     if past_columns == 0 and not any(row_bytes):
         raise ValueError("`attention_mask` leaves no text in any row; it must be 1 (text) somewhere.")
@@ -359,7 +355,7 @@ def _find_documents(chunk: ByteChunk, holds_documents: bool, rules: DocumentRule
 
 @dataclass
 class PatchAssignment:
-    """Which patch holds each byte, and which it reads.
+    """Says which patch holds each byte, and which one it reads.
 
     Attributes:
         ends: bool `(B, S)`, bytes that end a patch by the rule.
@@ -377,7 +373,7 @@ class PatchAssignment:
     counts: Tensor
 
     def field(self, name: str) -> Tensor:
-        """A field of the entries, int64 `(B, S)`."""
+        """Takes a field of the entries, int64 `(B, S)`."""
         return self.entries[..., RowState._fields.index(name)]
 
     @property
@@ -388,7 +384,7 @@ class PatchAssignment:
 
 @dataclass
 class HostPatchCounts:
-    """What the host knows of the patches of a chunk.
+    """Holds on the host the counts of a chunk's patches.
 
     Attributes:
         old, new: patches closed before the chunk and in it, of each row; `max_new`: the most new ones.
@@ -404,12 +400,12 @@ class HostPatchCounts:
 
     @classmethod
     def symbolic(cls, patches: PatchAssignment) -> "HostPatchCounts":
-        """In traced code the most new patches are a symbol, and the rest is asked for by caches alone."""
+        """Makes `max_new` a symbolic size, in traced code; only caches need the other counts."""
         return cls([], [], largest_count(patches.num_new, _LEAST_SYMBOLIC_PATCHES), 0, 0)
 
     @classmethod
     def of(cls, patches: PatchAssignment) -> "HostPatchCounts":
-        """The one place where the host learns what the patcher decided."""
+        """Asks the device for the counts: the one place where a forward waits for it."""
         old, after, open_bytes = patches.counts.tolist()
         if len(old) == 1:
             new = [after[0] - old[0]]
@@ -420,7 +416,7 @@ class HostPatchCounts:
 
 
 def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> PatchAssignment:
-    """Numbers the patches that `ends` `(B, S)` closes, without asking the device for anything."""
+    """Numbers the patches that `ends` `(B, S)` closes, without waiting for the device."""
     previous, is_text, is_one = chunk.previous, chunk.is_text, chunk.num_columns == 1 and chunk.is_small
     if is_text is not None:
         ends = ends & is_text
@@ -463,7 +459,7 @@ def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> Patc
 
 
 def first_visible_patches(chunk: ByteChunk, patches: PatchAssignment, new: Tensor) -> Tensor | None:
-    """Index in its row of the first patch that each new patch may see, int64 `(B, P)`; None: 0. `new`: `0 .. P - 1`."""
+    """Finds the first patch of its row that each of the `new` patches `0 .. P - 1` may see, int64 `(B, P)`; None: 0."""
     if chunk.document_start is None:
         return None
     num_new = new.shape[0]
@@ -473,7 +469,7 @@ def first_visible_patches(chunk: ByteChunk, patches: PatchAssignment, new: Tenso
 
 
 def _patch_document_starts(chunk, closes, byte_patch, previous_open, rules: DocumentRules) -> tuple[Tensor, Tensor]:
-    """First patch that the patch of each byte may see, and that later patches may see; both int64 `(B, S)`.
+    """Finds the first patch that the patch of each byte may see, and that later patches may see; both int64 `(B, S)`.
 
     A text that `position_ids` begin starts with a patch of its own. An `eos` in the middle of a patch leaves that
     patch wholly in the earlier document (recorded behaviour of Meta's reference).
@@ -488,15 +484,3 @@ def _patch_document_starts(chunk, closes, byte_patch, previous_open, rules: Docu
     before = shift_right(later, chunk.previous.next_patch_document_start)
     own = torch.where(starts_patch, torch.maximum(before, begins), 0)
     return _running_max(own, chunk.previous.patch_document_start), later
-
-
-__all__ = [
-    "ByteChunk",
-    "DocumentRules",
-    "HostPatchCounts",
-    "PatchAssignment",
-    "first_visible_patches",
-    "make_chunk",
-    "next_bytes",
-    "assign_patches",
-]
