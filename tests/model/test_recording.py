@@ -181,7 +181,7 @@ def test_with_and_without_the_head(tapes):
             else:
                 found.append(model(byte, past_key_values=cache).logits)
             if index > 9:
-                drafts = StepRunner(model.model, cache).draft(byte), model.draft_logits(byte, cache)
+                drafts = [StepRunner(model.model, cache, head).draft(byte) for head in (None, model.lm_head)]
                 cache.crop_rows([2])
                 found[-1] = torch.cat([found[-1].flatten(), *(draft.flatten() for draft in drafts)])
         assert_same(found[0], found[1])

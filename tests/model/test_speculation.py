@@ -10,6 +10,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
 from blt_hf.model.generation_blt import AutoSpeculation, Drafts, DraftSource, SelfSpeculation, choose
+from blt_hf.model.step_blt import StepRunner
 from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.checks import cases
 from helpers.models import make_model, model_for, rules, tiny_config
@@ -239,7 +240,7 @@ def test_drafting_leaves_no_trace_in_the_cache():
         cache = model(ids, use_cache=True).past_key_values
         drafts = encode("wrong drafts")[1:]
         for byte in drafts:
-            model.draft_logits(torch.tensor([[byte]]), cache)
+            StepRunner(model.model, cache).draft(torch.tensor([[byte]]))
         cache.crop_rows([len(drafts)])
         rest = torch.tensor([encode(" of the same text")[1:]])
         out = model(rest, past_key_values=cache).logits
@@ -253,7 +254,7 @@ def test_drafts_equal_the_whole_model_while_no_patch_ends():
     ids, more = torch.tensor([encode("ab")]), torch.tensor([encode("cdefgh")[1:]])
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-        drafted = model.draft_logits(more, cache)
+        drafted = StepRunner(model.model, cache, model.lm_head).draft(more)[:, -1]
         expected = model(torch.cat([ids, more], dim=1), use_cache=False).logits[:, -1]
     torch.testing.assert_close(drafted, expected, atol=1e-4, rtol=1e-4)
 

@@ -636,7 +636,7 @@ class BltGenerationMixin(GenerationMixin):
                     f"`{field}` drafts for greedy decoding and sampling; got generation mode "
                     f"'{getattr(generation_mode, 'value', generation_mode)}'. Leave out one of the two."
                 )
-            if not hasattr(self, "draft_logits"):
+            if not hasattr(self, "step_logits"):
                 raise ValueError(f"`{field}` needs a BltForCausalLM; got {type(self).__name__}.")
             if generation_config.use_cache is False:
                 raise ValueError(f"`{field}` needs `use_cache=True`; got False.")

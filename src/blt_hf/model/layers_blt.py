@@ -49,19 +49,14 @@ class BltRotaryEmbedding(LlamaRotaryEmbedding):
     """Angles of transformers' rotary embedding, one for each pair of neighbours."""
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `(B or 1, S, D)` for positions `(B or 1, S)`.
+        """Computes the factors of [`rotate_pairs`], `(B or 1, S, 1, D)` each, for positions `(B or 1, S)`.
 
         Both are in the dtype of `hidden_states`; the sines carry the sign of the rotation.
         """
         cos, sin = super().forward(hidden_states, position_ids)
         half = cos.shape[-1] // 2
-        cos, sin = cos[..., :half, None], sin[..., :half, None]
+        cos, sin = cos[:, :, None, :half, None], sin[:, :, None, :half, None]
         return torch.cat([cos, cos], dim=-1).flatten(-2), torch.cat([-sin, sin], dim=-1).flatten(-2)
-
-    def for_heads(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What [`rotate_pairs`] multiplies by, `(B or 1, S, 1, D)` each."""
-        cos, sin = self(hidden_states, position_ids)
-        return cos[:, :, None], sin[:, :, None]
 
 
 def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -71,7 +66,7 @@ def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class BltSelfAttention(nn.Module):
-    """Causal self-attention over bytes or patches; which keys are seen is an [`AttentionSpan`]'s business."""
+    """Causal self-attention over bytes or patches; an [`AttentionSpan`] says which keys are seen."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -127,7 +122,7 @@ class BltTransformerLayer(GradientCheckpointingLayer):
         span: AttentionSpan,
         past_key_values: CacheLayerMixin | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Arguments and results as [`BltSelfAttention.forward`]."""
+        """Runs the layer; arguments and results as [`BltSelfAttention.forward`]."""
         attended, weights = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, span, past_key_values
         )
@@ -165,7 +160,8 @@ class BltPatchCrossAttention(_BltCrossAttention):
     """Encoder: the `K` queries of a patch read the bytes of that patch (and of `window - 1` patches before it)."""
 
     def forward(self, patch_states: Tensor, byte_states: Tensor, segment: Tensor, is_read: Tensor) -> Tensor:
-        """
+        """Attends to bytes.
+
         Args:
             patch_states: `(B, P, K, W)`, queries.
             byte_states: `(B, T, W)`.
@@ -193,11 +189,11 @@ class BltPatchCrossAttention(_BltCrossAttention):
 
 @dataclass
 class LatentIndex:
-    """Which patches each byte reads in the decoder's cross attention.
+    """Says which patches each byte reads in the decoder's cross attention.
 
     Attributes:
-        index: int64 `(B, S, W)`, where they lie among the keys.
-        hidden: bool `(B, S, W)`, those that are not there, before the first patch. None: all are there.
+        index: int64 `(B, S, W)`, their places among the keys.
+        hidden: bool `(B, S, W)`, those before the first patch, which do not exist. None: all exist.
     """
 
     index: Tensor
@@ -205,9 +201,9 @@ class LatentIndex:
 
     @staticmethod
     def find(last: Tensor, window: int) -> tuple[Tensor, Tensor | None]:
-        """Numbers `(B, S, window)` of the patches up to `last` `(B, S)`, that one first, and which are `hidden`.
+        """Finds the patches `(B, S, window)` up to `last` `(B, S)`, the last one first, and which are `hidden`.
 
-        Bytes before a row's first patch still read one latent, that nobody uses: a softmax over no keys is NaN.
+        Bytes before a row's first patch still read one (meaningless, unused) latent: a softmax over no keys is NaN.
         """
         if window == 1:
             return last[..., None], None
@@ -216,7 +212,7 @@ class LatentIndex:
         return patches, (patches < 0) & (back > 0)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """`index` and `hidden` on the device of a layer."""
+        """Moves `index` and `hidden` to the device of a layer."""
         return self.index.to(device), None if self.hidden is None else self.hidden.to(device)
 
 
@@ -228,31 +224,29 @@ class BltByteCrossAttention(_BltCrossAttention):
         hidden_states: Tensor | None = None,
         keys: Tensor | None = None,
         values: Tensor | None = None,
-        latent_index: "LatentIndex | None" = None,
+        latent_index: LatentIndex | None = None,
         latents: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """
+        """Attends to patches; or, with `latents` alone, projects these to keys and values.
+
+        Both are calls of the module, because FSDP gathers a module's weights when it is called.
+
         Args:
             hidden_states: `(B, S, W)`, queries.
-            keys, values: `(B, P, K*H_kv*D)`, what an earlier call made of patches.
+            keys, values: `(B, P, K*H_kv*D)` of patches, results of an earlier call with `latents`.
             latent_index: patches that each byte reads, among these.
-            latents: `(B, P, K, W)` of patches; then nothing else is given. (A call like any other, because FSDP gathers
-                a module's weights when it is called.)
+            latents: `(B, P, K, W)` of patches.
         Returns:
             `(B, S, W)`; with `latents`, keys and values.
         """
         if latents is not None:
-            return self._project(latents)
+            normed = self.k_norm(latents).flatten(1, 2)
+            return tuple(proj(normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
         query = self._split(self.q_proj(self.q_norm(hidden_states)))
         shape = (*keys.shape[:2], self.num_latents, -1, self.head_dim)
         index, hidden = latent_index.on(query.device)
         output = gathered_attention(query, keys.view(shape), values.view(shape), index, hidden, self.scaling)
         return self.o_proj(output.flatten(2)) + hidden_states
-
-    def _project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of latents `(B, P, K, W)`, `(B, P, K*H_kv*D)` each."""
-        normed = self.k_norm(latents).flatten(1, 2)
-        return tuple(proj(normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
 
 
 def run_layers(
@@ -263,7 +257,7 @@ def run_layers(
     cache_layers: list | None,
     collector: "OutputCollector | None" = None,
 ) -> Tensor:
-    """Runs [`BltTransformerLayer`]s on `(B, S, W)`; states and weights are added to `collector`, if there is one."""
+    """Runs [`BltTransformerLayer`]s on `(B, S, W)`; a `collector` gets their states and weights."""
     for layer, cache_layer in zip(layers, cache_layers or [None] * len(layers)):
         hidden_states, weights = layer(hidden_states, position_embeddings, span, cache_layer)
         if collector is not None:
@@ -272,7 +266,7 @@ def run_layers(
 
 
 class OutputCollector:
-    """Hidden states and attention weights of one stack, kept if asked for.
+    """Collects hidden states and attention weights of one stack, if asked for.
 
     Args:
         hidden_states: whether to keep them, or the indices of those that are returned (the others are None).
@@ -290,14 +284,14 @@ class OutputCollector:
             self.attentions += (weights,)
 
     def selected(self, states: tuple | None) -> tuple | None:
-        """`states` with None in the place of those that were not asked for."""
+        """Puts None in the place of `states` that were not asked for."""
         if states is None or self._indices is None:
             return states
         kept = {index % len(states) for index in self._indices if -len(states) <= index < len(states)}
         return tuple(state if index in kept else None for index, state in enumerate(states))
 
     def unpacked(self, chunk, last: Tensor | None = None) -> tuple[tuple | None, tuple | None]:
-        """Both, in the caller's columns; `last` replaces the last hidden state (models report it after the norm)."""
+        """Returns both in the caller's columns; `last` replaces the last state (models report it after the norm)."""
         states, weights = self.hidden_states, self.attentions
         if states is not None:
             states = self.selected(states if last is None else (*states[:-1], last))
@@ -326,7 +320,7 @@ _hash_weights: dict[tuple, Tensor] = {}
 
 
 def hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.device) -> Tensor:
-    """int64 `(L, functions * sizes)`: factor of the id `L - 1 - l` bytes back in each hash, wrapped to 64 bits."""
+    """Computes the factor of the id `L - 1 - l` bytes back in each hash, wrapped to int64 `(L, functions * sizes)`."""
     if is_exporting():  # a tensor of the program, that nothing else may use
         return _make_hash_weights(sizes, num_functions, device)
     key = (sizes, num_functions, device)
@@ -356,7 +350,7 @@ def ngram_hashes(
     num_functions: int,
     num_rows: int,
 ) -> Tensor:
-    """Rows of the fused hash table for the n-grams that end at each byte.
+    """Computes the rows of the fused hash table for the n-grams that end at each byte.
 
     The hash of ids `x_0 .. x_{n-1}` (oldest first) is `sum x_j * prime^j` in wrapping int64, modulo `num_rows`; ids
     before the text count as 0.
@@ -364,7 +358,7 @@ def ngram_hashes(
     Args:
         input_ids: int64 `(B, S)`.
         history: int64 `(B, H)`, the ids before them; None: none.
-        text_positions: int64 `(B, S)`, index of each byte in its text. None: what lies before a text is 0 already.
+        text_positions: int64 `(B, S)`, index of each byte in its text. None: ids before a text are 0 already.
         sizes: n-gram sizes.
         num_functions: hash functions; each has a table for each size.
         num_rows: rows of one table.
@@ -404,20 +398,3 @@ class BltHashEmbedding(nn.Embedding):
         bags = hashes.flatten(0, 1)
         summed = nn.functional.embedding_bag(bags, weight, mode="sum", sparse=self.sparse)
         return summed.view(*hashes.shape[:2], -1)
-
-
-__all__ = [
-    "BltByteCrossAttention",
-    "BltHashEmbedding",
-    "BltMLP",
-    "BltPatchCrossAttention",
-    "BltRMSNorm",
-    "BltRotaryEmbedding",
-    "BltSelfAttention",
-    "BltTransformerLayer",
-    "LatentIndex",
-    "OutputCollector",
-    "ngram_hashes",
-    "rotate_pairs",
-    "run_layers",
-]

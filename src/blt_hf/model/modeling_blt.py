@@ -112,7 +112,7 @@ class BltModel(BltPreTrainedModel):
         block_noise=None,
         **kwargs,
     ) -> BltModelOutput:
-        """Byte states from bytes.
+        """Computes byte states.
 
         Args:
             input_ids: int64 `(B, S)`, ids in `[0, vocab_size)`.
@@ -177,7 +177,7 @@ class BltModel(BltPreTrainedModel):
         return output
 
     def step(self, input_ids: Tensor, cache: BltCache, lengths: list[int] | None = None) -> Tensor:
-        """Byte states `(B, S, W)` of a few more bytes of each row, whose patches are closed as they end.
+        """Computes byte states `(B, S, W)` of a few more bytes of each row, whose patches are closed as they end.
 
         Args:
             input_ids: int64 `(B, S)`, at most `cache.slack` bytes a row.
@@ -207,7 +207,7 @@ class BltModel(BltPreTrainedModel):
         return chunk.unpack(embed_bytes(self, settings, chunk))
 
     def _check_history(self, cache: BltCache | None) -> None:
-        """Refuses to continue from bytes that only their embeddings told of, if something here reads ids."""
+        """Refuses to continue from bytes that came as embeddings alone, if something here reads ids."""
         if cache is None or not cache.hides_ids:
             return
         if self.config.encoder_hash_byte_group_nb_functions or self.config.patching_mode not in ("static", "byte"):
@@ -285,12 +285,6 @@ class _BltWithHead(BltPreTrainedModel):
     config: BltConfig
     _keep_in_fp32_modules = ["model.patcher"]  # names are matched from their beginning
 
-    def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.model.set_input_embeddings(value)
-
     def set_patcher(self, patcher: BltPatcher) -> None:
         """See [`BltModel.set_patcher`]."""
         self.model.set_patcher(patcher)
@@ -312,28 +306,15 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
         self.model = BltModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.decoder_config.hidden_size, config.vocab_size, bias=False)
-        # What the decoder starts from at a masked byte. Whoever does not know it leaves it out, and has an ordinary BLT.
+        # The decoder starts from it at a masked byte. A class that does not know it loads an ordinary BLT.
         self.mask_embedding = (
             None if config.diffusion_block_size is None else nn.Embedding(1, config.decoder_config.hidden_size)
         )
         self.post_init()
 
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings):
-        self.lm_head = new_embeddings
-
     def step_logits(self, input_ids: Tensor, cache: BltCache, lengths: list[int] | None = None) -> Tensor:
-        """Logits `(B, S, vocabulary)`, fp32, of [`BltModel.step`]."""
+        """Computes fp32 logits `(B, S, vocabulary)` of [`BltModel.step`]."""
         return StepRunner(self.model, cache, self.lm_head).step(input_ids, lengths)
-
-    def draft_logits(self, input_ids: Tensor, cache: BltCache) -> Tensor:
-        """Logits `(B, vocabulary)`, fp32, after the last byte, by the local models alone.
-
-        These read the last closed patch and close none. The cache takes the bytes in; undo that with its `crop_rows`.
-        """
-        return StepRunner(self.model, cache, self.lm_head).draft(input_ids)[:, -1]
 
     @takes_cache
     @can_return_tuple
@@ -399,7 +380,7 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
 
 
 class _BltClassifier(_BltWithHead):
-    """What the two classifiers share."""
+    """Holds the parts that both classifiers have."""
 
     def __init__(self, config: BltConfig):
         super().__init__(config)
@@ -429,12 +410,13 @@ class BltForSequenceClassification(_BltClassifier):
         use_cache: bool | None = None,
         **kwargs: Unpack[BltKwargs],
     ) -> SequenceClassifierOutputWithPast:
-        """
+        """Classifies rows; other arguments as [`BltModel.forward`].
+
         Args:
+            attention_mask: also tells the last byte; None: every column is text.
             labels: int64 `(B,)` (classes), or floats `(B,)` / `(B, num_labels)` (regression, several labels).
         Returns:
-            `logits` `(B, num_labels)`; other arguments as [`BltModel.forward`]. The last byte is told by
-            `attention_mask`: without one, every column is text.
+            `logits` `(B, num_labels)`.
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, patch_lengths, use_cache,
@@ -480,7 +462,7 @@ class BltForTokenClassification(_BltClassifier):
         use_cache: bool | None = None,
         **kwargs: Unpack[BltKwargs],
     ) -> TokenClassifierOutput:
-        """`logits` `(B, S, num_labels)`; `labels` int64 `(B, S)`, -100 is ignored; the rest as [`BltModel.forward`]."""
+        """Classifies bytes: `logits` `(B, S, num_labels)`; `labels` int64 `(B, S)`, -100 is ignored."""
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, patch_lengths, use_cache,
             return_dict=True, **kwargs,

@@ -1,4 +1,4 @@
-"""The three stacks of a BLT: local encoder, global transformer, local decoder."""
+"""The four stacks of a BLT: local encoder, global transformer, local decoder; and the entropy model."""
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ NO_PATCH = -(2**31)  # index of the patch that holds a column without a byte
 
 
 class BltLocalEncoder(BltPreTrainedModel):
-    """Bytes to byte states and to the latents of the patches that they close."""
+    """Turns bytes into byte states, and into the latents of the patches that they close."""
 
     config_class = BltLocalEncoderConfig
     config: BltLocalEncoderConfig
@@ -61,11 +61,11 @@ class BltLocalEncoder(BltPreTrainedModel):
         cache: BltCache | None = None,
         collector: OutputCollector | None = None,
     ) -> list[Tensor]:
-        """The layers over bytes.
+        """Runs the layers over bytes.
 
         Args:
             inputs_embeds: `(B, S, W)`, byte embeddings with their hash embeddings.
-            chunk: what the bytes are.
+            chunk: the bytes.
             span: keys of each byte.
         Returns:
             states `(B, S, W)` that each cross attention reads; the last are the encoder's own.
@@ -73,7 +73,7 @@ class BltLocalEncoder(BltPreTrainedModel):
         if chunk.packed is not None and chunk.packed.encoder is not None:
             return [chunk.packed.encoder.run(inputs_embeds, chunk.row_positions, span, cache.encoder)]
         hidden_states = self.dropout(inputs_embeds)
-        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
+        position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions)
         states = []
         for index, layer in enumerate(self.layers):
             kept = None if cache is None else cache.encoder[index]
@@ -86,7 +86,7 @@ class BltLocalEncoder(BltPreTrainedModel):
     def patch_bytes(
         self, chunk: ByteChunk, patches: PatchAssignment, states: list[Tensor], cache: BltCache | None
     ) -> tuple[list[Tensor], Tensor]:
-        """The bytes that new patches may read: those of a large chunk, and those that the cache holds before it.
+        """Finds the bytes that new patches may read: those of a large chunk, and those that the cache holds before it.
 
         Returns:
             states `(B, T, W)` that each cross attention reads, and int64 `(B, T)`, the new patch that holds each byte
@@ -107,7 +107,7 @@ class BltLocalEncoder(BltPreTrainedModel):
     def held_bytes(
         self, cache: BltCache, chunk: ByteChunk, counts: Tensor, byte_offsets: Tensor, rows: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """The last bytes that the cache holds in rows of `counts` `(B,)` bytes; results as `patch_bytes`.
+        """Reads the last bytes that the cache holds in rows of `counts` `(B,)` bytes; results as `patch_bytes`.
 
         `byte_offsets`: int64 `(T,)`, `-T .. -1`.
         """
@@ -132,21 +132,17 @@ class BltLocalEncoder(BltPreTrainedModel):
         return states, torch.where(is_held, segment, NO_PATCH)
 
     def make_latents(self, byte_states: list[Tensor], segment: Tensor, num_patches: int) -> Tensor:
-        """Latents `(B, P, K, W)` of the patches that bytes `(B, T, W)` make up.
+        """Makes latents `(B, P, K, W)` of the patches that consist of bytes `(B, T, W)`.
 
         Args:
-            byte_states: what each cross attention reads.
+            byte_states: states that each cross attention reads.
             segment: int64 `(B, T)`, patch of each byte among the `P`.
         """
         latents = self._pool(byte_states[0], segment, num_patches)
+        is_read = segment > -(self.config.cross_attn_window or 1)  # also bytes of patches before the first new one
         for cross_attention, states in zip(self.cross_attn_layers, byte_states):
-            latents = latents + cross_attention(latents, states, segment, segment >= -self._patches_back)
+            latents = latents + cross_attention(latents, states, segment, is_read)
         return latents
-
-    @property
-    def _patches_back(self) -> int:
-        """How many patches back a byte may still be read."""
-        return (self.config.cross_attn_window or 1) - 1
 
     def _pool(self, byte_states: Tensor, segment: Tensor, num_patches: int) -> Tensor:
         """Pools the bytes of each patch and projects the pool to its `K` queries, `(B, P, K, W)`."""
@@ -169,7 +165,7 @@ class BltLocalEncoder(BltPreTrainedModel):
         return queries.view(rows, num_patches, self.config.cross_attn_k, width)
 
     def _pool_one(self, byte_states: Tensor, is_read: Tensor) -> Tensor:
-        """The same for rows of one patch, `(B, 1, W)`, without a scatter; 0 for a patch without bytes."""
+        """Does the same for rows of one patch, `(B, 1, W)`, without a scatter; 0 for a patch without bytes."""
         if self.config.patch_pooling == "mean":
             return (byte_states * is_read).sum(dim=1, keepdim=True) / is_read.sum(dim=1, keepdim=True).clamp_min(1)
         sign = 1 if self.config.patch_pooling == "max" else -1
@@ -241,13 +237,13 @@ class BltGlobalTransformer(BltPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         if collector is not None:
             collector.add(hidden_states)
-        position_embeddings = self.rotary_emb.for_heads(hidden_states, positions)
+        position_embeddings = self.rotary_emb(hidden_states, positions)
         layers = None if cache is None else cache.global_transformer
         return run_layers(self.layers, hidden_states, position_embeddings, span, layers, collector)
 
 
 class BltLocalDecoder(BltPreTrainedModel):
-    """Byte states and patch latents to the states that predict the next bytes."""
+    """Turns byte states and patch latents into the states that predict the next bytes."""
 
     config_class = BltLocalDecoderConfig
     config: BltLocalDecoderConfig
@@ -276,7 +272,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         collector: OutputCollector | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Byte states `(B, S, W)` to `(B, S, W)`.
+        """Turns byte states `(B, S, W)` into those that predict the next bytes, `(B, S, W)`.
 
         Args:
             latents: `(B, P, L, 2, F)`, keys and values of patches for each cross attention. None: there are no patches.
@@ -289,9 +285,7 @@ class BltLocalDecoder(BltPreTrainedModel):
                 byte_states, chunk.row_positions, span, cache.decoder, latents, latent_index
             )
         hidden_states = self.dropout(byte_states)
-        position_embeddings = self.rotary_emb.for_heads(
-            hidden_states, chunk.row_positions if positions is None else positions
-        )
+        position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions if positions is None else positions)
 
         def of_bytes(states: Tensor) -> Tensor:
             return states if positions is None else states[:, : chunk.num_columns]
@@ -311,7 +305,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         return self.norm(hidden_states)
 
     def project_latents(self, global_states: Tensor, packed=None) -> Tensor:
-        """What bytes read of patches: `(B, P, W_global)` to keys and values `(B, P, L, 2, F)` of `L` cross attentions."""
+        """Projects patches `(B, P, W_global)` to keys and values `(B, P, L, 2, F)` of `L` cross attentions."""
         latents = self.split_latents(global_states)
         if packed is not None and packed.decoder is not None and packed.decoder.keys_values is not None:
             return packed.decoder.project_latents(latents)
@@ -319,7 +313,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         return torch.stack([layer_states.to(states[0].device) for layer_states in states], dim=2)
 
     def split_latents(self, global_states: Tensor) -> Tensor:
-        """`K` latents of each patch: `(B, P, W_global)` to `(B, P, K, W)`."""
+        """Projects patches `(B, P, W_global)` to `K` latents each, `(B, P, K, W)`."""
         latents = self.patch_embedding_projection(global_states)
         return latents.unflatten(-1, (self.config.cross_attn_k, -1))
 
@@ -348,24 +342,12 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         self.loss_type = "ForCausalLM"  # which transformers would otherwise guess from the name of the class
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.embed_tokens = value
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings):
-        self.lm_head = new_embeddings
-
     def known_ids(self, input_ids: Tensor) -> Tensor:
         """Reads ids that this model lacks, of tokens that were added to a [`BltModel`], as a beginning of text."""
         return torch.where(input_ids < self.config.vocab_size, input_ids, BOS_TOKEN_ID)
 
     def entropies(self, input_ids: Tensor, chunk: ByteChunk, cache: BltCache | None) -> Tensor:
-        """Nats of the byte after each byte, fp32 `(B, S)`, for a [`BltModel`] that has made a chunk of `(B, S)` ids.
+        """Computes nats of the byte after each byte, fp32 `(B, S)`, for a [`BltModel`] that has made the chunk.
 
         The cache gets the keys and values; the caller counts the bytes.
         """
@@ -374,7 +356,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
     def _run(
         self, hidden_states: Tensor, chunk: ByteChunk, cache: BltCache | None, collector: OutputCollector | None = None
     ) -> Tensor:
-        """The layers and the norm, on byte embeddings `(B, S, W)`."""
+        """Runs the layers and the norm on byte embeddings `(B, S, W)`."""
         if collector is not None:
             collector.add(hidden_states)
         span = chunk.span(
@@ -387,7 +369,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         )
         if chunk.packed is not None and chunk.packed.patcher is not None:
             return chunk.packed.patcher.run(hidden_states, chunk.row_positions, span, cache.patcher)
-        position_embeddings = self.rotary_emb.for_heads(hidden_states, chunk.row_positions)
+        position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions)
         layers = None if cache is None else cache.patcher
         return self.norm(run_layers(self.layers, hidden_states, position_embeddings, span, layers, collector))
 
@@ -459,6 +441,3 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             attentions=attentions,
             entropies=entropies,
         )
-
-
-__all__ = ["BltGlobalTransformer", "BltLocalDecoder", "BltLocalEncoder", "BltPatcher", "NO_PATCH"]

@@ -340,7 +340,7 @@ class RaggedBlt:
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attention.attend_bytes(name, layer, query, key, value)
 
-        return module.rotary_emb.for_heads(states, found.rows.positions[None]), _EngineSpan(attend)
+        return module.rotary_emb(states, found.rows.positions[None]), _EngineSpan(attend)
 
     def _find_patches(self, found: _Bytes, entropies: Tensor) -> _Patches:
         positions, history = found.rows.positions, self.layout.history
@@ -465,7 +465,7 @@ class RaggedBlt:
         attention.start_patches(NewPatches(rows, before, counts, row, positions, [patches.counts[i] for i in closing]))
         transformer, decoder = model.global_transformer, model.local_decoder
         states = transformer.token_embedding_projection(latents.flatten(2))
-        embeddings = transformer.rotary_emb.for_heads(states, positions[None])
+        embeddings = transformer.rotary_emb(states, positions[None])
         span = _EngineSpan(attention.attend_patches)
         for layer in transformer.layers:
             states, _ = layer(states, embeddings, span)
