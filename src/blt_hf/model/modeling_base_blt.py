@@ -1,4 +1,4 @@
-"""What all BLT models share: outputs, loading and saving, initialisation, and the reading of common arguments."""
+"""Base of all BLT models: outputs, loading and saving, initialisation, and the reading of common arguments."""
 
 import functools
 from collections.abc import Callable
@@ -26,7 +26,7 @@ MODEL_TAGS = ("blt", "byte-level", "tokenizer-free")
 
 @dataclass
 class BltModelOutput(ModelOutput):
-    """What [`BltModel`] returns.
+    """Holds the results of a [`BltModel`].
 
     Attributes:
         last_hidden_state: `(B, S, W)`, byte states after the decoder's norm.
@@ -40,7 +40,7 @@ class BltModelOutput(ModelOutput):
             closed in this call.
         entropies: with `output_patches` and an entropy model, fp32 `(B, S)`: nats of the byte after each byte.
         patch_lengths: with `output_patches`, int64 `(B, P)`: bytes of each patch, the next, unknown byte included;
-            after a cache, the first one holds what this call added to the open patch.
+            after a cache, the first one counts the bytes that this call added to the open patch.
         blocks: with `block_noise`, the corrupted blocks that the decoder read beside the text.
     """
 
@@ -62,10 +62,9 @@ class BltModelOutput(ModelOutput):
 
 @dataclass
 class BltCausalLMOutput(ModelOutput):
-    """As [`BltModelOutput`], with `loss` (a scalar, with `labels`) and `logits` `(B, S, vocabulary)` in fp32.
+    """Holds a [`BltModelOutput`]'s fields, `loss` (a scalar, with `labels`) and `logits` `(B, S, vocabulary)` in fp32.
 
-    `masked_loss`, a scalar, is what corrupted blocks added to `loss` before it was multiplied by
-    `config.diffusion_loss_weight`.
+    `masked_loss`, a scalar, is the loss of corrupted blocks; `loss` contains it times `config.diffusion_loss_weight`.
     """
 
     loss: Tensor | None = None
@@ -86,14 +85,14 @@ class BltCausalLMOutput(ModelOutput):
 
 
 class BltKwargs(TransformersKwargs, total=False):
-    """What every `forward` here takes besides the arguments that it names.
+    """Lists the arguments of every `forward` here that the signatures leave out.
 
     Attributes:
         output_hidden_states: states of all layers, or those of the given indices; None: as the configuration says.
         output_attentions: weights of self-attention, with `attn_implementation="eager"`.
         output_patches: also `entropies` and `patch_lengths`.
         byte_embeds: `(B, S, W)`, sums of byte and hash embeddings in the place of those of `input_ids`.
-        num_items_in_batch: what a loss is divided by, instead of the labels of this batch.
+        num_items_in_batch: divides a loss, instead of the number of labels of this batch.
     """
 
     output_patches: bool | None
@@ -101,7 +100,7 @@ class BltKwargs(TransformersKwargs, total=False):
 
 
 class BltPreTrainedModel(PreTrainedModel):
-    """Base of all models here: loading, saving, initialisation."""
+    """Loads, saves and initialises all models here."""
 
     config_class = BltConfig
     base_model_prefix = "model"
@@ -124,7 +123,7 @@ class BltPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normals of standard deviation `fan_in ** -0.5` (an embedding's fan-in is its width); norms are 1.
+        """Draws truncated normals of standard deviation `fan_in ** -0.5` (an embedding's fan-in is its width).
 
         Source: the reference's initialisation, with its depth factors switched off as in the released models.
         """
@@ -143,7 +142,7 @@ class BltPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; loading makes new parameters, so the entropy model is frozen once more."""
+        """Loads as transformers does; the entropy model is frozen once more, since loading makes new parameters."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
@@ -151,15 +150,15 @@ class BltPreTrainedModel(PreTrainedModel):
                 module.freeze_patcher()
         generation_config = getattr(model, "generation_config", None)
         if "diffusion_block_size" in kwargs and hasattr(generation_config, "diffusion_block_size"):
-            # It was said of the configuration; transformers gives it to `generate` as well, which would then use blocks.
+            # The caller set the configuration's; transformers sets that of `generate` as well, which would use blocks.
             del generation_config.diffusion_block_size
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the code that travels along serves every Auto class, not only the one saved."""
+        """Saves as transformers does; the code that travels along serves every Auto class, not only the one saved."""
         if self._auto_class is not None:
             self.config.auto_map = dict(self._auto_map)
-        # FSDP2 makes a subclass on the fly, and its file is torch's: what is saved is the class under it.
+        # FSDP2 makes a subclass on the fly, in a file of torch's; the class under it has the files to save.
         current = type(self)
         self.__class__ = next(cls for cls in current.__mro__ if not cls.__module__.startswith("torch."))
         try:
@@ -176,35 +175,16 @@ class BltPreTrainedModel(PreTrainedModel):
         rule: PatchingRule | None = None,
         batch_size: int = 8,
     ):
-        """Patches, entropies and boundaries of texts, as data. Only the entropy model runs, if the rule needs it.
+        """Finds patches, entropies and boundaries of texts, as data; see `blt_hf.patches.data.get_patches`.
 
-        Args:
-            inputs: a text (str, or bytes of any kind; a BOS is put before it, and nothing in it is a special token),
-                ids (a list or a tensor), a batch of either, or what a tokenizer or `generate` returned.
-            attention_mask: of ids; 0 is padding. It may end where a prompt ended: what was generated after it is text,
-                up to the padding behind it. Without a mask, the config's `pad_token_id` (0 if it has none) at the ends
-                of a row is padding, as `generate` reads it.
-            input_ids: another name of `inputs`, for `get_patches(**tokenizer(texts, return_tensors="pt"))`.
-            rule: patches by another [`PatchingRule`] than the config's. A [`BltPatcher`] has none of its own: without
-                one it cuts at the threshold of the released models.
-            batch_size: rows at a time.
-        Returns:
-            `BltPatches` of one text or one row of ids, `BltPatchesList` of a batch.
         Raises:
-            ValueError: neither texts nor ids, ids outside the vocabulary, or a rule that reads entropies without an
-                entropy model.
-            ImportError: this code came with a checkpoint; `blt_hf` has `get_patches`.
-
-        Example: `model.get_patches("to be or not").texts` may be `['<s>', 't', 'o ', 'be ', 'or ', 'not']`.
+            ImportError: this code came with a checkpoint.
         """
-        if (inputs is None) == (input_ids is None):
-            raise ValueError("`get_patches` needs either `inputs` or `input_ids`; got both or neither.")
-        inputs = input_ids if inputs is None else inputs
         data = import_from_package("patches.data", "`get_patches`")
-        return data.get_patches(self, inputs, attention_mask, rule=rule, batch_size=batch_size)
+        return data.get_patches(self, inputs, attention_mask, input_ids=input_ids, rule=rule, batch_size=batch_size)
 
     def _resolve_output(self, name: str, value: bool | list[int] | None) -> bool | list[int]:
-        """An `output_*` argument, or what the config says of it; hidden states may be chosen by index."""
+        """Returns an `output_*` argument, or the config's; hidden states may be chosen by index."""
         value = bool(getattr(self.config, name, False)) if value is None else value
         if isinstance(value, int) and not isinstance(value, bool):
             value = [value]
@@ -221,14 +201,14 @@ class BltPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     def _uses_checkpointing(self) -> bool:
-        """Whether layers are run again for their gradients, so that they may not write to a cache."""
+        """Tells whether layers are run again for their gradients, so that they may not write to a cache."""
         if not torch.is_grad_enabled():
             return False
         # transformers renamed its own property for that between two releases.
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
-    def _start_cache(self, cache, use_cache: bool | None, config) -> BltCache | None:
-        """The cache to write to: the caller's, a new one, or None."""
+    def _resolve_use_cache(self, cache, use_cache: bool | None, config) -> bool:
+        """Decides whether a forward writes to a cache; None: as the config says, but not in training."""
         if use_cache is None:
             use_cache = cache is not None or (config.use_cache and not self.training and not is_exporting())
         if use_cache and is_exporting():
@@ -239,8 +219,12 @@ class BltPreTrainedModel(PreTrainedModel):
             logger.warning_once(
                 "`use_cache=True` is incompatible with gradient checkpointing; setting `use_cache=False`."
             )
-            use_cache = False
-        if not use_cache:
+            return False
+        return use_cache
+
+    def _start_cache(self, cache, use_cache: bool | None, config) -> BltCache | None:
+        """Returns the cache to write to: the caller's, a new one, or None."""
+        if not self._resolve_use_cache(cache, use_cache, config):
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError("`past_key_values` holds bytes, so `use_cache=False` cannot be honoured.")
             return None
@@ -253,12 +237,12 @@ class BltPreTrainedModel(PreTrainedModel):
 
 
 def checkpoint_for_gradients(checkpoint: Callable, function: Callable, *args):
-    """Gradient checkpointing where gradients are recorded; in `generate`, say, there is nothing to run again for."""
+    """Checkpoints where gradients are recorded; elsewhere, as in `generate`, nothing is run again."""
     return checkpoint(function, *args) if torch.is_grad_enabled() else function(*args)
 
 
 def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The last `logits_to_keep` positions of `(B, S, W)` (0: all), or those of an index tensor, as in transformers."""
+    """Takes the last `logits_to_keep` positions of `(B, S, W)` (0: all), or those of an index tensor."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     if logits_to_keep.dim() == 1:
@@ -266,12 +250,3 @@ def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tenso
     if logits_to_keep.dtype == torch.bool:
         return hidden_states[logits_to_keep]
     return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
-
-
-__all__ = [
-    "BltCausalLMOutput",
-    "BltKwargs",
-    "BltModelOutput",
-    "BltPreTrainedModel",
-    "keep_positions",
-]

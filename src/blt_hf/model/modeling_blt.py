@@ -342,10 +342,10 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
         Returns:
             [`BltCausalLMOutput`].
         """
-        if use_cache and self.training and self._uses_checkpointing():
-            use_cache = self._start_cache(None, use_cache, self.config) is not None  # which warns
+        if use_cache:
+            use_cache = self._resolve_use_cache(past_key_values, use_cache, self.config)
         noise = None
-        # In an evaluation the loss is the text's own, and the same twice, unless the caller says where noise comes from.
+        # In an evaluation the loss is the text's own, and the same each time, unless the caller gives a generator.
         if noise_generator is not None or (self.training and labels is not None and self.config.learns_blocks):
             masked = import_from_package("fast_blt.masked", "the masked loss (`config.diffusion_block_size`)")
             noise = masked.make_noise(

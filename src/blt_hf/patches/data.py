@@ -302,10 +302,36 @@ def get_patches(
     inputs=None,
     attention_mask: Tensor | Sequence | None = None,
     *,
+    input_ids: Tensor | Sequence | None = None,
     rule: PatchingRule | None = None,
     batch_size: int = 8,
 ) -> BltPatches | BltPatchesList:
-    """See `BltPreTrainedModel.get_patches`."""
+    """Finds patches, entropies and boundaries of texts, as data: `model.get_patches(inputs, ...)`.
+
+    Only the entropy model runs, if the rule needs it.
+
+    Args:
+        model: a BLT or a [`BltPatcher`].
+        inputs: a text (str, or bytes of any kind; a BOS is put before it, and nothing in it is a special token),
+            ids (a list or a tensor), a batch of either, or the result of a tokenizer or of `generate`.
+        attention_mask: of ids; 0 is padding. It may end where a prompt ended: the ids after it, which were generated,
+            are text up to the padding behind them. Without a mask, the config's `pad_token_id` (0 if it has none) at
+            the ends of a row is padding, as `generate` reads it.
+        input_ids: another name of `inputs`, for `get_patches(**tokenizer(texts, return_tensors="pt"))`.
+        rule: patches by another [`PatchingRule`] than the config's. A [`BltPatcher`] has none of its own: without
+            one it cuts at the threshold of the released models.
+        batch_size: rows at a time.
+    Returns:
+        `BltPatches` of one text or one row of ids, `BltPatchesList` of a batch.
+    Raises:
+        ValueError: neither texts nor ids, ids outside the vocabulary, or a rule that reads entropies without an
+            entropy model.
+
+    Example: `model.get_patches("to be or not").texts` may be `['<s>', 't', 'o ', 'be ', 'or ', 'not']`.
+    """
+    if (inputs is None) == (input_ids is None):
+        raise ValueError("`get_patches` needs either `inputs` or `input_ids`; got both or neither.")
+    inputs = input_ids if inputs is None else inputs
     finder = PatchFinder.of(model)
     if rule is not None:
         finder = dataclasses.replace(finder, rule=rule)
