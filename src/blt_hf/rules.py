@@ -1,4 +1,4 @@
-"""Patching rules of your own: registering them, and the check that they can be used for generation."""
+"""Patching rules of your own: registering them, and the check that they can be used for generation; rules in words."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,4 +169,20 @@ def _check_causality(rule: RegisteredRule) -> None:
             )
 
 
-__all__ = ["RULES", "register_patching_rule"]
+def describe_rule(rule: PatchingRule) -> str:
+    """Says where a patch starts, to follow "a patch starts": `at every byte`."""
+    if rule.mode == "entropy":
+        verb = "rises by more than" if rule.monotonicity else "is above"
+        words = f"where the entropy of the next byte {verb} the threshold {rule.threshold:.3f} nats"
+        if rule.threshold_add is not None:
+            words += f" and has risen by more than {rule.threshold_add:.3f}"
+    else:
+        words = {
+            "space": "after spaces and other bytes that are in no word",
+            "static": f"every {rule.patch_size} bytes",
+            "byte": "at every byte",
+        }.get(rule.mode, f"by the rule `{rule.mode}`")
+    return words + (f"; none is longer than {rule.max_patch_length} bytes" if rule.max_patch_length else "")
+
+
+__all__ = ["RULES", "describe_rule", "register_patching_rule"]

@@ -110,6 +110,7 @@ def _find_patches(name: str, texts: list[str], text_column: str, device: str | N
 
 def _shape(config) -> dict:
     from blt_hf.model.patching_blt import PatchingRule
+    from blt_hf.rules import describe_rule
 
     def layers(part) -> dict:
         return {
@@ -129,7 +130,7 @@ def _shape(config) -> dict:
     tables = config.encoder_hash_byte_group_nb_functions * len(config.encoder_hash_byte_group_size)
     shape["hash_tables"] = {"tables": tables, "rows": config.encoder_hash_byte_group_vocab if tables else 0}
     shape["patching"] = {
-        "in_words": PatchingRule.from_config(config).describe(),
+        "in_words": describe_rule(PatchingRule.from_config(config)),
         "mode": config.patching_mode,
         "threshold": config.patching_threshold,
         "monotonicity": config.monotonicity,

@@ -17,6 +17,7 @@ from blt_hf.model.patching_blt import (
     patch_lengths_from_ends,
 )
 from blt_hf.patches.lengths import compute_patch_lengths
+from blt_hf.rules import describe_rule
 from helpers.texts import encode
 
 
@@ -315,4 +316,4 @@ def test_rule_from_config_reads_every_field():
     ],
 )
 def test_a_rule_in_words(rule, words):
-    assert rule.describe() == words
+    assert describe_rule(rule) == words

@@ -17,6 +17,7 @@ import torch
 
 from ..model.configuration_blt import BltConfig
 from ..model.patching_blt import PatchingRule
+from ..rules import describe_rule
 from .arguments import (
     argument_files,
     check_tokenizer,
@@ -166,7 +167,7 @@ def _write_card(folder: Path, source: _Source, config: BltConfig, dtype: torch.d
     if source.is_on_hub:
         origin = f"[{source.label}](https://huggingface.co/{source.label})"
     always = [
-        f"A patch starts {PatchingRule.from_config(config).describe()}.",
+        f"A patch starts {describe_rule(PatchingRule.from_config(config))}.",
         "`mask_documents` is true: an `eos` inside a row ends a document for attention, as in Meta's code.",
         f"Meta's arguments, those without a counterpart in `config.json` included, are in `{META_ARGS_FILE}`.",
     ]

@@ -13,6 +13,7 @@ from torch import nn
 from ..model.modeling_base_blt import MODEL_TAGS
 from ..model.names_blt import AUTO_CLASSES, architecture_name
 from ..model.patching_blt import PatchingRule
+from ..rules import describe_rule
 from .measuring import Measurement
 
 
@@ -315,7 +316,7 @@ class _Subject:
             rows.append(f"| {part} | {stack.num_hidden_layers} | {stack.hidden_size} | {_millions(count)} |")
         if not self.is_patcher:
             rows += [f"| {part} | | | {_millions(count)} |" for part, count in parameters.items() if count]
-            rows += ["", f"A patch starts {PatchingRule.from_config(self.config).describe()}."]
+            rows += ["", f"A patch starts {describe_rule(PatchingRule.from_config(self.config))}."]
         return "\n".join(rows)
 
     def _parameters_by_part(self) -> dict[str, int]:

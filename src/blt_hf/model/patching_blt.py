@@ -59,21 +59,6 @@ class PatchingRule:
             max_patch_length=config.max_patch_length,
         )
 
-    def describe(self) -> str:
-        """Says where a patch starts, to follow "a patch starts": `at every byte`."""
-        if self.mode == "entropy":
-            verb = "rises by more than" if self.monotonicity else "is above"
-            words = f"where the entropy of the next byte {verb} the threshold {self.threshold:.3f} nats"
-            if self.threshold_add is not None:
-                words += f" and has risen by more than {self.threshold_add:.3f}"
-        else:
-            words = {
-                "space": "after spaces and other bytes that are in no word",
-                "static": f"every {self.patch_size} bytes",
-                "byte": "at every byte",
-            }.get(self.mode, f"by the rule `{self.mode}`")
-        return words + (f"; none is longer than {self.max_patch_length} bytes" if self.max_patch_length else "")
-
     @property
     def uses_entropies(self) -> bool:
         """Whether the rule reads entropies, so that an entropy model must run."""
@@ -261,14 +246,13 @@ def find_patch_ends(
     Returns:
         bool `(B, S)`: byte `i` is the last of its patch.
     """
-
-    def one_byte_earlier(values: Tensor, past: Tensor | None) -> Tensor:
-        return shift_right(values, values.new_zeros(values.shape[0]) if past is None else past[:, -1])
-
+    num_rows = positions.shape[0]
     if rule.mode == "entropy":
-        ends = entropy_patch_ends(rule, entropies, one_byte_earlier(entropies, past_entropies), positions)
+        before = entropies.new_zeros(num_rows) if past_entropies is None else past_entropies[:, -1]
+        ends = entropy_patch_ends(rule, entropies, shift_right(entropies, before), positions)
     elif rule.mode == "space":
-        ends = space_patch_ends(input_ids, one_byte_earlier(input_ids, past_ids), positions)
+        before = input_ids.new_zeros(num_rows) if past_ids is None else past_ids[:, -1]
+        ends = space_patch_ends(input_ids, shift_right(input_ids, before), positions)
     elif rule.mode == "static":
         ends = positions % rule.patch_size == 0
     elif rule.mode == "byte":
@@ -277,7 +261,7 @@ def find_patch_ends(
         registered = find_rule(rule.mode)
         ends = registered.find_ends(rule, input_ids, entropies, positions, past_ids, past_entropies)
     if rule.max_patch_length is not None:
-        open_bytes = positions.new_zeros(positions.shape[0]) if open_bytes is None else open_bytes
+        open_bytes = positions.new_zeros(num_rows) if open_bytes is None else open_bytes
         ends = split_long_patches(ends, positions == 0, open_bytes, rule.max_patch_length)
     return ends
 

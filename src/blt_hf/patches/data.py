@@ -17,6 +17,7 @@ from ..model.patching_blt import (
     find_patch_ends,
     patch_lengths_from_ends,
 )
+from ..rules import describe_rule
 from ..tokenizer.encoding import SPECIAL_NAMES, byte_ids, bytes_of
 from .display import patches_html
 
@@ -209,7 +210,7 @@ class BltPatches:
         """One line for a reader."""
         noun, patches = ("byte" if self.num_bytes == 1 else "bytes"), ("patch" if self.num_patches == 1 else "patches")
         line = f"{self.num_bytes} {noun} in {self.num_patches} {patches}, {self.bytes_per_patch:.2f} bytes a patch"
-        return f"{line}; a patch starts {self.rule.describe()}"
+        return f"{line}; a patch starts {describe_rule(self.rule)}"
 
     def __len__(self) -> int:
         return len(self.patch_lengths)
