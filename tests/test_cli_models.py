@@ -264,7 +264,8 @@ def test_card_is_written_with_what_was_measured(folder, tmp_path):
 
 
 def test_held_out_text_is_not_learned(tmp_path):
-    from blt_hf_cli.train import _blocks, _read
+    from blt_hf.training.corpus import pack_rows
+    from blt_hf_cli.train import _read
 
     for number in range(25):
         (tmp_path / f"{number:02}.txt").write_bytes(b"%02d" % number * 50)
@@ -273,8 +274,7 @@ def test_held_out_text_is_not_learned(tmp_path):
     (one,), (end,) = _read([str(tmp_path / "00.txt")], None, "text")
     assert one + end == b"00" * 50 and len(end) == 5
     assert _read([str(tmp_path / "00.txt")], [str(tmp_path / "01.txt")], "text")[1] == [b"01" * 50]
-    rows = _blocks([b"ab", b"c"], 4)
-    assert [row["input_ids"] for row in rows] == [[1, 101, 102, 2], [1, 103, 2]]
+    assert list(pack_rows([b"ab", b"c"], 4)) == [[1, 101, 102, 2], [1, 103, 2]]
 
 
 def test_generate_from_a_shell(folder):

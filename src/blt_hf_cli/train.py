@@ -52,37 +52,37 @@ def _train() -> None:
 
 
 def _read_config(context: typer.Context, path: str | None) -> str | None:
-    """Makes what the YAML file says the defaults of all options."""
+    """Makes the values of a YAML file the defaults of the options."""
     if path is None or context.resilient_parsing:
         return path
     import yaml
 
     with plain_messages():
-        if not Path(path).is_file():
-            raise ValueError(f"--config: there is no file {path}.")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ValueError(f"--config: {path} cannot be read: {error.strerror}.") from error
         except yaml.YAMLError as error:
             raise ValueError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise ValueError(f"--config: {path} holds a {type(values).__name__}; options with values are needed.")
-        values = {str(name).replace("-", "_"): value for name, value in values.items()}
+        # A key is the long name of an option.
         named = {max(p.opts, key=len).lstrip("-").replace("-", "_"): p.name for p in context.command.params}
+        values = {str(name).replace("-", "_"): value for name, value in values.items()}
         known = sorted(named.keys() - {"config", "help"})
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"--config: {path} sets {', '.join(unknown)}; there are {', '.join(known)}.")
-        values = {named[name]: value for name, value in values.items()}
         if isinstance(values.get("set"), dict):
             values["set"] = [f"{name}={json.dumps(value)}" for name, value in values["set"].items()]
         if isinstance(values.get("texts"), str):
             values["texts"] = [values["texts"]]
-        context.default_map = {**(context.default_map or {}), **values}
+        context.default_map = {named[name]: value for name, value in values.items()}
     return path
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Run:
-    """The options that all three commands have, in the order of their help, and what the commands do with them."""
+    """Holds the options that all three commands have, in the order of their help, and does their common work."""
 
     texts: Texts
     output: Annotated[str, typer.Option("--output", "-o", help="Folder that gets the model and its tokenizer.")]
@@ -122,10 +122,12 @@ class _Run:
         """Returns the rows to learn and the texts to measure on, and sets the seed."""
         from transformers import set_seed
 
+        from blt_hf.training.corpus import pack_rows
+
         learned, kept = _read(self.texts, self.held_out, self.text_column)
-        self.arguments()  # what it does not accept is told before the work
+        self.arguments()  # refuses settings before the work
         set_seed(self.seed)
-        return _blocks(learned, self.context), kept
+        return [{"input_ids": row} for row in pack_rows(learned, self.context)], kept
 
     def arguments(self, **more):
         """Returns `TrainingArguments`; `more` fields replace those of here, and --set replaces all."""
@@ -164,21 +166,24 @@ class _Run:
             trainer.remove_callback(PrinterCallback)  # stdout is for the result
         trainer.train(resume_from_checkpoint=self.resume or None)
 
-    def finish(self, model, held_out: list[bytes], told: dict) -> None:
-        """Measures `model` on the texts that were kept back, and prints the result with what is `told`."""
+    def save(self, model, tokenizer) -> None:
+        for saved in (model, tokenizer):
+            saved.save_pretrained(self.folder)
+
+    def finish(self, model, held_out: list[bytes], more: dict) -> None:
+        """Measures `model` on the texts that were kept back, and prints the result with `more`."""
         from blt_hf.conversion.files import progress_bar
         from blt_hf.evaluation import measure_bits_per_byte
 
         with progress_bar(sum(map(len, held_out)), "Scoring", self.shows_progress) as advance:
             measured = measure_bits_per_byte(model.eval(), held_out, max_length=self.context, on_progress=advance)
-        told = {"output": self.output, "steps": self.steps, "bits_per_byte": measured.bits_per_byte, **told}
+        result = {"output": self.output, "steps": self.steps, "bits_per_byte": measured.bits_per_byte, **more}
         if measured.bytes_per_patch is not None:
-            told["bytes_per_patch"] = measured.bytes_per_patch
+            result["bytes_per_patch"] = measured.bytes_per_patch
         if self.as_json:
-            typer.echo(json.dumps(told))
+            typer.echo(json.dumps(result))
             return
-        told = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in told.items()}
-        rows = [(name.replace("_", " "), value) for name, value in told.items()]
+        rows = [(k.replace("_", " "), f"{v:.4f}" if isinstance(v, float) else str(v)) for k, v in result.items()]
         print_rows(rows, f"Held out, {measured.num_bytes:,} bytes:")
 
 
@@ -207,17 +212,6 @@ def _read(texts: list[str], held_out: list[str] | None, column: str) -> tuple[li
     return [text for i, text in enumerate(learned) if i not in kept], [learned[i] for i in kept]
 
 
-def _blocks(texts: list[bytes], context: int) -> list[dict]:
-    """Returns rows of `context` ids: texts one after the other, an EOS behind each text and a BOS before each row."""
-    from blt_hf.model.patching_blt import BOS_TOKEN_ID, EOS_TOKEN_ID
-    from blt_hf.tokenizer.encoding import byte_ids
-
-    ids = [i for text in texts for i in (*byte_ids(text), EOS_TOKEN_ID)]
-    return [
-        {"input_ids": [BOS_TOKEN_ID, *ids[start : start + context - 1]]} for start in range(0, len(ids), context - 1)
-    ]
-
-
 def _with_patches(model, rows: list[dict], run: _Run) -> list[dict]:
     """Finds the patches of all rows once, before training, with the frozen entropy model."""
     import torch
@@ -233,9 +227,16 @@ def _with_patches(model, rows: list[dict], run: _Run) -> list[dict]:
     return [{**row, **find(row)} for row in rows]
 
 
-def _check_size(size: str, sizes: dict) -> None:
+def _load(name: str, kind: str, dtype: Dtype = Dtype.float32):
+    model = load_model(name, dtype, "cpu")
+    need_byte_model(model, name, (kind,))
+    return model
+
+
+def _shape(size: str, sizes: dict) -> tuple[int, ...]:
     if size not in sizes:
         raise ValueError(f"--size must be one of {', '.join(sizes)}; got {size!r}.")
+    return sizes[size]
 
 
 def _command(**defaults):
@@ -280,13 +281,11 @@ def entropy(
     from blt_hf import BltPatcher, BltPatcherConfig, BltTokenizer
     from blt_hf.training.calibration import calibrate_threshold
 
-    _check_size(size, ENTROPY_SIZES)
+    width, layers = _shape(size, ENTROPY_SIZES)
     rows, kept = run.read()
     if model is not None:
-        patcher = load_model(model, Dtype.float32, "cpu")
-        need_byte_model(patcher, model, ("blt_patcher",))
+        patcher = _load(model, "blt_patcher")
     else:
-        width, layers = ENTROPY_SIZES[size]
         patcher = BltPatcher(
             BltPatcherConfig(
                 hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(width // 64, 2),
@@ -295,8 +294,7 @@ def entropy(
         )  # fmt: skip
     run.fit(patcher, rows)
     found = calibrate_threshold(patcher.eval(), kept, patch_size)
-    patcher.save_pretrained(run.folder)
-    BltTokenizer().save_pretrained(run.folder)
+    run.save(patcher, BltTokenizer())
     (run.folder / "calibration.json").write_text(json.dumps(found.settings, indent=2) + "\n")
     run.finish(patcher, kept, {"threshold": found.threshold, "bytes_per_patch": found.mean_patch_size})
 
@@ -320,30 +318,23 @@ def blt(
     """
     from blt_hf import BltTokenizer
 
-    _check_size(size, SIZES)
+    shape = _shape(size, SIZES)
     if model is not None and patcher is not None:
         raise ValueError("--model has an entropy model of its own; leave out --patcher.")
     rows, kept = run.read()
-    if model is not None:
-        trained = load_model(model, Dtype.float32, "cpu")
-        need_byte_model(trained, model)
-    else:
-        trained = _new_blt(size, patcher)
+    trained = _new_blt(shape, patcher) if model is None else _load(model, "blt")
     run.fit(trained, _with_patches(trained, rows, run))
-    trained.save_pretrained(run.folder)
-    BltTokenizer().save_pretrained(run.folder)
+    run.save(trained, BltTokenizer())
     run.finish(trained, kept, {})
 
 
-def _new_blt(size: str, patcher_name: str | None):
+def _new_blt(shape: tuple[int, ...], patcher_name: str | None):
     from blt_hf import BltConfig, BltForCausalLM
 
-    width, decoder_layers, global_width, global_layers, hash_rows = SIZES[size]
-    rule: dict = {"patching_mode": "space"}
-    patcher = None
+    width, decoder_layers, global_width, global_layers, hash_rows = shape
+    rule, patcher = {"patching_mode": "space"}, None
     if patcher_name is not None:
-        patcher = load_model(patcher_name, Dtype.float32, "cpu")
-        need_byte_model(patcher, patcher_name, ("blt_patcher",))
+        patcher = _load(patcher_name, "blt_patcher")
         calibration = Path(patcher_name, "calibration.json")
         rule = json.loads(calibration.read_text()) if calibration.is_file() else {"patching_mode": "entropy"}
     local = {
@@ -390,15 +381,15 @@ def lora(
     from transformers import AutoTokenizer
 
     rows, kept = run.read()
-    base = load_model(model, device="cpu")
-    need_byte_model(base, model)
+    base = _load(model, "blt", Dtype.auto)
     rows = _with_patches(base, rows, run)
-    scale = alpha or 2 * rank
-    adapted = get_peft_model(
-        base, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=scale, target_modules="all-linear")
-    )
-    run.fit(adapted, rows, weight_decay=0.0)
-    trained = adapted.merge_and_unload() if merge else adapted
-    trained.save_pretrained(run.folder)
-    load(AutoTokenizer.from_pretrained, model).save_pretrained(run.folder)
-    run.finish(trained if merge else adapted.merge_and_unload(), kept, {})
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha or 2 * rank, target_modules="all-linear")
+    trained = get_peft_model(base, adapter)
+    run.fit(trained, rows, weight_decay=0.0)
+    tokenizer = load(AutoTokenizer.from_pretrained, model)
+    if not merge:
+        run.save(trained, tokenizer)
+    whole = trained.merge_and_unload()
+    if merge:
+        run.save(whole, tokenizer)
+    run.finish(whole, kept, {})

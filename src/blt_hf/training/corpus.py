@@ -101,7 +101,7 @@ def write_patches(
     totals = {"rows": 0, "bytes": 0, "files": 0}
     new_files = new_bytes = 0
     start = time.perf_counter()
-    rows = _rows(texts, context)
+    rows = pack_rows(texts, context)
     while part := list(islice(rows, rows_per_file)):
         path, size = output / f"{stem}-{totals['files']:06}.parquet", sum(map(len, part))
         if not path.is_file():
@@ -137,8 +137,11 @@ class _Texts:
                 yield text
 
 
-def _rows(texts: Iterable[bytes], context: int) -> Iterator[list[int]]:
-    """Yields rows of `context` ids; the last may be shorter."""
+def pack_rows(texts: Iterable[bytes], context: int) -> Iterator[list[int]]:
+    """Yields rows of `context` ids: texts one after the other, an EOS behind each text and a BOS before each row.
+
+    The last row may be shorter.
+    """
     ids: list[int] = []
     for text in texts:
         ids += [*byte_ids(text), EOS_TOKEN_ID]
@@ -223,4 +226,4 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-__all__ = ["ShardSummary", "write_patches"]
+__all__ = ["ShardSummary", "pack_rows", "write_patches"]
