@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import Annotated
 
@@ -100,14 +98,10 @@ def _writable_config(model: str) -> Path:
 
 def _write_settings(path: Path, found) -> None:
     """Sets the fields of the rule, keeps all others, and replaces the file in one step."""
+    from blt_hf.conversion.files import write_whole
     from blt_hf.model.configuration_blt import BltConfig
 
     content = {**json.loads(path.read_text(encoding="utf-8")), **found.settings}
     BltConfig.from_dict(content)  # raises if they do not fit together
-    partial = path.with_name(f".config.{uuid.uuid4().hex[:8]}.json")
-    try:
-        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.chmod(path.stat().st_mode)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    write_whole(path, lambda partial: partial.write_text(content, encoding="utf-8"))

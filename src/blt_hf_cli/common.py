@@ -155,16 +155,3 @@ def read_input(texts: list[str] | None) -> list[str | bytes]:
             raise ValueError("no text: give one as an argument, or pipe one in.")
         texts = ["-"]
     return [sys.stdin.buffer.read() if text == "-" else to_bytes(text) for text in texts]
-
-
-def write_whole(path: str, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a file beside `path`, then moves that file to `path`, so that no reader sees half a file."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ValueError(f"{target} cannot be written: there is no folder {target.parent}.")
-    partial = target.with_name(f".{os.getpid()}-{target.name}")
-    try:
-        write(partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,7 +23,6 @@ from .common import (
     plain_messages,
     print_rows,
     read_input,
-    write_whole,
 )
 
 
@@ -164,14 +164,18 @@ def _draw(found: list, svg: str | None, png: str | None) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from blt_hf.conversion.files import write_whole
     from blt_hf.patches.pictures import plot_patches
 
     if not any(row.num_bytes for row in found):
         raise ValueError("there is nothing to draw: the text is empty.")
     figure = plot_patches([row for row in found if row.num_bytes])
     for path, kind in ((svg, "svg"), (png, "png")):
-        if path is not None:
-            write_whole(path, lambda partial, kind=kind: figure.savefig(partial, format=kind))
+        if path is None:
+            continue
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}.")
+        write_whole(Path(path), lambda partial, kind=kind: figure.savefig(partial, format=kind))
     plt.close(figure)
 
 

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import pickle
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ class StoredTensor:
     tensor: Tensor | None = field(default=None, repr=False)
 
     def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """Elements `start` to `stop` in order, as flat tensors of at most `_CHUNK_BYTES`."""
+        """Yields elements `start` to `stop` in order, as flat tensors of at most `_CHUNK_BYTES`."""
         stop = math.prod(self.shape) if stop is None else stop
         step = _CHUNK_BYTES // self.dtype.itemsize
         if self.tensor is not None:
@@ -88,7 +89,7 @@ def _open_pth(path: Path) -> dict[str, StoredTensor]:
 
 
 def open_weights(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of `folder`: sharded or single safetensors, or `consolidated.pth`."""
+    """Opens all tensors of `folder`: sharded or single safetensors, or `consolidated.pth`."""
     index, single, pth = (
         folder / name for name in ("model.safetensors.index.json", "model.safetensors", "consolidated.pth")
     )
@@ -251,6 +252,20 @@ def whole_or_nothing(out: Path, overwrite: bool, sources: list[Path]) -> Iterato
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a file beside `path`, syncs it, and moves it to `path`: no reader ever sees half a file."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        write(partial)
+        if path.exists():
+            partial.chmod(path.stat().st_mode)
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_space(folder: Path, total: int) -> None:
     """Raises a ValueError if less than `total` bytes are free where `folder` lies."""
     free = shutil.disk_usage(folder).free
@@ -290,4 +305,5 @@ __all__ = [
     "write_json",
     "write_safetensors",
     "write_shards",
+    "write_whole",
 ]

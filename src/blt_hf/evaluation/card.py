@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
+from ..conversion.files import write_whole
 from ..model.modeling_base_blt import MODEL_TAGS
 from ..model.names_blt import AUTO_CLASSES, architecture_name
 from ..model.patching_blt import PatchingRule
@@ -46,20 +47,19 @@ def make_model_card(
     """Makes the card of a BLT, of an entropy model, or of an adapter to one.
 
     Args:
-        model: a model in memory (also one of PEFT), or the folder or Hub id of one, of which only the configuration is
-            read.
-        repo_id: `"user/name"`, where the model is or will be on the Hub; None: the folder's or the class's name.
+        model: a model in memory (also one of PEFT), or the folder or Hub id of one, whose configuration is read.
+        repo_id: `"user/name"` of the model on the Hub; None: the folder's or the class's name.
         license: the Hub's id of it, such as `"apache-2.0"`; `"other"` needs `license_name`.
         license_name, license_link: of a licence that has no id.
         language: ISO 639 codes such as `"en"`; also `"code"` and `"multilingual"`.
-        datasets: Hub ids of what the model was trained on.
-        base_model: Hub ids of what it was made from; None: of an adapter, what its configuration says, if that is one.
+        datasets: Hub ids of the data that the model was trained on.
+        base_model: Hub ids of the model that it was made from; None: of an adapter, the id in its configuration.
         tags: beside `"blt"`, `"byte-level"` and `"tokenizer-free"`.
-        bits_per_byte: by the name of the text, or the Hub id of the data set: what [`measure_bits_per_byte`] gave, or
-            the number alone. In the metadata these are evaluation results of the metric `bits_per_byte`.
-        description: a paragraph under the title; None: a sentence on what a BLT is.
+        bits_per_byte: results of [`measure_bits_per_byte`], or numbers, by the name of the text or the Hub id of the
+            data set. In the metadata these are evaluation results of the metric `bits_per_byte`.
+        description: a paragraph under the title; None: a sentence that defines a BLT.
     Returns:
-        a `huggingface_hub.ModelCard`: `.data` is the metadata, `.text` what follows it, `str(card)` the file.
+        a `huggingface_hub.ModelCard`: `.data` is the metadata, `.text` the text below it, `str(card)` the file.
     Raises:
         ValueError: an argument that the Hub would refuse, or a model of another kind.
     """
@@ -89,15 +89,15 @@ def make_model_card(
 
 
 def write_model_card(model, path: str | os.PathLike | None = None, *, overwrite: bool = False, **kwargs) -> Path:
-    """Writes [`make_model_card`] as the README.md of a folder, beside what `save_pretrained` wrote.
+    """Writes [`make_model_card`] as the README.md of a folder, beside the files of `save_pretrained`.
 
-    A README.md that is there keeps its text. Its metadata keeps what no argument says otherwise: given arguments
-    replace fields, tags are added, evaluation results of the same text are replaced.
+    An existing README.md keeps its text. In its metadata, given arguments replace fields, tags are added, and evaluation
+    results of the same text are replaced; all other fields stay.
 
     Args:
         model: as in [`make_model_card`].
         path: folder that gets the README.md, or a file; None: `model`, if that is a folder.
-        overwrite: write a README.md that is there anew, text and all.
+        overwrite: write an existing README.md anew, text and all.
         kwargs: the keyword arguments of [`make_model_card`].
     Returns:
         path of the file, which is replaced whole or not at all.
@@ -115,12 +115,7 @@ def write_model_card(model, path: str | os.PathLike | None = None, *, overwrite:
     card = make_model_card(model, **kwargs)
     if file.exists() and not overwrite:
         card = _merge(ModelCard.load(file), card, given={name for name, value in kwargs.items() if value is not None})
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(str(card), encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(file, lambda partial: partial.write_text(str(card), encoding="utf-8"))
     return file
 
 
@@ -205,7 +200,7 @@ def _table_of_bits(bits_per_byte: Mapping[str, Measurement | float]) -> str:
 
 
 class _Subject:
-    """What the card is about: a model's configuration, its weights by part, and what an adapter adds."""
+    """Describes a model for its card: configuration, weights by part, adapter."""
 
     PIPELINES = {
         "BltForSequenceClassification": "text-classification",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..conversion.files import write_whole
 from ..model.patching_blt import BOS_TOKEN_ID, EOS_TOKEN_ID, PatchingRule
 from ..tokenizer.encoding import byte_ids
 from .data import PrecomputePatches, find_files, stream_texts
@@ -113,7 +114,7 @@ def write_patches(
             on_progress(size)
     if not texts.num_seen:
         raise ValueError(f"no text in {', '.join(map(str, paths))}.")
-    _write_whole(output / f"{stem}.json", lambda path: path.write_text(json.dumps({"texts": texts.num_own, **totals})))
+    write_whole(output / f"{stem}.json", lambda path: path.write_text(json.dumps({"texts": texts.num_own, **totals})))
     for partial in output.glob(f".*-{stem}*"):  # of calls that were stopped
         partial.unlink(missing_ok=True)
     seconds = time.perf_counter() - start
@@ -211,19 +212,7 @@ def _write_file(path: Path, rows: list[list[int]], find: PrecomputePatches, batc
         lengths += find({"input_ids": rows[start : start + batch_size]})["patch_lengths"]
     kind = pyarrow.list_(pyarrow.int32())
     table = pyarrow.table({"input_ids": pyarrow.array(rows, kind), "patch_lengths": pyarrow.array(lengths, kind)})
-    _write_whole(path, lambda partial: write_table(table, partial))
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a file beside `path`, syncs it, and moves it to `path`: no reader ever sees half a file."""
-    partial = path.with_name(f".{os.getpid()}-{path.name}.partial")
-    try:
-        write(partial)
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, lambda partial: write_table(table, partial))
 
 
 __all__ = ["ShardSummary", "pack_rows", "write_patches"]
