@@ -2,12 +2,12 @@
 
 A block is `[last byte | masks]`. The last byte of the text is the one that the whole model has chosen and not read yet.
 The encoder reads it alone; the decoder then reads it and the masks behind it, over the keys of the text before and the
-latents of the last complete patch. Each state says what the next byte may be, as always: that of the last byte the first
-mask, that of each mask the one behind it. What is *unmasked* is decided by confidence or by an entropy
-budget; then the block is read again with these bytes in it, until no mask is left. Nothing of this is kept: finished
-bytes are read by the whole model in one pass, as any text is.
+latents of the last complete patch. Each state predicts the next byte, as always: that of the last byte the first mask,
+that of each mask the one behind it. Confidence or an entropy budget decides which masks become bytes (*unmasking*). The
+block is read again with these bytes in it, until no mask is left. The cache keeps nothing of this: the whole model then
+reads the finished bytes in one pass, as any text.
 
-BLT-DV fills in all masks at once and lets the whole model verify them, as other drafts are (`generation_blt.py`).
+BLT-DV fills in all masks at once and lets the whole model verify them, like other drafts (`generation_blt.py`).
 
 Dimension letters: `B` rows, `K` bytes of a block (its last byte of the text included), `V` vocabulary, `W` width.
 """
@@ -32,12 +32,12 @@ UNMASKING_RULES = ("confidence", "entropy")
 
 @dataclass
 class Unmasking:
-    """Which masked bytes of a block are kept after it was read.
+    """Decides which masked bytes of a block are kept after it was read.
 
     Attributes:
-        rule: `"confidence"`: those whose probability is at least `confidence_threshold` (the paper's alpha, 0.5 to 0.7).
-            `"entropy"`: the surest ones, as long as their entropies sum to at most `entropy_budget` nats (its gamma,
-            0.8 to 1.0). With either at least the surest one; so with a confidence above 1 or a budget below 0, one.
+        rule: `"confidence"`: bytes whose probability is at least `confidence_threshold` (the paper's alpha, 0.5 to 0.7).
+            `"entropy"`: the surest bytes whose entropies sum to at most `entropy_budget` nats (its gamma, 0.8 to 1.0).
+            Both keep at least the surest byte. With a threshold above 1 or a budget below 0 that is the only one.
         confidence_threshold, entropy_budget: as above.
     """
 
@@ -47,7 +47,7 @@ class Unmasking:
 
     @classmethod
     def from_config(cls, generation_config) -> "Unmasking":
-        """That of a generation configuration; a field that it lacks has the default."""
+        """Reads a generation configuration; fields that it lacks have their defaults."""
         names = {
             "rule": "unmasking",
             "confidence_threshold": "confidence_threshold",
@@ -57,7 +57,7 @@ class Unmasking:
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def choose(self, scores: Tensor, is_masked: Tensor) -> Tensor:
-        """Masked bytes to keep, bool `(B, n)`, from processed logits `(B, n, V)`."""
+        """Chooses the masked bytes to keep, bool `(B, n)`, from processed logits `(B, n, V)`."""
         log_probs = scores.log_softmax(dim=-1)
         if self.rule == "confidence":
             doubt = -log_probs.amax(dim=-1).exp()
@@ -111,7 +111,7 @@ def check_settings(generation_config, config) -> None:
 
 
 class BlockSpan(SlotSpan):
-    """Keys of a block: the slots of the text before it, then its own.
+    """Says which keys a block sees: the slots of the text before it, then its own.
 
     Its first byte is one of the text and sees no mask; the others see the whole block.
 
@@ -145,7 +145,7 @@ class BlockSpan(SlotSpan):
 
 
 class _SlotsBefore:
-    """Keys and values of one layer in front of a block, which leaves nothing behind."""
+    """Puts keys and values of one cache layer in front of a block, without writing the block's to the cache."""
 
     def __init__(self, layer: BltCacheLayer):
         self.layer = layer
@@ -159,13 +159,13 @@ class _SlotsBefore:
 
 @dataclass
 class _TextBefore:
-    """What the decoder asks of a cache."""
+    """Stands for a cache in the decoder."""
 
     decoder: list[_SlotsBefore]
 
 
 def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_masked: Tensor) -> Tensor:
-    """fp32 logits `(B, K - 1, V)` of the masks of a block behind the text of each row; the cache stays as it is.
+    """Computes fp32 logits `(B, K - 1, V)` of the masks of a block behind each row's text; the cache stays as it is.
 
     Args:
         model: a [`BltForCausalLM`] with a mask embedding.
@@ -193,7 +193,7 @@ def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_maske
 
 @dataclass
 class FilledBlock:
-    """A block without masks.
+    """Holds a block that has no mask left.
 
     Attributes:
         ids: int64 `(B, K - 1)`, the bytes behind the first.
@@ -218,8 +218,8 @@ def fill_block(
 ) -> FilledBlock:
     """Fills in the bytes behind the last one of each row.
 
-    Logits processors see each byte behind those before it in the block, as they are at that time: where a byte is masked
-    still, its most probable value when the block was last read (at first, the padding).
+    Logits processors see each byte behind those before it in the block. Where such a byte is still masked, they see its
+    most probable value when the block was last read (at first, the padding).
 
     Args:
         model: a [`BltForCausalLM`] with a mask embedding.
@@ -262,13 +262,13 @@ def fill_block(
 
 
 class BlockDrafts(DraftSource):
-    """BLT-DV: a block that is filled in at once, for the whole model to verify.
+    """Drafts as BLT-DV does: fills in a block at once, for the whole model to verify.
 
     Args:
         model: a [`BltForCausalLM`] with a mask embedding.
         runner: of its steps.
         block_size: bytes of a block; one of them is the last of the text.
-        do_sample: draw the drafts, from what the logits processors make of them.
+        do_sample: draw the drafts from processed logits.
     """
 
     def __init__(self, model, runner: StepRunner, block_size: int, do_sample: bool):
@@ -285,7 +285,7 @@ class BlockDrafts(DraftSource):
 def decode_blocks(
     model, runner: StepRunner, text: RaggedText, block_size: int, unmasking: Unmasking, do_sample: bool
 ) -> None:
-    """BLT-D: writes texts to their ends, block by block, verified by nobody.
+    """Writes texts to their ends as BLT-D does, block by block and without verification.
 
     Each turn fills in a block, reads it with the whole model, and takes the first byte of the next block from there. The
     cache has read all bytes but the last one of each row, before and after.

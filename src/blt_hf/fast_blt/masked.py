@@ -11,8 +11,8 @@ bytes from where the patch starts, some of them masked. The decoder reads both i
     self-attention   a byte of a block sees the whole block, before and behind it, and the clean bytes before the block
                      as far back as the window of its own position reaches. It sees no other block, and clean bytes
                      see no block, so the clean stream is what it is without the other.
-    predicts         the next byte, in both streams: a masked byte is told by the state in front of it. So all states keep
-                     the meaning that they have in the plain model, which a fine-tuned one learns from far sooner.
+    predicts         the next byte, in both streams: the state in front of a masked byte predicts it. So all states keep
+                     their meaning in the plain model, and fine-tuning one takes far fewer steps.
 
 Blocks whose starts lie in the same stretch of text become a row of a batch, with the keys of that stretch and of the
 window before it, so the cost is linear in bytes.
@@ -41,14 +41,14 @@ _ROW_QUERIES = 128  # bytes of blocks that do
 
 @dataclass
 class BlockNoise:
-    """What a forward is told of the blocks that it has to read.
+    """Asks a forward to read corrupted blocks beside the text.
 
     Attributes:
         labels: int64 `(B, S)`, the byte that each position should be; -100: it is not learned.
         block_size: `K`.
-        mask_embedding: `(W,)`, what the decoder starts from at a masked byte.
-        generator: where the noise comes from; None: torch's own generator.
-        blocks: what it made of the text, once the model has patched it.
+        mask_embedding: `(W,)`, from which the decoder starts at a masked byte.
+        generator: draws the noise; None: torch's own generator.
+        blocks: the corrupted blocks, once the model has found the patches.
     """
 
     labels: Tensor
@@ -66,7 +66,7 @@ class BlockNoise:
         latent_index: LatentIndex,
         wants_weights: bool,
     ) -> tuple[Tensor, Tensor, LatentIndex, "TwoStreamSpan"]:
-        """What the decoder of a [`BltModel`] takes of text and blocks: states, positions, latents, keys.
+        """Corrupts blocks and joins them to the text: the decoder's states, positions, latents and keys.
 
         Args:
             chunk, patches: the text and its patches.
@@ -85,10 +85,10 @@ class BlockNoise:
         return states, positions, latent_index, span
 
     def draw(self, num_rows: int, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """First a mask probability for each block, uniform `(B, N)`, then a uniform number for each byte `(B, N, K)`."""
+        """Draws a mask probability for each block, uniform `(B, N)`, then a uniform number for each byte `(B, N, K)`."""
         shape = (num_rows, num_blocks)
         options: dict = {"device": device}
-        if self.generator is not None:  # torch takes no symbol for a size where it is given None
+        if self.generator is not None:  # with `generator=None` torch takes no symbolic sizes
             options = {"device": self.generator.device, "generator": self.generator}
         probability = torch.rand(shape, **options)
         level = torch.rand((*shape, self.block_size), **options)
@@ -97,16 +97,16 @@ class BlockNoise:
 
 @dataclass
 class CorruptedBlocks:
-    """The blocks of one forward, in the order of their starts; rows that have fewer are filled up with empty ones.
+    """Holds the blocks of one forward, in the order of their starts; shorter rows end with empty blocks.
 
     Attributes:
         starts: int64 `(B, N)`, position in its row of each block's first byte (0 for an empty block).
         ids: int64 `(B, N, K)`, the bytes; anything where there is none.
-        labels: int64 `(B, N, K)`, what they should be predicted to be; -100 where nothing is learned.
+        labels: int64 `(B, N, K)`, the bytes to predict; -100 where nothing is learned.
         exists: bool `(B, N, K)`, False past the end of the text, in another document, and in an empty block.
         is_masked: bool `(B, N, K)`.
         probability: `(B, N)`, chance with which the bytes of each block were masked.
-        states: `(B, N, K, W)`, decoder states that predict them, once it has read them.
+        states: `(B, N, K, W)`, decoder states that predict the bytes, once the decoder has run.
     """
 
     starts: Tensor
@@ -130,7 +130,7 @@ class CorruptedBlocks:
         embed_tokens: nn.Embedding,
         mask: Tensor,
     ) -> tuple[Tensor, Tensor, LatentIndex]:
-        """What the decoder takes of both streams, `[bytes | blocks]`: states, positions, and what each byte reads.
+        """Joins both streams, `[bytes | blocks]`: states, positions, and the latents that each byte reads.
 
         Args:
             byte_states: `(B, S, W)`, of the encoder.
@@ -153,9 +153,9 @@ class CorruptedBlocks:
         return states, torch.cat([positions, self.positions.flatten(1)], dim=1), latent_index
 
     def take_states(self, hidden_states: Tensor, num_bytes: int) -> Tensor:
-        """Keeps what predicts the blocks in states of `[bytes | blocks]`, and returns those of the `num_bytes` bytes.
+        """Splits states of `[bytes | blocks]`: keeps those that predict the blocks, returns those of the bytes.
 
-        The first byte of a block is predicted by the clean byte before it, the others by the one before in the block.
+        The clean byte before a block predicts its first byte; inside the block, each byte predicts the next.
         """
         clean, own = hidden_states[:, :num_bytes], hidden_states[:, num_bytes:].unflatten(1, self.ids.shape[1:])
         before = (self.starts - 1).clamp_min(0)[..., None].expand(-1, -1, clean.shape[-1])
@@ -164,10 +164,10 @@ class CorruptedBlocks:
 
 
 def make_noise(model, labels: Tensor | None, generator: torch.Generator | None, **inputs) -> BlockNoise:
-    """The noise of a forward of a [`BltForCausalLM`] that asks for the masked loss.
+    """Makes the noise of a forward of a [`BltForCausalLM`] with the masked loss.
 
     Raises:
-        ValueError: blocks were asked for and cannot be read.
+        ValueError: these inputs allow no masked loss.
     """
     config = model.config
     if labels is None or config.diffusion_block_size is None:
@@ -189,10 +189,10 @@ def make_noise(model, labels: Tensor | None, generator: torch.Generator | None, 
 
 
 def find_block_starts(chunk: ByteChunk, ends: Tensor, labels: Tensor, block_size: int) -> Tensor:
-    """Where blocks start, int64 `(B, N)` with `N >= 1`, -1 on the right of rows that have fewer.
+    """Finds where blocks start, int64 `(B, N)` with `N >= 1`, -1 on the right of rows that have fewer.
 
-    A block starts with each patch but a text's first, which has nothing before it; not where none of its bytes is
-    learned.
+    A block starts with each patch, except a text's first one, which has nothing before it, and patches from which on no
+    byte of the block is learned.
 
     Args:
         ends: bool `(B, S)`, last bytes of patches.
@@ -206,14 +206,14 @@ def find_block_starts(chunk: ByteChunk, ends: Tensor, labels: Tensor, block_size
     # A stable sort moves the starts of each row to its beginning.
     order = torch.argsort((~starts).to(torch.uint8), dim=1, stable=True)
     counts = starts.sum(dim=1)
-    # Where that is a symbol, two blocks at least, so that no case of one has to be decided.
+    # A symbolic number of blocks is at least two, since torch treats a size of 1 as a case of its own.
     num_blocks = largest_count(counts, 2 if chunk.is_symbolic else 1)
     order = order.index_select(1, torch.arange(num_blocks, device=order.device).clamp_max(order.shape[1] - 1))
     return torch.where(torch.arange(order.shape[1], device=order.device) < counts[:, None], order, -1)
 
 
 def corrupt_blocks(chunk: ByteChunk, ends: Tensor, noise: BlockNoise) -> CorruptedBlocks:
-    """The blocks of a text whose patches end at `ends` `(B, S)`, with the bytes that `noise` masks."""
+    """Makes the blocks of a text whose patches end at `ends` `(B, S)`, and masks bytes by `noise`."""
     labels = chunk.pack(noise.labels)
     if chunk.is_text is not None:
         labels = labels.masked_fill(~chunk.is_text, IGNORED_LABEL)
@@ -241,7 +241,7 @@ def corrupt_blocks(chunk: ByteChunk, ends: Tensor, noise: BlockNoise) -> Corrupt
 
 
 class TwoStreamSpan(AttentionSpan):
-    """Keys of the decoder's self-attention over `[bytes | blocks]`.
+    """Says which keys the decoder's self-attention over `[bytes | blocks]` sees.
 
     Args:
         blocks: the corrupted blocks.
@@ -271,22 +271,26 @@ class TwoStreamSpan(AttentionSpan):
         """
         starts, is_block = self.blocks.starts, self.blocks.exists[..., 0]
         num_rows, num_blocks, size = self.blocks.ids.shape
-        width = max(_ROW_QUERIES // size, 1)
+        width = max(_ROW_QUERIES // size, 1)  # `M`
         num_stretches = -(-self.num_queries // _STRETCH)
+        # The number of each block among those of its stretch; empty blocks are in a stretch behind the last.
         stretch = torch.where(is_block, starts // _STRETCH, num_stretches)
         counts = starts.new_zeros(num_rows, num_stretches + 1).scatter_add_(1, stretch, torch.ones_like(stretch))
         before = counts.cumsum(dim=1) - counts  # blocks of earlier stretches; starts ascend
         rank = torch.arange(num_blocks, device=starts.device) - before.gather(1, stretch)
-        needed = -(-counts[:, :-1] // width).flatten()  # rows of each stretch
+        # Each stretch takes as many rows as its blocks need; those of a stretch follow each other.
+        needed = -(-counts[:, :-1] // width).flatten()
         last = needed.cumsum(dim=0)
         total = largest_count(last[-1:], 2 if is_compiling() else 1)
         stretch = (stretch + torch.arange(num_rows, device=starts.device)[:, None] * num_stretches).flatten()
         first = (last - needed).index_select(0, stretch.clamp_max(needed.shape[0] - 1)).view_as(rank)
         self._places = torch.where(is_block, (first + rank // width) * width + rank % width, 0)
+        # The inverse: the block at each place. Empty blocks write to a place behind the last, which is cut off.
         slots = starts.new_full((total * width + 1,), -1)
         target = torch.where(is_block, self._places, total * width).flatten()
         slots.scatter_(0, target, torch.arange(num_rows * num_blocks, device=starts.device))
         self._slots = slots.narrow(0, 0, total * width).view(total, width)
+        # A row belongs to the first stretch whose rows do not all stand before it.
         index = torch.arange(total, device=starts.device)
         self._stretch = torch.searchsorted(last, index, right=True).clamp_max(needed.shape[0] - 1)
         # Where the keys of each row stand in `(B * S)`; those before the text are hidden by the mask.
@@ -299,13 +303,13 @@ class TwoStreamSpan(AttentionSpan):
         self._row_of = row
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0):
-        """Output `(B, S + N*K, H, D)`; weights are those of the clean bytes."""
+        """Attends to `(B, S + N*K, H, D)`; weights are those of the clean bytes."""
         clean = (states[:, :, : self.num_queries] for states in (query, key, value))
         output, weights = super().attend(module, *clean, dropout)
         return torch.cat([output, self._attend_blocks(module, query, key, value, dropout)], dim=1), weights
 
     def _attend_blocks(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        """Rows of blocks that start in one stretch, over the keys of the window, the stretch and the row's blocks."""
+        """Attends from rows of blocks to the keys of the window, of the stretch and of the row's blocks."""
         own = tuple(self._to_rows(states[:, :, self.num_queries :]) for states in (query, key, value))
         key, value = (
             torch.cat([self._before(states[:, :, : self.num_queries]), mine], dim=2)
@@ -318,18 +322,18 @@ class TwoStreamSpan(AttentionSpan):
         return output.index_select(0, self._places.flatten()).view(query.shape[0], -1, *output.shape[2:])
 
     def _to_rows(self, states: Tensor) -> Tensor:
-        """`(B, H, N*K, D)` to `(R, H, M*K, D)`."""
+        """Moves blocks `(B, H, N*K, D)` to their rows `(R, H, M*K, D)`."""
         states = states.unflatten(2, self.blocks.ids.shape[1:]).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B*N, K, H, D)
         states = states.index_select(0, self._slots.clamp_min(0).flatten())
         return states.unflatten(0, self._slots.shape).flatten(1, 2).transpose(1, 2)
 
     def _before(self, states: Tensor) -> Tensor:
-        """Clean bytes `(B, H, S, D)` that the blocks of each row may see, `(R, H, T, D)`."""
+        """Takes the clean bytes of `(B, H, S, D)` that the blocks of each row may see, `(R, H, T, D)`."""
         states = states.transpose(1, 2).flatten(0, 1).index_select(0, self._key_index)
         return states.unflatten(0, self._key_positions.shape).transpose(1, 2)
 
     def _visible_keys(self) -> Tensor:
-        """bool `(R, M*K, T + M*K)`."""
+        """Says which keys each query of each row sees, bool `(R, M*K, T + M*K)`."""
         blocks, slots = self.blocks, self._slots
         device, (_, width), size = slots.device, slots.shape, blocks.ids.shape[-1]
         index = slots.clamp_min(0)
@@ -350,7 +354,7 @@ class TwoStreamSpan(AttentionSpan):
         return torch.cat([sees_clean, sees_own.flatten(-2)], dim=-1).flatten(1, 2)
 
     def _build_two_stream_mask(self, device: torch.device):
-        """The same in the form of the attention interface, `(R, 1, M*K, T + M*K)`."""
+        """Builds the same mask in the form of the attention interface, `(R, 1, M*K, T + M*K)`."""
         visible = self._visible_keys()
         if self.implementation != "flex_attention":
             return visible[:, None]
@@ -362,9 +366,9 @@ class TwoStreamSpan(AttentionSpan):
         return create_block_mask(is_visible, visible.shape[0], None, *visible.shape[1:], device=device)
 
     def visible(self, row: int) -> Tensor:
-        """What each position of `[bytes | blocks]` sees of them in one row, bool `(S + N*K, S + N*K)`.
+        """Says which positions of `[bytes | blocks]` each of them sees in one row, bool `(S + N*K, S + N*K)`.
 
-        For pictures and tests: it is read off the masks that the attention uses, and quadratic in bytes.
+        For pictures and tests: made from the masks that the attention uses, and quadratic in bytes.
         """
         device, length = self.blocks.starts.device, self.num_queries
         num_blocks, size = self.blocks.ids.shape[1:]
@@ -385,10 +389,10 @@ class TwoStreamSpan(AttentionSpan):
 
 
 def masked_loss(blocks: CorruptedBlocks, head: nn.Module, labels: Tensor, num_items_in_batch=None) -> Tensor:
-    """Cross-entropy of the masked bytes, each divided by the mask probability of its block, in nats a learned byte.
+    """Computes the cross-entropy of masked bytes, each divided by the mask probability of its block.
 
     The sum over blocks is divided as the next-byte loss is: by `num_items_in_batch`, or by the positions whose next byte
-    is learned. So a byte counts as often as blocks cover it (`K` / mean patch length times).
+    is learned. So a byte counts once for each block that covers it (`K` / mean patch length times).
 
     Args:
         blocks: with their `states`.
