@@ -445,7 +445,7 @@ def _essence(config: BltConfig) -> dict:
 
 
 def entropy_is_fixed(config: BltConfig) -> bool:
-    """Whether Meta's loader of `params.json`, which fixes some values, can build the patcher."""
+    """Tells whether Meta's loader of `params.json`, which fixes some values, can build the patcher."""
     patcher = config.patcher_config
     try:
         _ffn_args({patcher.hidden_size: patcher.intermediate_size}, (256,))

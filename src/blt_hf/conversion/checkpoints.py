@@ -55,7 +55,7 @@ _HUB_FILES = ["*.json", "model*.safetensors", "consolidated.pth", "entropy_model
 
 @dataclass
 class _Source:
-    """A checkpoint in Meta's layout, opened."""
+    """Holds an opened checkpoint in Meta's layout."""
 
     label: str
     folder: Path
@@ -74,7 +74,7 @@ class _Source:
 
 
 def _locate(source: str | os.PathLike, revision: str | None) -> Path:
-    """The folder that `source` names, or into which a Hub id is downloaded."""
+    """Returns the folder `source`, or the one into which a Hub id was downloaded."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -134,7 +134,7 @@ def _open_meta(source: str | os.PathLike, entropy_model: str | os.PathLike | Non
 
 
 def _licence(source: _Source) -> tuple[dict, str]:
-    """Metadata and one sentence about the licence, from what the source says."""
+    """Returns metadata and one sentence about the licence of the source."""
     from huggingface_hub import metadata_load
 
     known = {}
@@ -229,7 +229,7 @@ def _parse_size(size: int | str) -> int:
 
 
 def _write_code(folder: Path, config: BltConfig) -> None:
-    """The modules that `save_pretrained` of the model ships, and `auto_map` in `config`."""
+    """Writes the modules that `save_pretrained` of the model ships, and sets `auto_map` in `config`."""
     from transformers.dynamic_module_utils import custom_object_save
 
     from ..model.modeling_blt import BltForCausalLM
@@ -242,7 +242,7 @@ def _write_code(folder: Path, config: BltConfig) -> None:
 
 
 def _main_dtype(outputs: list[OutputTensor]) -> torch.dtype:
-    """The dtype of most of the bytes of the byte latent transformer."""
+    """Finds the dtype of most of the bytes of the byte latent transformer."""
     counts = {}
     for output in outputs:
         if not output.name.startswith("model.patcher."):

@@ -207,7 +207,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; a ValueError where there is none."""
+    """Reads the JSON object in a file; a ValueError where there is none."""
     if not path.is_file():
         raise ValueError(f"{path} is missing.")
     try:

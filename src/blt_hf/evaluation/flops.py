@@ -229,7 +229,7 @@ PRESETS = {
 
 
 def preset_config(name: str):
-    """The config of one of `PRESETS`.
+    """Makes the config of one of `PRESETS`.
 
     Raises:
         ValueError: there is no such name.

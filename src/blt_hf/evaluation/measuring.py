@@ -19,7 +19,7 @@ DEFAULT_MAX_LENGTH = 4096
 
 @dataclass(frozen=True)
 class Measurement:
-    """How well a model predicts some texts.
+    """Holds how well a model predicts some texts.
 
     Attributes:
         bits_per_byte: summed cross-entropy of all bytes (or tokens) in bits, divided by the number of UTF-8 bytes.

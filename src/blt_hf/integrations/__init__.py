@@ -7,7 +7,7 @@ from .pipelines import keep_characters_whole
 
 
 def register() -> None:
-    """Everything that `import blt_hf` changes outside this package."""
+    """Makes all changes of `import blt_hf` outside this package."""
     register_auto_classes()
     take_over_names()
     teach_peft_when_imported()

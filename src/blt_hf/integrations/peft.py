@@ -40,7 +40,7 @@ _MARK = "_knows_blt"
 
 
 def _sums_bags(module: nn.Module | None) -> bool:
-    """Whether a module sums many rows for each position. Compares names, so that it knows code from the Hub."""
+    """Tells whether a module sums many rows for each position; by name, for code from the Hub."""
     return any(cls.__name__ == BltHashEmbedding.__name__ for cls in type(module).__mro__)
 
 
@@ -56,7 +56,7 @@ def _summing_bags(embed):
 
 
 def _holds_patcher(module: nn.Module) -> bool:
-    """Whether a module is a BLT with an entropy model. Compares names, so that it knows code from the Hub."""
+    """Tells whether a module is a BLT with an entropy model; by name, for code from the Hub."""
     return any(cls.__name__ == BltPatcher.__name__ for cls in type(module._modules.get("patcher")).__mro__)
 
 

@@ -28,7 +28,7 @@ _NAMES = {BltModel.__name__, BltPatcher.__name__}
 
 
 def _is_blt(model: nn.Module) -> bool:
-    """Whether there is a BLT or an entropy model in `model`; by name, for code from the Hub."""
+    """Tells whether `model` contains a BLT or an entropy model; by name, for code from the Hub."""
     return any(cls.__name__ in _NAMES for module in model.modules() for cls in type(module).__mro__)
 
 

@@ -17,7 +17,7 @@ from ..model.patching_blt import BYTE_OFFSET, VOCAB_SIZE
 
 
 def is_foreign(config: dict) -> bool:
-    """Whether a `tokenizer_config.json` with this content was written by another class: only ours writes `errors`."""
+    """Tells whether another class wrote a `tokenizer_config.json` of this content: only ours writes `errors`."""
     return "errors" not in config
 
 

@@ -24,7 +24,7 @@ from .display import patches_html
 
 @contextmanager
 def evaluating(module: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode without gradients; the module's mode comes back afterwards."""
+    """Sets evaluation mode without gradients; restores the module's mode afterwards."""
     was_training = module is not None and module.training
     if was_training:
         module.eval()
@@ -38,7 +38,7 @@ def evaluating(module: nn.Module | None) -> Iterator[None]:
 
 @dataclass
 class PatchFinder:
-    """How a model finds patches, without the rest of the model.
+    """Finds patches as a model does, without the rest of the model.
 
     Attributes:
         patcher: the entropy model; None: the rule needs none.
@@ -52,7 +52,7 @@ class PatchFinder:
 
     @classmethod
     def of(cls, model: nn.Module) -> "PatchFinder":
-        """That of a BLT (any class of this package, PEFT's wrappers too); a [`BltPatcher`] gets the plain entropy rule.
+        """Makes the finder of a BLT (also in PEFT's wrappers), or of a [`BltPatcher`] with the plain entropy rule.
 
         Raises:
             ValueError: `model` is neither, or has lost its entropy model and needs one.
@@ -75,14 +75,14 @@ class PatchFinder:
     def entropies(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Nats of the byte after each byte, fp32 `(B, S)`, 0 at padding; arguments as in the model's forward."""
+        """Computes nats of the byte after each byte, fp32 `(B, S)`, 0 at padding; arguments as in the model's forward."""
         chunk = self._chunk(input_ids, attention_mask, position_ids)
         return chunk.unpack(self._entropies(chunk))
 
     def patches(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Patch lengths int64 `(B, P)` as the model computes them in its forward, and `entropies` (None without)."""
+        """Computes patch lengths int64 `(B, P)` as the model's forward does, and `entropies` (None without)."""
         chunk = self._chunk(input_ids, attention_mask, position_ids)
         entropies = self._entropies(chunk) if self.patcher is not None else None
         ends = find_patch_ends(self.rule, chunk.input_ids, entropies, chunk.text_positions)
@@ -228,7 +228,7 @@ class BltPatches:
             yield BltPatch(start, start + length, self.input_ids[start : start + length], before[start])
 
     def recut(self, rule: PatchingRule | None = None, **changes) -> "BltPatches":
-        """The same text by another rule, without the model: `patches.recut(threshold=2.0)`.
+        """Cuts the text by another rule, without the model: `patches.recut(threshold=2.0)`.
 
         Args:
             rule: the other rule; None: this one's.
@@ -251,7 +251,7 @@ class BltPatches:
         return _from_lengths(self.input_ids, patch_lengths_from_ends(ends)[0].tolist(), self.entropies, rule)
 
     def to_dict(self) -> dict:
-        """All of it in JSON's types; bytes of a patch as hexadecimal digits."""
+        """Returns all data in JSON's types; bytes of a patch as hexadecimal digits."""
         return {
             "text": self.text,
             "num_bytes": self.num_bytes,
@@ -355,7 +355,7 @@ def get_patches(
 
 
 def _input_device(model) -> torch.device:
-    """Where inputs go. The weights of an offloaded model are on `meta`, and accelerate's hooks know where they run."""
+    """Finds the device of inputs; for an offloaded model, whose weights are on `meta`, in the hooks of accelerate."""
     if model.device.type != "meta":
         return model.device
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
@@ -376,14 +376,14 @@ def _find(finder: PatchFinder, rows: list[list[int]], device: torch.device) -> I
 def _from_lengths(
     input_ids: list[int], patch_lengths: list[int], entropies: list[float] | None, rule: PatchingRule
 ) -> BltPatches:
-    """From lengths as the model gives them, which count the next byte."""
+    """Makes patches of a model's lengths, which count the next byte."""
     is_last_complete = patch_lengths[-1] == 1
     lengths = patch_lengths[:-1] if is_last_complete else [*patch_lengths[:-1], patch_lengths[-1] - 1]
     return BltPatches(list(input_ids), lengths, entropies, is_last_complete, rule)
 
 
 def _read_rows(inputs, attention_mask, pad_token_id: int) -> tuple[list[list[int]], bool]:
-    """Rows of ids without padding, and whether one text came instead of a batch."""
+    """Returns rows of ids without padding, and whether one text came instead of a batch."""
     if isinstance(inputs, Mapping) and "input_ids" in inputs:
         attention_mask = inputs.get("attention_mask") if attention_mask is None else attention_mask
         inputs = inputs["input_ids"]

@@ -20,7 +20,7 @@ _DOTTED_CIRCLE = "\u25cc"
 
 @dataclass(frozen=True)
 class Glyph:
-    """What is shown for some ids of a row.
+    """Shows some ids of a row.
 
     Attributes:
         start, stop: positions in the row.
@@ -40,7 +40,7 @@ class Glyph:
 
 
 def split_glyphs(input_ids: Sequence[int], boundaries: Iterable[int] = ()) -> list[Glyph]:
-    """The glyphs of a row, in order; together they cover all of it.
+    """Splits a row into glyphs, in order; together they cover all of it.
 
     Args:
         input_ids: ids of the row.
@@ -77,7 +77,7 @@ def _split_piece(input_ids: Sequence[int], first: int, stop: int) -> Iterator[Gl
 
 
 def _character_at(input_ids: Sequence[int], position: int, stop: int) -> tuple[int, str | None]:
-    """How many ids the character at `position` takes, and the character; `(1, None)` if none is whole there."""
+    """Returns the number of ids of the character at `position`, and the character; `(1, None)` if none is whole there."""
     byte = input_ids[position] - BYTE_OFFSET
     if not 0 <= byte < 256:
         return 1, None
@@ -90,7 +90,7 @@ def _character_at(input_ids: Sequence[int], position: int, stop: int) -> tuple[i
 
 
 def _continues(cluster: str, character: str) -> bool:
-    """Whether `character` is written together with those before it (the common cases of Unicode's annex 29)."""
+    """Tells whether `character` is joined to those before it (the common cases of Unicode's annex 29)."""
     last = cluster[-1]
     if _stands_alone(cluster[0]):
         return False
@@ -138,7 +138,7 @@ def _lone_id(token_id: int, position: int) -> Glyph:
 
 
 def describe_ids(input_ids: Sequence[int]) -> str:
-    """Names for a reader: `"C3 A9"` of two bytes, `"<s>"` of a BOS."""
+    """Names ids for a reader: `"C3 A9"` of two bytes, `"<s>"` of a BOS."""
     return " ".join(_lone_id(token_id, 0).label for token_id in input_ids)
 
 
@@ -166,7 +166,7 @@ _STYLE = f"""<style>
 
 
 def patches_html(patches, with_style: bool = True) -> str:
-    """[`BltPatches`] as HTML that needs nothing else: entropy bars, the threshold, and coloured patches below.
+    """Draws [`BltPatches`] as HTML that needs nothing else: entropy bars, the threshold, coloured patches below.
 
     Each byte has a bar in the colour of its patch. Below stand whole characters; one that lies in several patches has
     the colours of all of them.
@@ -208,7 +208,7 @@ def patches_html(patches, with_style: bool = True) -> str:
 
 
 def _background(bands: list[tuple[str, str, float, float, bool]]) -> str:
-    """A CSS background: each byte's share in the colour of its patch, with a dark edge where a patch starts."""
+    """Makes a CSS background: each byte's share in the colour of its patch, a dark edge where a patch starts."""
     stops = [f"{fill} {left:.4g}% {right:.4g}%" for fill, _, left, right, _ in bands]
     fills = f"linear-gradient(90deg,{','.join(stops)})" if len(stops) > 1 else bands[0][0]
     _, bar, _, _, is_first = bands[0]

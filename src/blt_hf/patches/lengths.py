@@ -12,7 +12,7 @@ def compute_patch_lengths(
     entropies: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """Patch lengths of whole texts, one a row.
+    """Computes patch lengths of whole texts, one a row.
 
     Args:
         rule: the patching rule.

@@ -19,7 +19,7 @@ _CONTINUATION = "·"
 def patches_text(
     patches: BltPatches, width: int = 80, *, show_entropies: bool = False, spell: bool = False, separator: str = ""
 ) -> list[Text]:
-    """Lines for a terminal, each patch on a ground of its own colour; print them with a console of rich.
+    """Makes lines for a terminal, each patch on a ground of its own colour; print them with a console of rich.
 
     Control codes, also those inside the text that would move the cursor, are shown by signs. A character that lies in
     several patches stands in the first of them; `·` in the others says that it goes on there.
@@ -85,7 +85,7 @@ def _joined(spans: list[Span]) -> list[Span]:
 
 
 def _cells(patches: BltPatches, spell: bool) -> Iterator[list[tuple[str, float | None, bool, str]]]:
-    """For each patch: labels, the highest entropy of their bytes, whether it is above the limit, and their kinds."""
+    """Lists for each patch: labels, the highest entropy of their bytes, whether it is above the limit, their kinds."""
     boundaries, before, limits = patches.boundaries, patches.entropies_before, patches.limits
     glyphs = split_glyphs(patches.input_ids, boundaries if spell else ())
     index = 0
@@ -239,7 +239,7 @@ def _draw_label(axes, glyph: Glyph, colour: str) -> None:
 
 
 def _escaped_sign(label: str) -> str:
-    """The control code that a sign of Unicode's control pictures stands for, as Python writes it: `"␊"` is ``\\n``."""
+    """Writes the control code of a sign of Unicode's control pictures as Python does: `"␊"` is ``\\n``."""
     code = ord(label[0])
     if len(label) > 1 or not 0x2400 <= code <= 0x2421:
         return label
@@ -251,7 +251,7 @@ _PREFERRED_FONTS = ("DejaVu Sans Mono", "DejaVu Sans", "Noto Sans")
 
 @functools.lru_cache(maxsize=4096)
 def font_with(text: str):
-    """Path of an installed font of matplotlib's list that has all characters of `text`; None if none does."""
+    """Finds an installed font of matplotlib's list that has all characters of `text`; None if none does."""
     needed = {ord(character) for character in text if unicodedata.category(character) != "Cf"}
     script = unicodedata.name(text[-1] if text[0] == "◌" else text[0], "").split(" ")[0].split("-")[0].lower()
     for path in sorted(_fonts(), key=lambda path: _rank(_fonts()[path], script)):
@@ -269,7 +269,7 @@ def _rank(name: str, script: str) -> tuple:
 
 @functools.lru_cache(maxsize=1)
 def _fonts() -> dict:
-    """Upright fonts of normal weight, as `Path: name`."""
+    """Lists upright fonts of normal weight, as `Path: name`."""
     from pathlib import Path
 
     from matplotlib import font_manager
@@ -285,7 +285,7 @@ def _fonts() -> dict:
 
 @functools.cache
 def _characters(path) -> frozenset[int]:
-    """Code points of a font; none if matplotlib cannot draw with it (such as colour emoji)."""
+    """Lists the code points of a font; none if matplotlib cannot draw with it (such as colour emoji)."""
     from matplotlib import ft2font
 
     try:

@@ -38,7 +38,7 @@ _BYTE_OFFSET = 4  # byte `b` has id `b + 4`
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of memory that are free on `device`."""
+    """Returns the free bytes of memory of `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -81,7 +81,7 @@ class _Request:
         return not self.config.do_sample and not self.processors
 
     def choose(self, logits: Tensor) -> int:
-        """The next id from fp32 `logits` `(1, V)`, by the request's own settings and text."""
+        """Chooses the next id from fp32 `logits` `(1, V)`, by the request's own settings and text."""
         if self.processors:
             text = self.state.initial_tokens + self.state.generated_tokens
             logits = self.processors(torch.tensor([text], device=logits.device), logits)
@@ -234,7 +234,7 @@ class RunningBatch:
 
     @torch.no_grad()
     def step(self) -> list[RequestState]:
-        """One round; the requests whose text grew."""
+        """Runs one round; returns the requests whose text grew."""
         grown = self._decode() if self.running else []
         grown += self._read_prompt()
         self._leave([row for row, request in enumerate(self.rows) if request and _is_over(request)])
@@ -264,7 +264,7 @@ class RunningBatch:
         return [request.state]
 
     def _decode(self) -> list[RequestState]:
-        """One byte for each running row, all in one pass of the model."""
+        """Makes one byte for each running row, all in one pass of the model."""
         lengths = None if None not in self.rows else [int(request is not None) for request in self.rows]
         if self._runner is None:
             self._runner = self.model.make_runner(self.cache)
@@ -325,7 +325,7 @@ class RunningBatch:
             self._resize(_row_count(len(self.running)))
 
     def _resize(self, count: int) -> None:
-        """Another number of rows: those that run come first, free ones after them."""
+        """Changes the number of rows: those that run come first, free ones after them."""
         kept = [row for row, request in enumerate(self.rows) if request is not None]
         requests = [self.rows[row] for row in kept] + [None] * (count - len(kept))
         device = self._last_ids.device
@@ -355,7 +355,7 @@ def _as_list_of_ids(value) -> list[int]:
 
 
 def _row_count(running: int) -> int:
-    """Rows of a batch for so many requests: powers of two, so that few shapes occur."""
+    """Rounds the rows of a batch up to a power of two, so that few shapes occur."""
     return 0 if running == 0 else 1 << (running - 1).bit_length()
 
 
@@ -486,7 +486,7 @@ class BltContinuousBatchingManager(ContinuousBatchingManager):
             status.mark_as_stopped()
 
     def _take_messages(self) -> None:
-        """New requests and cancellations; a pause, where some thread asked for one."""
+        """Takes in new requests and cancellations, and pauses where some thread asked for it."""
         is_pause_requested = getattr(self.background_thread_status, "is_pause_requested", None)
         if is_pause_requested is not None and is_pause_requested():
             self.background_thread_status.pause_and_wait()
@@ -513,7 +513,7 @@ class BltContinuousBatchingManager(ContinuousBatchingManager):
 
 
 def _drained(messages) -> list:
-    """What waits in a queue."""
+    """Empties a queue."""
     drained = []
     while not messages.empty():
         drained.append(messages.get_nowait())

@@ -36,7 +36,7 @@ class TextStream:
         return self._give(len(self._held) - max((self._open_stop(text) for text in self._stop), default=0))
 
     def close(self) -> str:
-        """The rest of the text, when nothing more comes."""
+        """Returns the rest of the text, when nothing more comes."""
         return self._give(len(self._held)) + self._decoder.decode(b"", final=True)
 
     def _bytes(self, index: int) -> bytes:
@@ -45,7 +45,7 @@ class TextStream:
         return bytes_of([index]) or to_bytes(self._tokenizer.decode([index]))
 
     def _open_stop(self, text: bytes) -> int:
-        """How many bytes at the end of what is held are the beginning of a stop string."""
+        """Counts the bytes at the end of the held text that begin a stop string."""
         longest = min(len(text) - 1, len(self._held))
         return next((size for size in range(longest, 0, -1) if self._held.endswith(text[:size])), 0)
 
