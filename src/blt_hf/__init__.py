@@ -50,7 +50,7 @@ register()
 
 
 def __getattr__(name: str):
-    if name == "plot_patches":  # measuring and drawing stay out of what every import pays for
+    if name == "plot_patches":  # no other import waits for measuring and drawing
         from .patches.pictures import plot_patches
 
         return plot_patches

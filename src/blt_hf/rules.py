@@ -59,7 +59,7 @@ def _windows(values: Tensor, past: Tensor | None, positions: Tensor, window: int
     missing = positions.shape[1] + window - 1 - values.shape[1]
     values = sliding_windows(torch.nn.functional.pad(values, (missing, 0)), 1, window)
     age = torch.arange(window - 1, -1, -1, device=values.device)
-    # A row may hold several texts, and what lies before one is not its own.
+    # A row may hold several texts, and a text does not see the ones before it.
     return values * (positions[..., None] >= age)
 
 
@@ -82,10 +82,10 @@ def register_patching_rule(
     - `rule`: the [`PatchingRule`] of the configuration, with its `threshold` and `patch_size`;
 
     and returns bool `(B, S)`: the byte is the last of its patch. The first byte of a text always is, and
-    `max_patch_length` splits longer patches, whatever the function says.
+    `max_patch_length` splits longer patches.
 
     Args:
-        name: what configurations call the rule. It is saved in `config.json`, the function is not: whoever loads the
+        name: the rule's name in configurations. `config.json` holds the name and not the function: whoever loads the
             model registers it first.
         function: the rule; None: this is a decorator of it.
         window: bytes that the rule reads to decide about one byte, that byte included.

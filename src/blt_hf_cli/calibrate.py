@@ -30,7 +30,7 @@ def calibrate(
     threshold_add: Annotated[float | None, typer.Option(help="Nats by which the entropy must also rise.")] = None,
     max_patch_length: Annotated[int | None, typer.Option(help="Split patches of more bytes than this.")] = None,
     newline_reset: Annotated[
-        bool, typer.Option("--newline-reset", help="The entropy model forgets what came before a newline.")
+        bool, typer.Option("--newline-reset", help="The entropy model forgets the bytes before a newline.")
     ] = False,
     write: Annotated[bool, typer.Option("--write", help="Save the rule to the config.json of MODEL.")] = False,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,

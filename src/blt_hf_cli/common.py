@@ -26,7 +26,7 @@ class Dtype(str, Enum):
 Texts = Annotated[list[str], typer.Argument(help="Files or folders. A .jsonl file holds a text in each line.")]
 TextColumn = Annotated[str, typer.Option(help="Field of a .jsonl line that is the text.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; the first GPU if there is one.")]
-Weights = Annotated[Dtype, typer.Option(help="Type of the weights; auto is what they are saved as.")]
+Weights = Annotated[Dtype, typer.Option(help="Type of the weights; auto: as they were saved.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 Model = Annotated[
@@ -92,7 +92,7 @@ def load(load: Callable, name: str, *args, **kwargs):
 
 
 def _why_not(name: str, told: str) -> str:
-    """Says why `name` cannot be loaded, and what to do."""
+    """Says why `name` cannot be loaded, and names the remedy."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         inside = [found.parent.name for found in sorted(path.glob("*/config.json"))]

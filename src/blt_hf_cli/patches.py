@@ -77,7 +77,7 @@ def patches(
     with plain_messages():
         if corpus:
             if texts or entropies or spell or svg or png:
-                raise ValueError("--corpus writes files and shows nothing; leave out texts and what draws them.")
+                raise ValueError("--corpus writes files and shows nothing; leave out texts and drawing options.")
             _write_corpus(
                 corpus, output, shard, model_or_default(model), threshold, context, batch_size, text_column, dtype,
                 device, as_json, quiet,

@@ -11,7 +11,7 @@ from ..model.configuration_blt import BltConfig
 from ..model.patching_blt import BOE_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID, PATCHING_MODES
 
 
-# ---- Meta's arguments. Every key is mapped to a config field, checked against what is supported, or ignored. ----
+# ---- Meta's arguments. Every key is mapped to a config field, checked against the supported values, or ignored. ----
 
 # Defaults of `ByteLatentTransformerArgs`, for keys that a file leaves out. `attn_impl` is the exception: files without
 # it are older than that field and were run with xformers.
@@ -169,7 +169,7 @@ def _fill(given: dict, where: str, defaults: dict, checked: dict, ignored: str) 
     """Returns `defaults` with the values of `given` in their place, all of them checked.
 
     Raises:
-        ValueError: names the key, its value and what is supported.
+        ValueError: names the key, its value and the supported ones.
     """
     for key in given.keys() - defaults.keys() - set(ignored.split()):
         if given[key] not in (None, False):
@@ -225,9 +225,9 @@ def config_from_meta_args(
         entropy_fixed: multiple_of, epsilon, rope theta and masks are those that Meta's loader of `params.json` fixes,
             whatever `entropy_args` say.
     Returns:
-        the config and notes about what the reader should know.
+        the config, and notes for the reader.
     Raises:
-        ValueError: names the argument, its value and what is supported.
+        ValueError: names the argument, its value and the supported ones.
     """
     notes = []
     a = _fill(args, "args", _MODEL_DEFAULTS, _MODEL_CHECKED, " ".join(_MODEL_IGNORED.values()))
@@ -382,7 +382,7 @@ def meta_args_from_config(config: BltConfig, entropy_fixed: bool = True) -> tupl
         )
     encoder, decoder, global_ = config.encoder_config, config.decoder_config, config.global_config
     args = {key: accepted[0] for key, (accepted, _) in _MODEL_CHECKED.items()} | _to_meta(_MODEL_FIELDS, config)
-    # The encoder comes last: of what has one key for all parts, its value counts
+    # The encoder comes last, so its value counts where all parts share a key.
     for part, name in ((global_, "_global"), (decoder, "_local_decoder"), (encoder, "_local_encoder")):
         args |= _to_meta(_STACK_FIELDS, part, name)
     for part, name in ((encoder, "_encoder"), (decoder, "_decoder")):
@@ -422,7 +422,7 @@ def _shared_args(parts: list, multiples: tuple[int, ...]) -> dict:
     }
 
 
-# The fields that decide what a model computes, at the top and in the components.
+# The fields that the numbers of a model depend on, at the top and in the components.
 _ESSENCE = {*_SAME_NAMES, "patch_in_forward", "patching_newline_reset", "encoder_hash_byte_group_size"}
 _PART_ESSENCE = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size",
@@ -432,7 +432,7 @@ _PART_ESSENCE = (
 
 
 def _essence(config: BltConfig) -> dict:
-    """Returns the fields that decide what a model computes, and their values."""
+    """Returns the fields that the numbers of a model depend on, and their values."""
     unread = {"patch_size"} if config.patching_mode != "static" else set()
     if not config.encoder_hash_byte_group_nb_functions:
         unread |= {"encoder_hash_byte_group_size", "encoder_hash_byte_group_vocab"}

@@ -281,7 +281,7 @@ def convert_meta_checkpoint(
         `out`.
     Raises:
         ValueError: a missing file or tensor, an unexpected tensor, a wrong shape, or an option of Meta's architecture
-            that is not supported (named, with its value and what is supported).
+            that is not supported (named, with its value and the supported ones).
     Warns:
         UserWarning: something that the files say about numbers and that the reader should decide.
     """

@@ -9,7 +9,7 @@ from ..model.configuration_blt import BltConfig
 from ..model.modeling_blt import BltForCausalLM
 
 
-# Parts of our names, and what Meta calls them; other parts have the same name.
+# Parts of our names and of Meta's; other parts have the same name.
 _META_NAMES = {
     "embed_tokens": "tok_embeddings",
     "self_attn": "attention",

@@ -1,4 +1,4 @@
-"""Model cards: a README.md whose metadata the Hub understands, and what a reader asks of a BLT first."""
+"""Model cards: a README.md with metadata for the Hub, and answers to the first questions about a BLT."""
 
 import math
 import os

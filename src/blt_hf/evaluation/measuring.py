@@ -24,7 +24,7 @@ class Measurement:
     Attributes:
         bits_per_byte: summed cross-entropy of all bytes (or tokens) in bits, divided by the number of UTF-8 bytes.
         nats: the summed cross-entropy in nats.
-        num_texts, num_bytes, num_tokens: what was measured, each byte once. A byte model has a token for each byte.
+        num_texts, num_bytes, num_tokens: measured ones, each byte once. A byte model has a token for each byte.
         bytes_per_patch: the bytes, divided by the patches that start at one of them; None: the model has no patches.
         seconds: time in the model. Windows that overlap make it longer.
     """
@@ -75,7 +75,7 @@ def measure_bits_per_byte(
         model: a BLT, a [`BltPatcher`], or any causal language model of transformers, with `tokenizer`.
         texts: UTF-8 for a token model, any bytes for a byte model.
         tokenizer: of a token model. Byte models read the bytes as they are, without special tokens.
-        max_length: ids a window, start token included; None: what the config says, at most 4096.
+        max_length: ids a window, start token included; None: as the config says, at most 4096.
         stride: ids scored in each window after the first; None: half a window.
         batch_size: windows at a time.
         on_progress: called with the number of bytes scored (of a token model, about), after each batch.

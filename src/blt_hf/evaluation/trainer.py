@@ -43,7 +43,7 @@ class TrainerBitsPerByte:
         return torch.where(is_special, IGNORED_LABEL, labels)
 
     def __call__(self, prediction) -> dict[str, float]:
-        """Computes the metric from what `Trainer` has gathered of `preprocess_logits`."""
+        """Computes the metric from the results of `preprocess_logits` that `Trainer` has gathered."""
         rows = torch.as_tensor(prediction.predictions, dtype=torch.float64)
         if rows.dim() != 2 or rows.shape[1] != 2:
             raise ValueError(

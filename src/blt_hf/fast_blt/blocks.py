@@ -81,7 +81,7 @@ def check_settings(generation_config, config) -> None:
         generation_config: the settings of one call of `generate`.
         config: of the model.
     Raises:
-        ValueError: names the field, its value and what is accepted.
+        ValueError: names the field, its value and the accepted ones.
     """
     size = generation_config.diffusion_block_size
     trained = getattr(config, "diffusion_block_size", None)
@@ -227,7 +227,7 @@ def fill_block(
         text: the texts; the cache has read all but the last byte of each.
         block_size: `K`.
         needed: bytes of each row that must be filled in; the masks behind them may be left as they are.
-        choose: which masked bytes to keep, from scores and what is masked, as [`Unmasking.choose`]. None: all.
+        choose: picks the masked bytes to keep, from scores and `is_masked`, as [`Unmasking.choose`]. None: all.
     """
     last, rows, cache = text.last_ids(), len(needed), runner.cache
     read = read_block

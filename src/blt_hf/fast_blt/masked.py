@@ -10,7 +10,7 @@ bytes from where the patch starts, some of them masked. The decoder reads both i
                      is complete there.
     self-attention   a byte of a block sees the whole block, before and behind it, and the clean bytes before the block
                      as far back as the window of its own position reaches. It sees no other block, and clean bytes
-                     see no block, so the clean stream is what it is without the other.
+                     see no block, so the clean stream does not depend on the other.
     predicts         the next byte, in both streams: the state in front of a masked byte predicts it. So all states keep
                      their meaning in the plain model, and fine-tuning one takes far fewer steps.
 

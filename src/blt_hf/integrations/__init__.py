@@ -1,4 +1,4 @@
-"""What `import blt_hf` changes in other libraries. Each module says what it changes, why, and what breaks without it."""
+"""All changes of `import blt_hf` in other libraries. Each module names its change, the reason, and the failure without."""
 
 from .auto import register_auto_classes
 from .names import take_over_names

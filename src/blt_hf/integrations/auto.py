@@ -1,6 +1,6 @@
 """The Auto classes: after `import blt_hf` they return this package's classes for `model_type: "blt"`.
 
-What is changed, why, what breaks without it, and the test in tests/integrations/test_still_needed.py that fails when
+Changes, reasons, failures without them, and the test in tests/integrations/test_still_needed.py that fails when
 transformers no longer needs it:
 
 - The mappings of the Auto classes: their own `register` replaces the in-tree classes. Without it a BLT does not decode

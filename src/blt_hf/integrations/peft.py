@@ -1,6 +1,6 @@
 """PEFT: default targets, adapters of hash embeddings, and a refusal of methods that put vectors before the text.
 
-What is changed, why, what breaks without it, and the test in tests/integrations/test_still_needed.py that fails when
+Changes, reasons, failures without them, and the test in tests/integrations/test_still_needed.py that fails when
 PEFT no longer needs it:
 
 - The tables of default targets get an entry `blt`. PEFT has none for this model type. `LoraConfig()` then asks for
@@ -10,9 +10,9 @@ PEFT no longer needs it:
 - `BaseTuner.inject_adapter` refuses other methods on hash embeddings, which raise on shapes at the first forward.
   Test: `peft_looks_up_single_rows`.
 - `inject_adapter` of all tuners, and `_set_trainable` (`modules_to_save`, `trainable_token_indices`), do not meet the
-  entropy model of a BLT. PEFT finds what to adapt by names, and an entropy model has a `q_proj` and an `lm_head` as other
-  stacks do; `exclude_modules` is not known to all of its methods. Without it the entropy model gets adapters that never
-  get a gradient, and more memory, and DDP complains. Test: `peft_adapts_by_name`.
+  entropy model of a BLT. PEFT finds modules to adapt by their names, and an entropy model has a `q_proj` and an
+  `lm_head` as other stacks do; `exclude_modules` is not known to all of PEFT's methods. The entropy model would get
+  adapters that never get a gradient, take memory, and make DDP complain. Test: `peft_adapts_by_name`.
 - `_prepare_prompt_learning_config` refuses prompt learning: patches and hashes are found from bytes, and a vector is
   none. The first forward then raises without naming the cause. Test: `peft_accepts_prompts`.
 - Methods that count positions are refused: `peft_positions.py`.

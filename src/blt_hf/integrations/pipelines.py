@@ -1,6 +1,6 @@
 """The pipeline "token-classification": the bytes of one character belong to one word.
 
-What is changed, why, what breaks without it, and the test in tests/integrations/test_still_needed.py that fails when
+Changes, reasons, failures without them, and the test in tests/integrations/test_still_needed.py that fails when
 transformers no longer needs it. Both changes concern a `BltTokenizer` only:
 
 - `TokenClassificationPipeline.gather_pre_entities` takes a token for the beginning of a word if it follows a space or

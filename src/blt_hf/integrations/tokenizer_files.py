@@ -48,7 +48,7 @@ def drop_tokens(spec: dict | None, names: dict[int, str], droppable: Iterable[st
         spec: content of `tokenizer.json`, changed in place; None: there is no such file.
         names: names of ids 0 to 3.
         droppable: names of arguments.
-        arguments: what `from_pretrained` passes to the tokenizer.
+        arguments: those that `from_pretrained` passes to the tokenizer.
     """
     tokens = {key: str(arguments[key]) for key in droppable if arguments.get(key)}
     tokens = {key: name for key, name in tokens.items() if name not in names.values()}

@@ -3,7 +3,7 @@
 Entry `p` of a row (a byte, or a patch) lies in slot `p % size` of its kind. Which entry a slot holds, and whether a query
 sees it, follows from the counters `num_bytes` and `num_patches` by arithmetic, so nothing is shifted, aligned or masked:
 
-- a row that received fewer bytes than others has smaller counters; what was written past them is overwritten later;
+- a row that received fewer bytes than others has smaller counters; entries past them are overwritten later;
 - to take bytes back (`crop`) is to lower the counters, by at most `slack` bytes, each row by its own number;
 - a row that has ended is one whose counters are 0: another text can take its place.
 
@@ -731,7 +731,7 @@ class BltCache(Cache):
         """Takes back the last columns of every row.
 
         Args:
-            tokens_to_remove: minus the number of columns to remove; 0 only ends what is recorded. A positive number is
+            tokens_to_remove: minus the number of columns to remove; 0 only ends the recording. A positive number is
                 the length to crop to, as in older releases of transformers.
         Raises:
             ValueError: more is to be removed than the cache holds.

@@ -1,4 +1,4 @@
-"""What a forward accepts: each check raises a `ValueError` that names the argument, what came and what is accepted.
+"""Checks of a forward's input. Each raises a `ValueError` that names the argument, its value and the accepted ones.
 
 Types, shapes and dtypes are always checked. Values are looked at only where that costs nothing: on a CPU, outside of
 `torch.compile`, `torch.export` and tracing. On a GPU it would stop the program until the device is done.
@@ -251,7 +251,7 @@ def check_row_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -
 
 
 def cache_shapes(config) -> dict[str, object]:
-    """Lists for each part what a cache depends on: shapes of keys and values, windows, whether an entropy model runs."""
+    """Lists for each part what a cache depends on: shapes of keys and values, windows, use of an entropy model."""
     fields = ("num_hidden_layers", "num_key_value_heads", "head_dim")
     cross = ("hidden_size", "cross_attention_heads", "cross_attn_k", "cross_attn_all_layers", "cross_attn_window")
     if config.model_type == "blt_patcher":

@@ -35,11 +35,11 @@ def _running_max(values: Tensor, carried: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DocumentRules:
-    """Says what ends a document inside a row, besides `position_ids` that restart.
+    """Says where documents end inside a row, besides `position_ids` that restart.
 
     Attributes:
         mask_documents: a document ends at each of `eos_token_ids`.
-        newline_reset: the entropy model forgets what came before each newline.
+        newline_reset: the entropy model forgets the bytes before each newline.
     """
 
     mask_documents: bool = False
@@ -59,7 +59,7 @@ class ByteChunk:
     """Holds the new bytes of each row, from its first column on.
 
     Attributes:
-        input_ids: int64 `(B, S)`; ids after a row's bytes are whatever the padding was. None with `inputs_embeds`.
+        input_ids: int64 `(B, S)`; ids after a row's bytes are arbitrary. None with `inputs_embeds`.
         num_bytes: int64 `(B,)`, bytes of each row in this chunk; None in a step: all columns.
         row_positions: int64 `(B, S)`, index of each byte in its row.
         text_positions: int64 `(B, S)`, index of each byte in its text.
@@ -216,7 +216,7 @@ def make_chunk(
         input_ids: int64 `(B, S)`; None with `inputs_embeds`.
         attention_mask: `(B, S)` or `(B, past + S)`; zeros may stand on either side, or between texts.
         position_ids: `(B or 1, S)`; only where they begin anew matters, as the positions of this model are relative.
-        cache: what came before; None: nothing, and nothing is kept.
+        cache: holds the bytes before; None: there are none, and nothing is kept.
         shape: `(B, S)`.
         in_order: attention reads its keys in their order, however few bytes come.
     Raises:

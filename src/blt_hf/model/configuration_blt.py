@@ -320,7 +320,7 @@ class BltConfig(_SavedConfig):
 
     Fields, defaults and file format are those of transformers' in-tree `BltConfig`. Some belong to that format alone:
     nothing here computes with `initializer_range`, `patching_batch_size` and the `rope_parameters` at the top. Fields
-    that the in-tree class lacks default to what it does:
+    that the in-tree class lacks default to its behaviour:
 
         patching_mode (default `"entropy"`): `"entropy"`, `"space"`, `"static"` (every `patch_size` bytes), `"byte"`, or
             the name of a rule that was given to [`register_patching_rule`].
@@ -328,7 +328,7 @@ class BltConfig(_SavedConfig):
         patching_threshold_add (default None): nats; a patch starts where the entropy is above `patching_threshold` and
             rises by more than this.
         max_patch_length (default None): bytes; longer patches are split.
-        patching_newline_reset (default False): the entropy model forgets what came before each newline byte.
+        patching_newline_reset (default False): the entropy model forgets the bytes before each newline.
         mask_documents (default False): an `eos` inside a row ends a document; attention does not cross it, while
             hashes and patch starts run on (as Meta's reference does in training).
         diffusion_block_size (default None): bytes of a block that the decoder learns to fill in at once (BLT-D, see
@@ -471,7 +471,7 @@ class BltConfig(_SavedConfig):
         """Checks the patching rule.
 
         Raises:
-            ValueError: names the field, its value and what is accepted.
+            ValueError: names the field, its value and the accepted ones.
         """
         if self.patching_mode not in PATCHING_MODES:
             find_rule(self.patching_mode)

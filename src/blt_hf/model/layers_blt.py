@@ -131,7 +131,7 @@ class BltTransformerLayer(GradientCheckpointingLayer):
 
 
 class _BltCrossAttention(nn.Module):
-    """Projections of a cross attention; the two directions differ in who reads whom.
+    """Holds the projections of a cross attention in either direction.
 
     The output is `queries + attention`, and callers add it to the queries once more: the released weights need both.
     """

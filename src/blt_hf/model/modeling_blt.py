@@ -55,7 +55,7 @@ class BltModel(BltPreTrainedModel):
         self.post_init()
 
     def freeze_patcher(self) -> None:
-        """Takes the entropy model out of training; it is part of the input, not of what is learned."""
+        """Takes the entropy model out of training; it prepares the input and is not learned."""
         if self.patcher is not None:
             self.patcher.requires_grad_(False)
             self.patcher.eval()
@@ -119,7 +119,7 @@ class BltModel(BltPreTrainedModel):
             attention_mask: `(B, S)` or `(B, past + S)`; 0 is padding, which may stand on either side of a text.
             position_ids: `(B or 1, S)`; where they restart inside a row, another text begins that sees nothing of
                 those before it (as in transformers' padding-free batches). Their offset does not matter.
-            past_key_values: what an earlier call returned, to continue from.
+            past_key_values: the cache that an earlier call returned, to continue from.
             inputs_embeds: `(B, S, W)`, byte embeddings in the place of those that `get_input_embeddings()` gives. Hashes
                 and the rules `entropy` and `space` read `input_ids`, which are given beside them; without ids a model
                 has no hashes, and these rules need `patch_lengths`.
@@ -194,7 +194,7 @@ class BltModel(BltPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: BltCache | None = None,
     ) -> Tensor:
-        """Sums byte and hash embeddings, which is what the encoder reads; a forward takes them as `byte_embeds`.
+        """Sums byte and hash embeddings, as the encoder reads them; a forward takes the sum as `byte_embeds`.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values: as in [`~BltModel.forward`]; the cache is only read.

@@ -1,4 +1,4 @@
-"""The names under which other libraries know a BLT, and how its code finds what is in the package alone.
+"""The names under which other libraries know a BLT, and the way from code that travels to the rest of the package.
 
 **The cache** is called `past_key_values` up to transformers 5.23, `cache` from 5.24 on. Our own code says
 `past_key_values` in arguments. In outputs, and in the keyword arguments that `generate` hands around, the name is that of
@@ -47,7 +47,7 @@ AUTO_CLASSES = {
     "BltForTokenClassification": "AutoModelForTokenClassification",
 }
 
-# The table of transformers that says what each class is for.
+# The table of transformers that lists each class for its task.
 TASK_TABLES = {
     "BltForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "BltPatcher": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -59,7 +59,7 @@ TASK_TABLES = {
 def takes_cache(function: _Function) -> _Function:
     """Lets callers name the argument `past_key_values` of a function `cache` as well.
 
-    The signature shows the name of the installed transformers, which reads signatures to see what a model accepts.
+    The signature shows the name of the installed transformers, which reads signatures to see the arguments of a model.
     """
 
     @functools.wraps(function)
@@ -82,12 +82,12 @@ def takes_cache(function: _Function) -> _Function:
 
 
 def architecture_name(class_name: str) -> str:
-    """Returns what `architectures` calls a class: `BltForCausalLM` is `BltHfForCausalLM`; other names stay."""
+    """Returns the name of a class in `architectures`: `BltForCausalLM` is `BltHfForCausalLM`; other names stay."""
     return class_name.replace("Blt", "BltHf", 1) if class_name in AUTO_CLASSES else class_name
 
 
 def add_architectures() -> None:
-    """Adds the names of `architectures` to `transformers`; existing names stay what they are.
+    """Adds the names of `architectures` to `transformers`; existing names keep their meaning.
 
     `transformers.processing_utils` runs `transformers/__init__.py` again, so most processes have two module objects of
     that name. Whoever imported transformers early (TRL, a script) holds the first one.

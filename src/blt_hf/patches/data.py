@@ -43,7 +43,7 @@ class PatchFinder:
     Attributes:
         patcher: the entropy model; None: the rule needs none.
         rule: where patches start.
-        documents: what ends a document for the entropy model.
+        documents: where documents end for the entropy model.
     """
 
     patcher: nn.Module | None
@@ -134,7 +134,7 @@ class BltPatches:
         input_ids: ids of the row, without padding.
         patch_lengths: ids in each patch; they sum to `len(input_ids)`.
         entropies: nats of the byte after each byte, as in the output of a forward; None: the rule reads none.
-        is_last_complete: the last patch has ended; the next byte, whatever it is, starts another.
+        is_last_complete: the last patch has ended; any next byte starts another.
         rule: the [`PatchingRule`] that was applied.
     """
 
@@ -162,7 +162,7 @@ class BltPatches:
 
     @property
     def limits(self) -> list[float | None]:
-        """What the entropy before each id must exceed for a patch to start there; None where it does not count.
+        """The value that the entropy before each id must exceed for a patch to start; None where it does not count.
 
         The threshold itself by the global rule; by the rules on rises, the entropy one byte earlier and the rise.
         """
@@ -387,7 +387,7 @@ def _read_rows(inputs, attention_mask, pad_token_id: int) -> tuple[list[list[int
     if isinstance(inputs, Mapping) and "input_ids" in inputs:
         attention_mask = inputs.get("attention_mask") if attention_mask is None else attention_mask
         inputs = inputs["input_ids"]
-    inputs = getattr(inputs, "sequences", inputs)  # what `generate` gives with `return_dict_in_generate`
+    inputs = getattr(inputs, "sequences", inputs)  # of `generate` with `return_dict_in_generate`
     if isinstance(inputs, (str, bytes, bytearray)):
         inputs, is_single = [inputs], True
     else:

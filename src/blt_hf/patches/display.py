@@ -1,7 +1,7 @@
-"""Bytes as people read them: whole characters, with signs for what has no shape, and patches in HTML.
+"""Bytes as people read them: whole characters, signs for invisible ones, and patches in HTML.
 
 A patch may end in the middle of a character, and a text may hold control codes that would move a cursor or turn the
-direction of writing. So what is shown is made of [`Glyph`]s: each stands for some bytes that lie in one patch, and its
+direction of writing. So a text is shown as [`Glyph`]s: each stands for some bytes that lie in one patch, and its
 label is safe to print anywhere.
 """
 
@@ -24,7 +24,7 @@ class Glyph:
 
     Attributes:
         start, stop: positions in the row.
-        label: what to print; never a control code, never empty.
+        label: text to print; never a control code, never empty.
         kind: `"text"`, `"space"`, `"newline"`, `"code"` (a sign for a control code, or `U+200E`), `"byte"` (two
             hexadecimal digits of a byte that is no whole character) or `"special"` (a special token).
     """
@@ -44,8 +44,8 @@ def split_glyphs(input_ids: Sequence[int], boundaries: Iterable[int] = ()) -> li
 
     Args:
         input_ids: ids of the row.
-        boundaries: positions that no glyph may cross. A character that one of them divides is shown by what is whole
-            on each side: its parts (a letter and its accent), or its bytes.
+        boundaries: positions that no glyph may cross. A character that one of them divides is shown by the
+            whole parts on each side: (a letter and its accent), or its bytes.
     Returns:
         glyphs. `"é\\n"` is one `"é"` of 2 bytes and one `"␊"`; with a boundary inside the é it is `"C3"`, `"A9"`, `"␊"`.
     """
@@ -108,7 +108,7 @@ def _continues(cluster: str, character: str) -> bool:
 
 
 def _stands_alone(character: str) -> bool:
-    """Spaces, controls, and what has no shape: nothing combines with them here."""
+    """Tells spaces, controls and invisible characters, with which nothing combines here."""
     return character == " " or unicodedata.category(character)[0] in "CZ"
 
 

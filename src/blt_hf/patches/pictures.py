@@ -25,7 +25,7 @@ def patches_text(
     several patches stands in the first of them; `·` in the others says that it goes on there.
 
     Args:
-        patches: what `model.get_patches` gives for one text.
+        patches: the result of `model.get_patches` for one text.
         width: cells of a line.
         show_entropies: a line of bars above each line: the entropy before each character (the highest of its bytes);
             those above the threshold are bold.
@@ -123,7 +123,7 @@ def plot_patches(
     `U+1F600`, if none does; a control code as ``\\n``). Needs matplotlib (`pip install "blt-hf[plot]"`).
 
     Args:
-        patches: what `model.get_patches` gives, for one text or several.
+        patches: the result of `model.get_patches`, for one text or several.
         title: above the figure; None: none.
         bytes_per_row: longer texts go on in further rows, cut where a patch starts if one does nearby.
         show_special: also draw special tokens at the beginning, such as the BOS.

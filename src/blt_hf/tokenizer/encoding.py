@@ -1,6 +1,6 @@
 """From texts to rows of ids: byte `b` is id `b + 4`, and a text is split at the added tokens in it.
 
-A row is a bytes object that holds `id - 4` for each id, modulo 256: text is what it was, and ids 0 to 3 are the bytes 0xFC
+A row is a bytes object that holds `id - 4` for each id, modulo 256: text stays as it is, and ids 0 to 3 are the bytes 0xFC
 to 0xFF, which do not occur in UTF-8. So one addition makes ids of a whole batch, a fifth faster than one for each row. In
 a batch with ids from 256 on (of binary data, or of tokens that were added) each id has four bytes.
 """
@@ -17,7 +17,7 @@ from ..model.patching_blt import BYTE_OFFSET, VOCAB_SIZE
 
 SPECIAL_NAMES = ("<boe>", "<s>", "</s>", "<bpe>")  # ids 0 to 3
 
-_IDS = bytes((byte + BYTE_OFFSET) % 256 for byte in range(256))  # what rows hold -> ids, for `bytes.translate`
+_IDS = bytes((byte + BYTE_OFFSET) % 256 for byte in range(256))  # bytes of rows -> ids, for `bytes.translate`
 _LOW_BYTES = bytes(range(256 - BYTE_OFFSET))  # their ids are below 256; UTF-8 has no others
 
 
@@ -78,7 +78,7 @@ class AddedTokens:
         self.names = {index: name.encode() for index, name in names.items()} | {i: n for n, i in self.ids.items()}
         self.special_ids = {index for index, token in decoder.items() if token.special}
         self.special_names = {name for name, token in tokens.items() if token.special}
-        # Whether a token is its name and no more, whatever stands beside it
+        # Whether a token is its name alone, whatever text stands beside it.
         self.is_literal = not any(token.lstrip or token.rstrip or token.single_word for token in tokens.values())
         self._patterns = []
         for normalized in (False, True):  # the two rounds of the `tokenizers` library; the longest name wins
@@ -111,7 +111,7 @@ class AddedTokens:
 
 
 class LazyEncodings(Sequence):
-    """What the `tokenizers` library says about the rows of a batch, asked when somebody looks at one of them."""
+    """Asks the `tokenizers` library about the rows of a batch when somebody looks at one of them."""
 
     def __init__(self, num_rows: int, ask: Callable[[], list[Encoding]]):
         self._num_rows, self._ask, self._rows = num_rows, ask, None

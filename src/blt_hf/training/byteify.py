@@ -48,7 +48,7 @@ def byteify(
     patcher: BltPatcher | None = None,
     **overrides,
 ) -> BltForCausalLM:
-    """Makes a BLT whose global transformer computes what the layers of `token_model` compute; the rest is new.
+    """Makes a BLT whose global transformer has the layers of `token_model`; the rest is new.
 
     Queries and keys are reordered: Llama rotates the two halves of a head, BLT pairs of neighbours. Embeddings and head
     are not used. BLT's global transformer has no final norm. The weight of the token model's final norm is multiplied
@@ -56,7 +56,7 @@ def byteify(
     normalised when it is read.
 
     Patches reach the layers at the scale of the token embeddings that they replace: the weights that make them are
-    multiplied so that both have the same root mean square. At a larger scale they would drown what the layers add to them.
+    multiplied so that both have the same root mean square. At a larger scale they would drown the layers' results.
 
     Args:
         token_model: a model of type llama or mistral, with or without its head.
@@ -225,7 +225,7 @@ def _base_model(token_model: nn.Module) -> nn.Module:
     base = getattr(token_model, "base_model", token_model)
     if kind is None or not hasattr(base, "layers") or not hasattr(base, "norm"):
         raise ValueError(f"`token_model` must be a Llama-style model; got {type(token_model).__name__}.")
-    _check_tensors(base)  # first, since the names of what is wrong say more than the model type
+    _check_tensors(base)  # first, since the names of wrong tensors say more than the model type
     return base
 
 

@@ -21,10 +21,10 @@ class Calibration:
 
     Attributes:
         rule: the rule with its new threshold.
-        newline_reset: whether the entropy model forgot what came before each newline.
+        newline_reset: whether the entropy model forgot the bytes before each newline.
         target_patch_size: bytes a patch asked for.
         mean_patch_size: bytes a patch achieved.
-        num_bytes, num_patches: what it was measured on.
+        num_bytes, num_patches: counts of the measured texts.
         histogram: how many patches have each length in bytes, by length.
     """
 
@@ -95,7 +95,7 @@ def calibrate_threshold(
         monotonicity: a patch starts where the entropy rises by more than the threshold.
         threshold_add: nats; it must also rise by more than this.
         max_patch_length: bytes; longer patches are split.
-        newline_reset: the entropy model forgets what came before each newline.
+        newline_reset: the entropy model forgets the bytes before each newline.
         tokenizer: turns texts into ids; None: a BOS and the bytes, without a search for special tokens.
         batch_size: rows for the entropy model at a time.
         max_length: ids; longer texts are cut into rows of this length.

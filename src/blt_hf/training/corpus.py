@@ -66,7 +66,7 @@ def write_patches(
     `datasets.load_dataset("parquet", data_files=f"{output}/*.parquet")`, with columns `input_ids` and `patch_lengths`.
 
     Files are called `patches-00003-of-00016-000000.parquet`. When the shard is complete, its numbers are written to
-    `patches-00003-of-00016.json`. `settings.json` records from what the files were made.
+    `patches-00003-of-00016.json`. `settings.json` records the sources and settings of the files.
 
     Args:
         model: a BLT, or an entropy model together with `rule`.

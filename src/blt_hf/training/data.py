@@ -209,7 +209,7 @@ class BltDataCollator:
             name: pad_rows([row[name] for row in rows], value, self.padding_side, self.pad_to_multiple_of)
             for name, value in fills.items()
         }
-        if with_patches:  # counted from the first byte of the text, whatever side its padding is on
+        if with_patches:  # counted from the first byte of the text, with padding on either side
             batch["patch_lengths"] = pad_rows([row["patch_lengths"] for row in rows], 0)
         return batch
 
