@@ -523,11 +523,6 @@ class BltConfig(_SavedConfig):
         """Whether the patching rule reads entropies, which the entropy model computes."""
         return PatchingRule(self.patching_mode).uses_entropies
 
-    @property
-    def learns_blocks(self) -> bool:
-        """Whether training adds the masked loss."""
-        return self.diffusion_block_size is not None and self.diffusion_loss_weight > 0
-
     hidden_size = _of_decoder("hidden_size")
     num_hidden_layers = _of_decoder("num_hidden_layers")
     num_attention_heads = _of_decoder("num_attention_heads")

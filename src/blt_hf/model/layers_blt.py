@@ -13,21 +13,13 @@ from .attention_blt import AttentionSpan, gathered_attention, repeat_kv_heads, s
 from .names_blt import is_exporting, sliding_windows
 
 
-class BltRMSNorm(nn.Module):
-    """Root-mean-square norm with a weight of `hidden_size`."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
+class BltRMSNorm(nn.RMSNorm):
+    """torch's root-mean-square norm, with a weight that takes the dtype of the states."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # Under autocast the two may differ, and torch has its fused kernel for one dtype only.
         weight = self.weight.to(hidden_states.dtype)
-        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+        return nn.functional.rms_norm(hidden_states, self.normalized_shape, weight, self.eps)
 
 
 class BltMLP(nn.Module):

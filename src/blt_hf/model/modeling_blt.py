@@ -346,7 +346,8 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
             use_cache = self._resolve_use_cache(past_key_values, use_cache, self.config)
         noise = None
         # In an evaluation the loss is the text's own, and the same each time, unless the caller gives a generator.
-        if noise_generator is not None or (self.training and labels is not None and self.config.learns_blocks):
+        learns_blocks = self.mask_embedding is not None and self.config.diffusion_loss_weight > 0
+        if noise_generator is not None or (self.training and labels is not None and learns_blocks):
             masked = import_from_package("fast_blt.masked", "the masked loss (`config.diffusion_block_size`)")
             noise = masked.make_noise(
                 self, labels, noise_generator,
@@ -354,17 +355,9 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
             )  # fmt: skip
             use_cache = False
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            patch_lengths=patch_lengths,
-            use_cache=use_cache,
-            block_noise=noise,
-            return_dict=True,
-            **kwargs,
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, patch_lengths, use_cache,
+            block_noise=noise, return_dict=True, **kwargs,
+        )  # fmt: skip
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)).float()
         loss = of_blocks = None
         if labels is not None:

@@ -102,7 +102,7 @@ class PackedStack:
         attention = layers[0].self_attn
         weight = attention.q_proj.weight
         width = weight.shape[1]
-        self.copies, self.eps = copies, layers[0].input_layernorm.variance_epsilon
+        self.copies, self.eps = copies, layers[0].input_layernorm.eps
         # x / sqrt(mean(x * x) + eps) = sqrt(W) * x / hypot(|x|, sqrt(W * eps)): three operations, `sqrt(W)` in the weights
         self.is_exact = weight.dtype == torch.float32 and weight.device.type == "cpu"
         self.root, self.root_eps = width**0.5, weight.new_tensor((width * self.eps) ** 0.5)
