@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import CompileConfig, GenerationMixin, StoppingCriteria
-from transformers.generation import BaseStreamer
 
 from blt_hf.model import cache_blt
 from blt_hf.model.cache_blt import BltCache
 from blt_hf.model.step_blt import ModuleState
-from helpers.checks import alone, assert_same
+from helpers.checks import Received, alone, assert_same
 from helpers.models import RULES, make_model, model_for, tiny_config
 from helpers.texts import encode, pad, rows_of
 
@@ -114,17 +113,6 @@ class After(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         return torch.tensor([input_ids.shape[1] >= length for length in self.lengths])
-
-
-class Received(BaseStreamer):
-    def __init__(self):
-        self.ids, self.ended = [], False
-
-    def put(self, value):
-        self.ids.append(value.tolist())
-
-    def end(self):
-        self.ended = True
 
 
 def transformers_loop(model):

@@ -239,13 +239,17 @@ def read_blocks(model, ids, seed=0, **inputs):
         return model.model(ids, use_cache=False, block_noise=noise, **inputs).blocks
 
 
-def test_a_block_knows_nothing_of_what_it_has_to_predict():
-    """Other bytes in the place of the masked ones, and of all bytes behind the block, change none of its states."""
-    model = diffusion_model()
-    ids = torch.tensor([encode(TEXT)])
+def blocks_of_a_text():
+    """A model, a text, its patches, and its blocks."""
+    model, ids = diffusion_model(), torch.tensor([encode(TEXT)])
     with torch.no_grad():
         lengths = model(ids, output_patches=True).patch_lengths
-    blocks = read_blocks(model, ids, patch_lengths=lengths)
+    return model, ids, lengths, read_blocks(model, ids, patch_lengths=lengths)
+
+
+def test_a_block_knows_nothing_of_what_it_has_to_predict():
+    """Other bytes in the place of the masked ones, and of all bytes behind the block, change none of its states."""
+    model, ids, lengths, blocks = blocks_of_a_text()
     changed_any = False
     for number in range(0, blocks.ids.shape[1], 3):
         start = int(blocks.starts[0, number])
@@ -265,11 +269,7 @@ def test_a_block_knows_nothing_of_what_it_has_to_predict():
 
 def test_blocks_see_what_is_before_them_in_both_directions_of_themselves():
     """The other way round: a byte before the block, and an unmasked one at its end, reach all of its bytes."""
-    model = diffusion_model()
-    ids = torch.tensor([encode(TEXT)])
-    with torch.no_grad():
-        lengths = model(ids, output_patches=True).patch_lengths
-    blocks = read_blocks(model, ids, patch_lengths=lengths)
+    model, ids, lengths, blocks = blocks_of_a_text()
     full = blocks.exists[0].all(dim=1) & ~blocks.is_masked[0, :, -1] & (blocks.is_masked[0].sum(dim=1) > 1)
     number = int(full.nonzero()[-1, 0])
     start = int(blocks.starts[0, number])

@@ -12,7 +12,7 @@ from transformers.generation import BaseStreamer
 from blt_hf.model.generation_blt import AutoSpeculation, Drafts, DraftSource, SelfSpeculation, choose
 from blt_hf.model.step_blt import StepRunner
 from blt_hf.tokenizer.tokenization import BltTokenizer
-from helpers.checks import cases
+from helpers.checks import assert_samples_follow_the_model, cases
 from helpers.models import make_model, model_for, rules, tiny_config
 from helpers.texts import encode, pad, text_ids, texts
 
@@ -307,36 +307,8 @@ def test_choosing_keeps_the_distribution(drawn):
 
 
 def test_sampling_keeps_the_distribution():
-    """Chi-square of the second and third byte against the exact distribution, on few possible bytes, in a batch."""
-    model = make_model()
-    with torch.no_grad():  # only six bytes are ever likely, and the global transformer matters
-        model.lm_head.weight[10:] = 0
-        model.lm_head.weight[:10] *= 2
-    allowed = torch.arange(4, 10)
     ids = torch.tensor([encode("some text")])
-    with torch.no_grad():
-        probabilities = torch.zeros(6, 6, 6)
-        for first in range(6):
-            for second in range(6):
-                row = torch.cat([ids[0], allowed[[first, second]]])[None]
-                logits = model(row, use_cache=False).logits[0, -3:, allowed].softmax(dim=-1)
-                probabilities[first, second] = logits[0, first] * logits[1, second] * logits[2]
-    torch.manual_seed(0)
-    samples, batch = 2000, 100
-    counts = torch.zeros(6, 6, 6)
-    for _ in range(samples // batch):
-        out = model.generate(
-            ids, do_sample=True, top_k=0, max_new_tokens=4, eos_token_id=None, self_speculation_window=2,
-            num_return_sequences=batch, suppress_tokens=[i for i in range(260) if not 4 <= i < 10],
-        )  # fmt: skip
-        for row in out:
-            counts[tuple((row[-4:-1] - 4).tolist())] += 1
-    for keep in (1, 2):  # marginals of the two drafted or corrected bytes; the first comes from the prompt's pass
-        others = tuple(axis for axis in range(3) if axis != keep)
-        expected = probabilities.sum(dim=others) * samples
-        observed = counts.sum(dim=others)
-        chi_square = float(((observed - expected) ** 2 / expected).sum())
-        assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
+    assert_samples_follow_the_model(make_model(), ids, 2000, 100, self_speculation_window=2)
 
 
 def test_the_field_is_read_from_a_generation_config(tmp_path):

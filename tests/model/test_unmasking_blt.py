@@ -5,11 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor
-from transformers.generation.streamers import BaseStreamer
 
 from blt_hf.fast_blt.blocks import Unmasking, read_block
 from blt_hf.model.step_blt import StepRunner
-from helpers.checks import cases
+from helpers.checks import Received, assert_samples_follow_the_model, cases
 from helpers.diffusion import diffusion_model, slow_decoder
 from helpers.models import RULES, make_model
 from helpers.texts import encode, text_ids, texts
@@ -160,17 +159,6 @@ def test_rows_of_a_batch_are_those_of_their_own(options):
         assert together.tolist() == alone[0, len(row) :].tolist()
 
 
-class Streamed(BaseStreamer):
-    def __init__(self):
-        self.calls, self.ended = [], False
-
-    def put(self, value):
-        self.calls.append(value.tolist())
-
-    def end(self):
-        self.ended = True
-
-
 @pytest.mark.parametrize("verify", [True, False])
 def test_eos_inside_a_block_ends_the_text(verify):
     model, ids = model_with_blocks(), torch.tensor([encode(PROMPT)])
@@ -179,10 +167,10 @@ def test_eos_inside_a_block_ends_the_text(verify):
     # The byte at index 1 is the first behind the whole model's own, so it stands inside a block.
     for index in (0, 1, 3, 6):
         eos, at = free[index], free.index(free[index])
-        streamer = Streamed()
+        streamer = Received()
         out = model.generate(ids, **options, **{**GREEDY, "eos_token_id": eos}, streamer=streamer, pad_token_id=0)
         assert out[0, ids.shape[1] :].tolist() == free[: at + 1]
-        assert sum((call if isinstance(call, list) else [call] for call in streamer.calls[1:]), []) == free[: at + 1]
+        assert sum((call if isinstance(call, list) else [call] for call in streamer.ids[1:]), []) == free[: at + 1]
         assert streamer.ended
 
 
@@ -228,9 +216,9 @@ def test_stop_strings_inside_a_block(verify):
 
 
 def test_blocks_are_streamed_as_they_are_finished():
-    model, ids, streamer = model_with_blocks(), torch.tensor([encode(PROMPT)]), Streamed()
+    model, ids, streamer = model_with_blocks(), torch.tensor([encode(PROMPT)]), Received()
     out = model.generate(ids, diffusion_block_size=5, streamer=streamer, **GREEDY)
-    streamed = sum((call if isinstance(call, list) else [call] for call in streamer.calls[1:]), [])
+    streamed = sum((call if isinstance(call, list) else [call] for call in streamer.ids[1:]), [])
     assert streamed == out[0, ids.shape[1] :].tolist()
 
 
@@ -287,34 +275,8 @@ def test_sampling_from_one_candidate_is_greedy_decoding():
 
 
 def test_verified_sampling_keeps_the_distribution():
-    """Chi-square of the second and third byte against the exact distribution, on few possible bytes."""
-    model = diffusion_model()
-    with torch.no_grad():
-        model.lm_head.weight[10:] = 0
-        model.lm_head.weight[:10] *= 2
-    allowed = torch.arange(4, 10)
     ids = torch.tensor([encode("some text")])
-    with torch.no_grad():
-        probabilities = torch.zeros(6, 6, 6)
-        for first in range(6):
-            for second in range(6):
-                row = torch.cat([ids[0], allowed[[first, second]]])[None]
-                logits = model(row, use_cache=False).logits[0, -3:, allowed].softmax(dim=-1)
-                probabilities[first, second] = logits[0, first] * logits[1, second] * logits[2]
-    torch.manual_seed(0)
-    samples, counts, rows = 1000, torch.zeros(6, 6, 6), 50
-    others = [i for i in range(260) if i not in allowed.tolist()]
-    for _ in range(samples // rows):
-        out = model.generate(
-            ids.expand(rows, -1), do_sample=True, top_k=0, max_new_tokens=4, eos_token_id=None, diffusion_block_size=3,
-            verify=True, suppress_tokens=others,
-        )  # fmt: skip
-        for row in out[:, -4:-1] - 4:
-            counts[tuple(row.tolist())] += 1
-    for keep in (1, 2):
-        axes = tuple(axis for axis in range(3) if axis != keep)
-        expected, observed = probabilities.sum(dim=axes) * samples, counts.sum(dim=axes)
-        assert float(((observed - expected) ** 2 / expected).sum()) < 20.5  # 5 degrees of freedom, p = 0.001
+    assert_samples_follow_the_model(diffusion_model(), ids, 1000, 50, diffusion_block_size=3, verify=True)
 
 
 @pytest.mark.slow

@@ -634,28 +634,18 @@ def test_dynamic_quantization_runs_cached_as_uncached(kind):
 
 
 @on(*BOTH)
-def test_byte_embeddings_in_the_place_of_ids(kind):
-    """A Llama takes the embeddings alone. What a BLT reads beside them are hashes and patches: it says so."""
+@pytest.mark.parametrize("with_patches", [False, True])
+def test_byte_embeddings_in_the_place_of_ids(kind, with_patches):
+    """A Llama takes the embeddings alone. A BLT reads hashes of ids beside them, and patches unless they are given: the
+    same logits, or a `ValueError` by name; never others."""
     model = make(kind)
     embeds = model.get_input_embeddings()(IDS)
     if kind == "llama":
         assert_same(model(inputs_embeds=embeds).logits, logits_of(model))
-    else:
-        with pytest.raises(ValueError, match="inputs_embeds"):
-            model(inputs_embeds=embeds)
-
-
-@on(*BOTH)
-def test_byte_embeddings_beside_patches(kind):
-    """With patches given, hashes are still missing: the same logits, or a `ValueError` by name; never others."""
-    model = make(kind)
-    embeds = model.get_input_embeddings()(IDS)
-    if kind == "llama":
-        assert_same(model(inputs_embeds=embeds).logits, logits_of(model))
-    else:
-        lengths = model(IDS, output_patches=True).patch_lengths
-        with pytest.raises(ValueError, match="inputs_embeds"):
-            model(inputs_embeds=embeds, patch_lengths=lengths)
+        return
+    given = {"patch_lengths": model(IDS, output_patches=True).patch_lengths} if with_patches else {}
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model(inputs_embeds=embeds, **given)
 
 
 @on(*BOTH)
