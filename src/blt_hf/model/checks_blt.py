@@ -7,7 +7,7 @@ Types, shapes and dtypes are always checked. Values are looked at only where tha
 import torch
 from torch import Tensor
 
-from .patching_blt import IGNORED_LABEL, shift_right
+from .patching_blt import IGNORED_LABEL
 
 
 _ID_DTYPES = (torch.int64, torch.int32)
@@ -168,42 +168,6 @@ def check_position_ids(position_ids: Tensor, rows: int, columns: int) -> Tensor:
     if position_ids.dtype not in _ID_DTYPES:
         raise ValueError(f"`position_ids` must hold int64 or int32; got {position_ids.dtype}.")
     return position_ids.expand(rows, -1)
-
-
-def find_text_starts(
-    position_ids: Tensor, num_bytes: Tensor, cached_bytes: Tensor | None, is_symbolic: bool = False
-) -> Tensor | None:
-    """Finds where `position_ids` begin another text inside a row, bool `(B, S)`; None: nowhere.
-
-    Args:
-        position_ids: `(B, S)`, the padding of each row at its end.
-        num_bytes: int64 `(B,)`, bytes of each row.
-        cached_bytes: int64 `(B,)`, bytes of each row in the cache; None: no cache.
-        is_symbolic: values are unknown, so the result is never None. There is no cache then.
-    Raises:
-        ValueError: positions neither rise by 1 nor begin anew at 0. (In the first column any position may stand.)
-    """
-    index = torch.arange(position_ids.shape[1], device=position_ids.device)
-    is_text = index < num_bytes[:, None]
-    if is_symbolic:
-        before = shift_right(position_ids, position_ids[:, 0])
-        return (position_ids != before + 1) & (index > 0) & is_text
-    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1  # transformers' own rule for packed rows
-    begins = torch.zeros_like(position_ids[:, :1], dtype=torch.bool)
-    if cached_bytes is not None:
-        begins = (position_ids[:, :1] == 0) & (cached_bytes[:, None] > 0)
-    starts = torch.cat([begins, breaks], dim=1) & is_text
-    wrong = starts & (position_ids != 0)
-    # Both facts in one transfer.
-    has_starts, has_wrong = torch.stack([starts.any(), wrong.any()]).tolist()
-    if has_wrong:
-        row, column = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"row {row} of `position_ids` goes from {int(position_ids[row, column - 1])} to "
-            f"{int(position_ids[row, column])} (padding not counted); accepted are positions that rise by 1 from byte "
-            "to byte, and begin anew at 0 where another text begins."
-        )
-    return starts if has_starts else None
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:

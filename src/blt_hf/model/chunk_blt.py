@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attention_blt import AttentionSpan, SlotSpan
 from .cache_blt import BltCache, RowState, SlotIndex, Slots, round_up_columns
-from .checks_blt import check_attention_mask, check_position_ids, find_text_starts
+from .checks_blt import check_attention_mask, check_position_ids
 from .names_blt import is_compiling, is_exporting, largest_count, running_max, take_columns
 from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
 
@@ -325,11 +325,42 @@ def _find_texts(chunk: ByteChunk, position_ids: Tensor | None) -> None:
     if not chunk.is_symbolic and columns == 1 and chunk.cached_bytes is None:
         return
     position_ids = chunk.pack(position_ids)
-    chunk.text_starts = find_text_starts(position_ids, chunk.num_bytes, chunk.cached_bytes, chunk.is_symbolic)
+    chunk.text_starts = _find_text_starts(chunk, position_ids)
     if chunk.text_starts is not None:
         index = torch.arange(columns, device=position_ids.device)
         before = -chunk.previous.text_bytes
         chunk.text_positions = index - running_max(torch.where(chunk.text_starts, index, before[:, None]), before)
+
+
+def _find_text_starts(chunk: ByteChunk, position_ids: Tensor) -> Tensor | None:
+    """Finds where `position_ids` `(B, S)`, packed as the chunk, begin another text inside a row, bool `(B, S)`.
+
+    Returns:
+        None: nowhere. Never None while traced, as values are unknown then; there is no cache either.
+    Raises:
+        ValueError: positions neither rise by 1 nor begin anew at 0. (In the first column any position may stand.)
+    """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    is_text = index < chunk.num_bytes[:, None]
+    if chunk.is_symbolic:
+        before = shift_right(position_ids, position_ids[:, 0])
+        return (position_ids != before + 1) & (index > 0) & is_text
+    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1  # transformers' own rule for packed rows
+    begins = torch.zeros_like(position_ids[:, :1], dtype=torch.bool)
+    if chunk.cached_bytes is not None:
+        begins = (position_ids[:, :1] == 0) & (chunk.cached_bytes[:, None] > 0)
+    starts = torch.cat([begins, breaks], dim=1) & is_text
+    wrong = starts & (position_ids != 0)
+    # Both in one transfer.
+    has_starts, has_wrong = torch.stack([starts.any(), wrong.any()]).tolist()
+    if has_wrong:
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row} of `position_ids` goes from {int(position_ids[row, column - 1])} to "
+            f"{int(position_ids[row, column])} (padding not counted); accepted are positions that rise by 1 from byte "
+            "to byte, and begin anew at 0 where another text begins."
+        )
+    return starts if has_starts else None
 
 
 def _find_documents(chunk: ByteChunk, holds_documents: bool, rules: DocumentRules) -> None:
