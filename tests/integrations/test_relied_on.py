@@ -48,7 +48,6 @@ OVERRIDDEN = {
     "BltForCausalLM": {
         "transformers.modeling_utils.PreTrainedModel": "_auto_class _tied_weights_keys config_class",
         "transformers.distributed.mixin.DistributedMixin": "_tp_plan",
-        "transformers.modeling_utils.EmbeddingAccessMixin": "get_output_embeddings set_output_embeddings",
     },
     "BltForSequenceClassification": {
         "transformers.modeling_utils.PreTrainedModel": "_auto_class config_class",
@@ -73,15 +72,13 @@ OVERRIDDEN = {
         "transformers.modeling_utils.PreTrainedModel": "config_class",
     },
     "BltLocalDecoderConfig": {
-        "transformers.configuration_utils.PreTrainedConfig": "base_model_tp_plan model_type validate",
-        "transformers.modeling_rope_utils.RotaryEmbeddingConfigMixin": "default_theta",
+        "transformers.configuration_utils.PreTrainedConfig": "model_type validate",
     },
     "BltLocalEncoder": {
         "transformers.modeling_utils.PreTrainedModel": "config_class",
     },
     "BltLocalEncoderConfig": {
-        "transformers.configuration_utils.PreTrainedConfig": "base_model_tp_plan model_type validate",
-        "transformers.modeling_rope_utils.RotaryEmbeddingConfigMixin": "default_theta",
+        "transformers.configuration_utils.PreTrainedConfig": "model_type validate",
     },
     "BltModel": {
         "transformers.distributed.mixin.DistributedMixin": "_tp_plan",
@@ -93,8 +90,6 @@ OVERRIDDEN = {
         "transformers.modeling_utils.PreTrainedModel": """
             _auto_class _can_record_outputs base_model_prefix config_class""",
         "transformers.distributed.mixin.DistributedMixin": "_tp_plan",
-        "transformers.modeling_utils.EmbeddingAccessMixin": """
-            get_input_embeddings get_output_embeddings set_input_embeddings set_output_embeddings""",
     },
     "BltPatcherConfig": {
         "transformers.configuration_utils.PreTrainedConfig": "_auto_class model_type validate",
@@ -118,10 +113,13 @@ OVERRIDDEN = {
     },
     "_BltWithHead": {
         "transformers.modeling_utils.PreTrainedModel": "_keep_in_fp32_modules config_class",
-        "transformers.modeling_utils.EmbeddingAccessMixin": "get_input_embeddings set_input_embeddings",
     },
     "_BltComponentConfig": {
         "transformers.configuration_utils.PreTrainedConfig": "base_model_tp_plan",
+    },
+    "_BltLocalConfig": {
+        "transformers.configuration_utils.PreTrainedConfig": "base_model_tp_plan",
+        "transformers.modeling_rope_utils.RotaryEmbeddingConfigMixin": "default_theta",
     },
     "_SavedConfig": {
         "transformers.configuration_utils.PreTrainedConfig": "save_pretrained",

@@ -254,7 +254,7 @@ def whole_or_nothing(out: Path, overwrite: bool, sources: list[Path]) -> Iterato
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a file beside `path`, syncs it, and moves it to `path`: no reader ever sees half a file."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}.partial")
     try:
         write(partial)
         if path.exists():
