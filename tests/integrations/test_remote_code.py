@@ -55,7 +55,7 @@ with torch.no_grad():
     packed = model(torch.cat([ids, ids], 1), position_ids=torch.arange(ids.shape[1]).repeat(2)[None], use_cache=False)
     same(packed.logits[:, ids.shape[1] :], "lm")
 """,
-    "what it saves has code and loads again": """
+    "saved folders have code and load again": """
 load("lm").save_pretrained(folder / "again")
 assert (folder / "again" / "modeling_blt.py").exists()
 with torch.no_grad():
