@@ -190,9 +190,7 @@ def _fill(given: dict, where: str, defaults: dict, checked: dict, ignored: str) 
 
 
 def _ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    width = int(8 * dim / 3)
-    if multiplier is not None:
-        width = int(multiplier * width)
+    width = int((1 if multiplier is None else multiplier) * int(8 * dim / 3))
     return multiple_of * math.ceil(width / multiple_of)
 
 
@@ -504,15 +502,10 @@ def argument_files(config: BltConfig, kept: dict | None) -> dict:
 def check_tokenizer(train_args: dict | None) -> None:
     """Raises a ValueError if a checkpoint was trained with another tokenizer than that of bytes."""
     tokenizer = ((train_args or {}).get("data") or {}).get("tokenizer_args") or {}
-    given = {
-        "name": tokenizer.get("name", "blt"),
-        "bpe_delim": bool((tokenizer.get("init_kwargs") or {}).get("bpe_delim")),
-    }
-    for key, supported in (("name", "blt"), ("bpe_delim", False)):
-        if given[key] != supported:
-            raise ValueError(
-                f"`data.tokenizer_args` {key} = {given[key]!r} is not supported; supported: {supported!r}."
-            )
+    has_delimiters = bool((tokenizer.get("init_kwargs") or {}).get("bpe_delim"))
+    for key, given, supported in (("name", tokenizer.get("name", "blt"), "blt"), ("bpe_delim", has_delimiters, False)):
+        if given != supported:
+            raise ValueError(f"`data.tokenizer_args` {key} = {given!r} is not supported; supported: {supported!r}.")
 
 
 def choose_patcher_args(files: dict, choice: str) -> tuple[dict, list[str]]:
