@@ -151,7 +151,8 @@ class BltModel(BltPreTrainedModel):
         is_plain = attention_mask is position_ids is inputs_embeds is byte_embeds is patch_lengths is None
         is_plain = is_plain and not (wants_states or wants_weights or output_patches or torch.is_grad_enabled())
         if is_plain and cache is not None and cache.is_small(shape[1]) and len(cache.row_bytes) == shape[0]:
-            return BltModelOutput(last_hidden_state=self.step(input_ids, cache), **{CACHE_NAME: cache})
+            states = StepRunner(self, cache).step(input_ids)
+            return BltModelOutput(last_hidden_state=states, **{CACHE_NAME: cache})
         settings = ForwardSettings.of(config)
         chunk = make_chunk(
             input_ids, attention_mask, position_ids, cache, shape, device, settings.documents, bool(wants_weights)
@@ -175,16 +176,6 @@ class BltModel(BltPreTrainedModel):
         output = self._make_output(read, hidden_states, cache, inputs.collectors, output_patches)
         output.blocks = None if block_noise is None else block_noise.blocks
         return output
-
-    def step(self, input_ids: Tensor, cache: BltCache, lengths: list[int] | None = None) -> Tensor:
-        """Computes byte states `(B, S, W)` of a few more bytes of each row, whose patches are closed as they end.
-
-        Args:
-            input_ids: int64 `(B, S)`, at most `cache.slack` bytes a row.
-            cache: holds some text.
-            lengths: how many of them count in each row; None: all.
-        """
-        return StepRunner(self, cache).step(input_ids, lengths)
 
     @takes_cache
     def embed_bytes(
@@ -313,7 +304,7 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
         self.post_init()
 
     def step_logits(self, input_ids: Tensor, cache: BltCache, lengths: list[int] | None = None) -> Tensor:
-        """Computes fp32 logits `(B, S, vocabulary)` of [`BltModel.step`]."""
+        """Computes fp32 logits `(B, S, vocabulary)` by [`StepRunner.step`], with the modules as they are."""
         return StepRunner(self.model, cache, self.lm_head).step(input_ids, lengths)
 
     @takes_cache
