@@ -170,6 +170,35 @@ def check_position_ids(position_ids: Tensor, rows: int, columns: int) -> Tensor:
     return position_ids.expand(rows, -1)
 
 
+def check_patch_lengths(patch_lengths: Tensor, num_bytes: Tensor, is_symbolic: bool) -> None:
+    """Checks the patches of whole texts.
+
+    Args:
+        patch_lengths: int `(B, P)`, zeros on the right.
+        num_bytes: int64 `(B,)`, bytes of each text.
+        is_symbolic: values are unknown.
+    """
+    rows, is_whole = num_bytes.shape[0], not patch_lengths.dtype.is_floating_point
+    if patch_lengths.dim() != 2 or patch_lengths.shape[0] != rows or patch_lengths.shape[1] == 0 or not is_whole:
+        raise ValueError(
+            f"`patch_lengths` has shape {tuple(patch_lengths.shape)} and dtype {patch_lengths.dtype}; for each of the "
+            f"{rows} rows of the input, at least one whole number is accepted."
+        )
+    if is_symbolic:
+        return
+    excess = patch_lengths.sum(dim=1) - num_bytes
+    wrong = ((excess != 0) & (excess != 1)) | (patch_lengths < 0).any(dim=1) | (patch_lengths[:, 0] > 1)
+    wrong = wrong | ((patch_lengths[:, 1:] > 0) & (patch_lengths[:, :-1] == 0)).any(dim=1)
+    wrong = wrong & (num_bytes > 0)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"row {row} of `patch_lengths` is {patch_lengths[row].tolist()}, for {int(num_bytes[row])} bytes: "
+            "lengths must not be negative, begin with a patch of 1 byte, have zeros on the right alone, and sum to "
+            "the bytes of the text, or to one more (the next byte)."
+        )
+
+
 def check_labels(labels: Tensor, logits: Tensor) -> None:
     """Checks the classes of positions.
 

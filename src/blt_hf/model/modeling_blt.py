@@ -8,7 +8,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple
 
 from .cache_blt import BltCache
-from .checks_blt import check_byte_inputs, check_inputs, check_labels, check_row_labels
+from .checks_blt import check_byte_inputs, check_inputs, check_labels, check_patch_lengths, check_row_labels
 from .chunk_blt import ByteChunk, make_chunk
 from .configuration_blt import BltConfig
 from .forward_blt import BytesRead, ForwardInputs, ForwardSettings, embed_bytes, run_chunk
@@ -208,38 +208,12 @@ class BltModel(BltPreTrainedModel):
             )
 
     def _given_ends(self, chunk: ByteChunk, patch_lengths: Tensor) -> Tensor:
-        rows = chunk.num_bytes.shape[0]
         if chunk.cached_bytes is not None:
             raise ValueError(
                 "`patch_lengths` describe whole texts; they cannot be given after a cache that holds bytes."
             )
-        if patch_lengths.dim() != 2 or patch_lengths.shape[0] != rows:
-            raise ValueError(
-                f"`patch_lengths` has shape {tuple(patch_lengths.shape)}; one row of lengths for each of the {rows} "
-                "rows of the input is accepted."
-            )
-        if patch_lengths.shape[1] == 0 or patch_lengths.dtype.is_floating_point:
-            raise ValueError(
-                f"`patch_lengths` has shape {tuple(patch_lengths.shape)} and dtype {patch_lengths.dtype}; at least one "
-                "whole number for each row is accepted."
-            )
-        if not chunk.is_symbolic:
-            self._check_patch_lengths(patch_lengths, chunk.num_bytes)
-        ends = patch_ends_from_lengths(patch_lengths, chunk.num_columns)
-        return ends | (chunk.text_positions == 0)
-
-    def _check_patch_lengths(self, patch_lengths: Tensor, num_bytes: Tensor) -> None:
-        excess = patch_lengths.sum(dim=1) - num_bytes
-        wrong = ((excess != 0) & (excess != 1)) | (patch_lengths < 0).any(dim=1) | (patch_lengths[:, 0] > 1)
-        wrong = wrong | ((patch_lengths[:, 1:] > 0) & (patch_lengths[:, :-1] == 0)).any(dim=1)
-        wrong = wrong & (num_bytes > 0)
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
-            raise ValueError(
-                f"row {row} of `patch_lengths` is {patch_lengths[row].tolist()}, for {int(num_bytes[row])} bytes: "
-                "lengths must not be negative, begin with a patch of 1 byte, have zeros on the right alone, and sum to "
-                "the bytes of the text, or to one more (the next byte)."
-            )
+        check_patch_lengths(patch_lengths, chunk.num_bytes, chunk.is_symbolic)
+        return patch_ends_from_lengths(patch_lengths, chunk.num_columns) | (chunk.text_positions == 0)
 
     def _make_output(
         self,
