@@ -27,7 +27,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Plain softmax attention, in the form of transformers' attention interface.
+    """Computes plain softmax attention, in the form of transformers' attention interface.
 
     Args:
         query: `(B, H, S, D)`; key, value: `(B, H_kv, T, D)`.
@@ -47,12 +47,12 @@ def eager_attention_forward(
 
 
 class AttentionSpan:
-    """Which keys each query sees, for every self-attention of one stack in one forward.
+    """Says which keys each query sees, for every self-attention of one stack in one forward.
 
     Keys are `[past | chunk]` along the sequence; query `i` of the chunk sees the keys of one interval that ends at
     itself. A window bounds the interval's length; `first_key` bounds its start where rows are ragged or documents
-    begin. No other mask exists in this model, so none is ever built for the common cases (one byte; pure causal), and
-    a long window attention runs block by block: `window + block` keys for each block of queries.
+    begin. One byte and plain causality need no mask at all. A long window attention runs block by block: `window +
+    block` keys for each block of queries.
 
     Args:
         num_past: keys before the chunk that the cache gives back.
@@ -93,7 +93,7 @@ class AttentionSpan:
         self._head: AttentionSpan | None = None
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0):
-        """Attention output `(B, S, H, D)` and weights (None but for `eager`); shapes as [`eager_attention_forward`]."""
+        """Computes output `(B, S, H, D)` and weights (None but for `eager`); shapes as [`eager_attention_forward`]."""
         if self.block:
             return self._attend_in_blocks(module, query, key, value, dropout), None
         return self._call(module, query, key, value, self._mask("whole", query, self._build_mask), dropout)
@@ -103,7 +103,7 @@ class AttentionSpan:
         self._sees_all = True
 
     def whole_mask(self, query: Tensor) -> Tensor | None:
-        """The mask of an attention in one piece, as the attention interface takes it."""
+        """Returns the mask of an attention in one piece, as the attention interface takes it."""
         return self._mask("whole", query, self._build_mask)
 
     def _call(self, module, query, key, value, mask, dropout):
@@ -120,7 +120,7 @@ class AttentionSpan:
         return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling)
 
     def _mask(self, name: str, query: Tensor, build: Callable[[torch.device], Tensor | None]):
-        """What the attention interface takes as `attention_mask`, built once a forward and shared by all layers."""
+        """Returns an `attention_mask` of the attention interface, built once a forward and shared by all layers."""
         key = name, query.dtype, query.device  # stacks that share a span may differ
         if key not in self._masks:
             mask = None if self._sees_all else build(query.device)
@@ -207,13 +207,13 @@ class AttentionSpan:
         return torch.sym_max(num_blocks, 2) if is_exporting() else num_blocks
 
     def _build_interior_mask(self, device: torch.device) -> Tensor:
-        """What a query of a block sees of the block's keys, `(1, 1, block, window - 1 + block)`."""
+        """Builds the mask of a block over its keys, `(1, 1, block, window - 1 + block)`."""
         keys = torch.arange(self.window - 1 + self.block, device=device)
         queries = torch.arange(self.block, device=device)[:, None]
         return ((keys >= queries) & (keys < queries + self.window))[None, None]
 
     def _build_blocks_mask(self, device: torch.device) -> Tensor:
-        """The same for every block of every row, where `first_key` hides more, `(B*blocks, 1, block, keys)`."""
+        """Builds the masks of all blocks of all rows, where `first_key` hides more, `(B*blocks, 1, block, keys)`."""
         rows, block, history = self.first_key.shape[0], self.block, self.window - 1
         num_blocks = self._count_blocks(self.num_queries)
         keys = torch.arange(history + block, device=device)
@@ -227,7 +227,7 @@ class AttentionSpan:
 
 
 def _merge_rows(states: Tensor) -> Tensor:
-    """`(B, N, ...)` -> `(B * N, ...)`.
+    """Flattens `(B, N, ...)` to `(B * N, ...)`.
 
     A program of one row may not ask how its dynamic `N` divides 1, as flattening does, or strides, as attention does.
     """
@@ -237,12 +237,11 @@ def _merge_rows(states: Tensor) -> Tensor:
 
 
 class SlotSpan(AttentionSpan):
-    """Keys in slots: slot `s` holds the newest position that is `s` modulo the number of slots.
+    """Says which slots each query sees: slot `s` holds the newest position that is `s` modulo the number of slots.
 
     Args:
-        num_slots: slots to read. What lies in a slot is never further back than the query by as many positions as there
-            are slots, so a slot that holds no position of the row yet, or a later one than the query's, counts as one
-            from before the row.
+        num_slots: slots to read. The position in a slot is less than `num_slots` before the query. So a slot that holds
+            no position of the row yet, or a later one than the query's, counts as one from before the row.
         query_positions: int64 `(B, S)`.
         window: positions that a query sees, itself included; None: no limit.
         start: int64 `(B, S)`, first position that it may see. None: 0.
@@ -344,7 +343,7 @@ def gathered_attention(
 
 
 def _attend_latents(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float) -> Tensor:
-    """Attention of each byte `(B, S, H, D)` over latents of its own `(B, S, N, H_kv, D)`; `hidden` bool `(B, S, N)`."""
+    """Attends from each byte `(B, S, H, D)` to latents of its own `(B, S, N, H_kv, D)`; `hidden` bool `(B, S, N)`."""
     heads, kv_heads = query.shape[2], key.shape[3]
     grouped = query.unflatten(2, (1, kv_heads, heads // kv_heads))
     scores = (grouped * key[..., None, :]).sum(dim=-1).float() * scaling  # (B, S, N, H_kv, H/H_kv)
@@ -352,6 +351,3 @@ def _attend_latents(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | 
         scores = scores.masked_fill(hidden[..., None, None], float("-inf"))
     weights = scores.softmax(dim=2).to(value.dtype)
     return (weights[..., None] * value[..., None, :]).sum(dim=2).flatten(2, 3)
-
-
-__all__ = ["AttentionSpan", "SlotSpan", "eager_attention_forward", "gathered_attention", "segment_attention"]

@@ -7,7 +7,7 @@
 Between read and close the host learns one thing: how many patches each row closed. A *small* chunk (a few bytes behind
 those of a cache) writes to the slots of the cache first and then reads them, in shapes that do not change, so that its
 stages can be compiled once for any length of text, or captured as CUDA graphs. A large chunk reads the cache once, in
-order, and writes what is left of it at its end.
+order, and writes its last entries to the slots at its end.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _HELD = 16  # bytes of open patches are read in multiples of this, so that few s
 
 @dataclass(frozen=True)
 class ForwardSettings:
-    """What the configuration says of a forward, read once for all steps of a call of `generate`.
+    """Holds the configuration's settings of a forward, read once for all steps of a call of `generate`.
 
     Attributes:
         local_window: bytes that a byte sees in encoder and decoder; None: no limit.
@@ -50,7 +50,7 @@ class ForwardSettings:
 
     @classmethod
     def of(cls, config) -> "ForwardSettings":
-        """The settings of a [`BltConfig`]."""
+        """Reads the settings of a [`BltConfig`]."""
         return cls(
             PatchingRule.from_config(config),
             DocumentRules.of(config),
@@ -66,7 +66,7 @@ class ForwardSettings:
 
 @dataclass
 class ForwardInputs:
-    """What a forward is asked beside its bytes.
+    """Holds the arguments of a forward beside its bytes.
 
     Attributes:
         embeds: `(B, S, W)`, in the place of byte embeddings.
@@ -90,7 +90,7 @@ PLAIN, DRAFT = ForwardInputs(), ForwardInputs(is_draft=True)
 
 @dataclass
 class BytesRead:
-    """What reading bytes leaves for the stages behind it: patches, encoder states `(B, S, W)`, keys to see, entropies."""
+    """Holds the results of reading bytes for later stages: patches, encoder states `(B, S, W)`, keys to see, entropies."""
 
     chunk: ByteChunk
     patches: PatchAssignment
@@ -210,7 +210,7 @@ def predict_bytes(
     return hidden_states
 
 
-# What they are made of.
+# Parts of the stages.
 
 
 def embed_bytes(model, settings: ForwardSettings, chunk: ByteChunk, embeds: Tensor | None = None) -> Tensor:
@@ -229,7 +229,7 @@ def embed_bytes(model, settings: ForwardSettings, chunk: ByteChunk, embeds: Tens
 def find_patches(
     model, rule: PatchingRule, chunk: ByteChunk, cache: BltCache | None, given_ends: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
-    """Entropies `(B, S)` where the entropy model ran, and patch ends `(B, S)`."""
+    """Finds patch ends `(B, S)`; returns entropies `(B, S)`, where the entropy model ran, before them."""
     entropies = None
     # With given patches the entropy model only runs to leave its state in the cache.
     if rule.uses_entropies and (given_ends is None or cache is not None) and model.patcher is not None:
@@ -279,7 +279,7 @@ def keep_bytes(
 def find_latents(
     settings: ForwardSettings, chunk: ByteChunk, patches: PatchAssignment, cache: BltCache | None, new: Tensor | None
 ) -> tuple[Tensor | None, LatentIndex]:
-    """Keys and values of patches for the decoder, and which of them each byte reads.
+    """Finds keys and values of patches for the decoder, and which of them each byte reads.
 
     A small chunk reads the slots of the cache. A large one reads `[slots | new]`, and `new` `(B, P, L, 2, F)` is written
     to the slots.
@@ -305,7 +305,7 @@ def find_latents(
 
 
 def closing_rows(counts: HostPatchCounts, device: torch.device) -> Tensor | None:
-    """Rows that close a patch; None: run all of them."""
+    """Lists the rows that close a patch; None: run all of them."""
     # Leaving rows out saves work on a CPU; a GPU had better see the same shapes again.
     if len(counts.new) == 1 or device.type != "cpu" or 0 not in counts.new:
         return None
@@ -313,11 +313,11 @@ def closing_rows(counts: HostPatchCounts, device: torch.device) -> Tensor | None
 
 
 def counts_rows(model) -> bool:
-    """Whether a hook may count the rows, as PEFT's do that give each row its own adapter."""
+    """Tells whether a hook may count the rows, as PEFT's do that give each row its own adapter."""
     return any(module._forward_pre_hooks for module in model.modules())
 
 
-# Who runs them.
+# All stages in order.
 
 
 def run_chunk(
@@ -367,7 +367,7 @@ def closing_inputs(
 
 
 def sees_all(counts: HostPatchCounts) -> bool:
-    """Whether one patch of one row was closed, which sees all patches of its text."""
+    """Tells whether one patch of one row was closed, which sees all patches of its text."""
     return len(counts.new) == 1 and counts.max_new == 1
 
 
