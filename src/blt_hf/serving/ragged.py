@@ -25,7 +25,7 @@ _DEFAULT_OPEN_BYTES = 512  # of a model whose attention over bytes has no window
 
 
 def largest_patch(config: BltConfig) -> int:
-    """Bytes of the longest patch that an engine has to remember: `max_patch_length`, or the window of the local models.
+    """Bounds the bytes of a patch that an engine has to remember: `max_patch_length`, or the window of the local models.
 
     Longer patches are split there, as if `max_patch_length` said so.
     """
@@ -38,7 +38,7 @@ def largest_patch(config: BltConfig) -> int:
 
 
 def bytes_per_patch(config: BltConfig) -> int:
-    """Bytes that patches have at least on average, whatever the text: 1 where the rule promises nothing.
+    """Bounds the mean bytes of a patch from below, for any text: 1 where the rule promises nothing.
 
     `static` gives `patch_size`. `space` gives 2, as long as few special ids stand in the text (each ends a patch).
     """
@@ -75,7 +75,7 @@ class StateLayout:
     def of(
         cls, config: BltConfig, dtype: torch.dtype, max_drafts: int = 0, max_patch: int | None = None
     ) -> "StateLayout":
-        """The page of a model in `dtype` for an engine that takes back at most `max_drafts` bytes.
+        """Lays out the page of a model in `dtype` for an engine that takes back at most `max_drafts` bytes.
 
         `max_patch`: bytes of the longest patch; None: what [`largest_patch`] says.
         """
@@ -149,7 +149,7 @@ class RowAttention(Protocol):
         """Is told of the patches of this forward, before their layers run."""
 
     def attend_patches(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The same over all patches of each text, for `P` patches in the place of `T` bytes."""
+        """Does the same over all patches of each text, for `P` patches in the place of `T` bytes."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class RaggedBlt:
 
     @torch.no_grad()
     def __call__(self, rows: RaggedRows, state: Sequence[Tensor], attention: RowAttention) -> Tensor:
-        """The states from which the head predicts the byte after each byte.
+        """Computes the states from which the head predicts the byte after each byte.
 
         Args:
             rows: the bytes.
@@ -316,7 +316,7 @@ class RaggedBlt:
         )
 
     def _entropies(self, found: _Bytes, attention: RowAttention) -> Tensor:
-        """Nats of the byte after each byte, fp32 `(T,)`; 0 without an entropy model."""
+        """Computes nats of the byte after each byte, fp32 `(T,)`; 0 without an entropy model."""
         ids = found.rows.input_ids
         if "patcher" not in self.stacks:
             return torch.zeros(ids.shape, device=ids.device)
@@ -381,7 +381,7 @@ class RaggedBlt:
 
     @staticmethod
     def _last_end(ends: Tensor, found: _Bytes, none: Tensor, upto: Tensor) -> Tensor:
-        """Index of the last end at or before `upto` `(T,)` in the text of each byte; `none` `(T,)` where there is none."""
+        """Finds the last end at or before `upto` `(T,)` in the text of each byte; `none` `(T,)` where there is none."""
         index = torch.arange(len(ends), device=ends.device)
         last = torch.where(ends, index, -1).cummax(0).values[upto.clamp_min(0)]
         return torch.where(last >= found.rows.starts[found.row], last, none)
@@ -394,7 +394,7 @@ class RaggedBlt:
         return counts - torch.where(start > 0, counts[(start - 1).clamp_min(0)], 0)
 
     def _fitting_ends(self, ends: Tensor, found: _Bytes) -> Tensor:
-        """`ends` without those for which no slot is left in the pages that a text has when it gets to that byte.
+        """Drops the `ends` for which no slot is left in the pages that a text has when it gets to that byte.
 
         A text of `n` bytes has `ceil(n / (slots * bytes_per_slot))` pages of `slots` patches. The patches so far are then
         `min(patches before + 1, slots)` at each end, which unrolls to a running minimum.
@@ -413,7 +413,7 @@ class RaggedBlt:
         return patches > before
 
     def _encode(self, found: _Bytes, attention: RowAttention) -> list[Tensor]:
-        """States `(1, T, W)` that each cross attention of the encoder reads; the last are the encoder's own."""
+        """Computes the states `(1, T, W)` that each cross attention of the encoder reads; the last are its own."""
         config, encoder = self.config, self.model.local_encoder
         ids, positions = found.rows.input_ids[:, None], found.rows.positions[:, None]
         states = encoder.embed_tokens(ids[:, 0])[None]
@@ -438,7 +438,7 @@ class RaggedBlt:
         states_log: Tensor,
         attention: RowAttention,
     ) -> Tensor:
-        """Keys and values `(P, layers, 2, F)` of the latents of the patches that end."""
+        """Computes keys and values `(P, layers, 2, F)` of the latents of the patches that end."""
         model, device, slots = self.model, found.row.device, self.layout.num_bytes
         total = sum(patches.counts)
         closing = [row for row, count in enumerate(patches.counts) if count]

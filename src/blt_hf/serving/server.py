@@ -94,7 +94,7 @@ class TextServer:
     async def answer(
         self, prompt: list[int], max_bytes: int, stop: list[str] | None = None, **sampling: Any
     ) -> AsyncIterator[Answer]:
-        """The answer to a prompt, piece by piece. Whoever closes this generator cancels the request.
+        """Yields the answer to a prompt, piece by piece. To close this generator is to cancel the request.
 
         Args:
             prompt: ids.
@@ -203,7 +203,7 @@ class ChatRequest(_Settings):
 
 
 def make_app(server: TextServer | None = None) -> FastAPI:
-    """The web application of a server: `/v1/completions`, `/v1/chat/completions`, `/v1/models` and `/health`.
+    """Makes the web application of a server: `/v1/completions`, `/v1/chat/completions`, `/v1/models` and `/health`.
 
     Args:
         server: what answers; None: `app.state.server` is set later, before the first request.
@@ -274,7 +274,7 @@ async def _respond(server: TextServer, body: _Settings, request: Request, form: 
 
 
 async def _events(form: "_Form", first: Answer, pieces: AsyncIterator[Answer], prompt: int) -> AsyncIterator[str]:
-    """Server-sent events. When the client leaves, this is closed, and so is the request."""
+    """Yields server-sent events. When the client leaves, the generator is closed, and the request with it."""
     made, answer = 0, first
     options = form.body.stream_options or {}
     try:
@@ -362,7 +362,7 @@ class _ChatForm(_Form):
 
 
 def _as_text(content) -> str:
-    """The text of a message, which may come in parts."""
+    """Joins the text of a message, which may come in parts."""
     if isinstance(content, list):
         kinds = [part.get("type") for part in content]
         if set(kinds) - {"text"}:
@@ -385,7 +385,7 @@ def _error(status: int, message: str) -> JSONResponse:
 
 
 def serve_folder(folder: str, name: str | None = None, **options) -> TextServer:
-    """A [`TextServer`] of a saved model (a folder, or a name on the Hub), on the first GPU if there is one."""
+    """Makes a [`TextServer`] of a saved model (a folder, or a name on the Hub), on the first GPU if there is one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import blt_hf  # noqa: F401 (makes the Auto classes know BLT)
