@@ -66,24 +66,24 @@ class _LongEnough(StoppingCriteria):
 
 
 @torch.no_grad()
-def ask(model, tokenizer, question: str, num_bytes: int = MAX_BYTES) -> tuple[str, bool]:
-    """Returns the greedy answer, at most `num_bytes` bytes, and whether the model stopped by itself."""
+def ask(model, tokenizer, question: str, stop_within: int = MAX_BYTES) -> tuple[str, bool]:
+    """Returns the first 120 bytes of the greedy answer, and whether the model ended it in `stop_within` bytes."""
     messages = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     inputs = inputs.to(model.device)
     length = inputs["input_ids"].shape[1]
-    stop = [_LongEnough(tokenizer, length, num_bytes)]
-    ids = model.generate(**inputs, max_new_tokens=num_bytes, do_sample=False, stopping_criteria=stop)[0, length:]
+    stop = [_LongEnough(tokenizer, length, stop_within)]
+    ids = model.generate(**inputs, max_new_tokens=stop_within, do_sample=False, stopping_criteria=stop)[0, length:]
     ends = model.generation_config.eos_token_id
     stopped = ids[-1].item() in (ends if isinstance(ends, list) else [ends])
-    return cut(tokenizer.decode(ids, skip_special_tokens=True), num_bytes), stopped
+    return cut(tokenizer.decode(ids, skip_special_tokens=True)), stopped
 
 
-def judge(model, tokenizer, questions: list[dict]) -> list[dict]:
+def judge(model, tokenizer, questions: list[dict], stop_within: int = MAX_BYTES) -> list[dict]:
     """Asks all questions; each result has `question`, `answer`, `right` and `stopped`."""
     results = []
     for entry in questions:
-        answer, stopped = ask(model, tokenizer, entry["question"])
+        answer, stopped = ask(model, tokenizer, entry["question"], stop_within)
         right = is_right(answer, entry["expected"])
         results.append({**entry, "answer": answer, "right": right, "stopped": stopped})
     return results
@@ -115,10 +115,11 @@ def main() -> None:
     parser.add_argument("model", help="folder, name on the Hub, or a file in GGUF")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for counts and answers")
     parser.add_argument("--limit", type=int, help="only so many questions")
+    parser.add_argument("--stop-within", type=int, default=MAX_BYTES, help="bytes in which an answer is to end")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     model, tokenizer = load(arguments.model)
-    results = judge(model, tokenizer, read_questions()[: arguments.limit])
+    results = judge(model, tokenizer, read_questions()[: arguments.limit], arguments.stop_within)
     for result in results:
         print("right" if result["right"] else "WRONG", result["question"], repr(result["answer"]))
     write(results, arguments.output, Path(arguments.model).name)

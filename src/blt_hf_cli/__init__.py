@@ -6,7 +6,7 @@ It is a package beside `blt_hf` because everything below `blt_hf` imports torch 
 
 import typer
 
-from . import calibrate, card, convert, evaluate, flops, generate, info, patches, train
+from . import calibrate, card, convert, evaluate, flops, generate, get, info, patches, train
 
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ def _blt_hf() -> None:
 
 app.command()(patches.patches)
 app.command()(generate.generate)
+app.command()(get.get)
 app.command()(info.info)
 app.add_typer(train.app, name="train")
 app.command()(evaluate.evaluate)

@@ -93,14 +93,14 @@ def run_client(command: list, folder: Path, timeout: float = 280, **kwargs) -> s
 
 
 @contextmanager
-def served(folder: Path, *options: str, has_package: bool = False) -> Iterator[str]:
-    """`transformers serve` with the model preloaded; its output is in `folder/serve.log`. Gives its address."""
+def served(folder: Path, *options: str, has_package: bool = False, model: str | None = None) -> Iterator[str]:
+    """`transformers serve` with a model preloaded; its output is in `folder/serve.log`. Gives its address."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     (folder / "hf-home" / "hub").mkdir(parents=True)  # `/v1/models` lists this folder, and fails where there is none
     transformers = Path(sys.executable).with_name("transformers")
-    command = [transformers, "serve", chatter_folder(), "--trust-remote-code", *options, "--port", str(port)]
+    command = [transformers, "serve", model or chatter_folder(), "--trust-remote-code", *options, "--port", str(port)]
     with open(folder / "serve.log", "w") as log:
         environment = client_environment(folder, has_package)
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
@@ -123,8 +123,8 @@ def wait_for(url: str, process: subprocess.Popen, log: Path, timeout: float = 20
     raise AssertionError(log.read_text()[-4000:])
 
 
-def ask(client, question: str, **kwargs):
+def ask(client, question: str, model: str | None = None, **kwargs):
     messages = [{"role": "user", "content": question}]
     return client.chat.completions.create(
-        model=chatter_folder(), messages=messages, **{"max_tokens": 60, "temperature": 0, **kwargs}
+        model=model or chatter_folder(), messages=messages, **{"max_tokens": 60, "temperature": 0, **kwargs}
     )
