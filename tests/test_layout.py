@@ -11,6 +11,7 @@ from helpers.transformers_suites import leave_out
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src"
 PACKAGES = {path.name for path in (SOURCE / "blt_hf").iterdir() if path.is_dir()}
+FOLDERS = PACKAGES | {"smollm2"}  # an example, from its questions to the folder that comes out
 
 # What test files in the folders of packages hold beside, or instead of, the module whose name they have.
 HOLDS = {
@@ -26,6 +27,7 @@ HOLDS = {
     "model/test_patches_blt.py": ["patches/data", "patches/display"],
     "model/test_patching_blt.py": ["patches/lengths"],
     "model/test_unmasking_blt.py": ["fast_blt/blocks"],
+    "smollm2/test_assemble.py": ["conversion/smollm2", "cli/get"],
     "test_cli.py": ["cli/calibrate", "cli/common", "cli/evaluate", "cli/flops", "cli/patches"],
     "test_cli_models.py": ["cli/card", "cli/generate", "cli/info", "cli/train"],
     "tokenizer/test_tokenization.py": ["integrations/tokenizer_files"],
@@ -54,6 +56,9 @@ SUBJECTS = {
     "model/test_speculation.py",
     "model/test_stateful_processors.py",
     "model/test_training_mode.py",
+    "smollm2/test_chat.py",
+    "smollm2/test_measure.py",
+    "smollm2/test_questions.py",
     "training/test_distributed.py",
     "training/test_group_by_patches.py",
     "training/test_quantized_training.py",
@@ -71,7 +76,7 @@ def modules() -> set[str]:
 
 def test_files_are_named_as_the_modules_that_they_hold():
     files = {path.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
-    files = {path for path in files if path.parts[0] in PACKAGES or path.stem.startswith("test_cli")}
+    files = {path for path in files if path.parts[0] in FOLDERS or path.stem.startswith("test_cli")}
     name_of = {str(path): str(path.with_name(path.stem.removeprefix("test_"))) for path in files}
     named = set(name_of.values()) & modules()
     held = [module for modules_of_file in HOLDS.values() for module in modules_of_file]
