@@ -119,3 +119,13 @@ def test_everything_at_once(folder, teacher_folder, tmp_path):
         found["letters"]["examples"] == 8
         and len(found["letters"]["teacher"]["fine_tuned"]["spelling"]["answers"]) == 2
     )
+
+    card = tmp_path / "card.md"
+    card.write_text((EXAMPLE / "card.md").read_text())
+    run([sys.executable, EXAMPLE / "report.py", "--results", tmp_path / "results", "--card", card], check=True)
+    written = card.read_text()
+    for text in (
+        "| answered rightly |", "| BLT, with drafts |", "| prose | ", "| upper, used in training |", "| antspeak |",
+        "| spelling, fine-tuned on 8 examples |", "both models in float32", "## Limits",
+    ):  # fmt: skip
+        assert text in written, text
