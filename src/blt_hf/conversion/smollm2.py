@@ -133,8 +133,8 @@ def assemble_smollm2(
     if is_checked:
         source = find_gguf_file() if source is None else Path(source)
         check_sha256(source)
-    model = build_model(source, overrides, learned_file)
     with whole_or_nothing(out, overwrite, [recipe]) as partial:
+        model = build_model(source, overrides, learned_file)
         check_space(partial, 4 * model.num_parameters() + 2**20)
         model.save_pretrained(partial)
         make_chat_tokenizer().save_pretrained(partial)
