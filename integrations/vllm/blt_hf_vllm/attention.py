@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.selector import get_attn_backend
@@ -70,6 +71,17 @@ class StackAttention(Attention):
         self.kv_cache = kv_cache
         self.layer_caches = list(kv_cache.split(self.num_kv_heads, dim=1))
 
+    def clear_new_pages(self, slots: Tensor) -> None:
+        """Clears the pages whose first slot is among `slots` `(T,)`, those that the next forward writes.
+
+        A page may have belonged to a stack of another precision, or to the state, and what is left there may be NaN as
+        another type. The CPU's attention multiplies what is masked by 0. So vLLM clears new pages, but on a CPU only as
+        far as a page of the global layers is used.
+        """
+        begun = slots[slots % self.plan.slots[self.name] == 0]
+        if len(begun):
+            self.kv_cache[begun // self.plan.slots[self.name]] = 0
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keeps keys and values of a layer and attends, `(T, H, D)` each; over bytes, or the patches that were started."""
         if self._patches is not None:
@@ -129,10 +141,13 @@ def _stack_backend(base: type, is_of_patches: bool) -> type:
             if is_of_patches:
                 spec = replace(spec, block_size=layer.plan.slots[layer.name], tokens_per_state=1)
             super().__init__(spec, layer_names, _with_dtype(vllm_config, layer.shape.dtype), device)
+            self._layer = layer
 
         def build(self, common_prefix_len, common_attn_metadata, fast_build=False, **kwargs):
             if is_of_patches:
                 return PatchContext(self, common_attn_metadata)
+            if current_platform.is_cpu():
+                self._layer.clear_new_pages(common_attn_metadata.slot_mapping)
             return super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
 
         def build_patches(self, common_attn_metadata):

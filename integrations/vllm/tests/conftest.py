@@ -12,6 +12,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # ngram drafts run on numba, which sets the threads of torch as well
 
 import contextlib
 import gc
@@ -33,6 +34,30 @@ TEXTS = (
     "a b c d e f " * 9 + "and so on; x = 1",
 )
 MODES = ("byte", "space", "static", "entropy")
+SHAPES = {
+    "heads": {
+        "encoder_config": {
+            "num_hidden_layers": 2,
+            "cross_attn_all_layers": True,
+            "cross_attn_k": 4,
+            "hidden_size_global": 256,
+        },
+        "decoder_config": {
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "num_cross_attention_heads": 4,
+            "cross_attn_k": 4,
+            "hidden_size_global": 256,
+        },
+        "global_config": {"num_key_value_heads": 2, "hidden_size": 256},
+        "cross_attn_k": 4,
+        "encoder_hash_byte_group_nb_functions": 2,
+        "max_patch_length": 5,
+    },
+    "no_windows": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
+    "monotonicity": {"monotonicity": True, "patching_threshold": 0.02, "max_patch_length": 9},
+}
+"""Options of models that differ from [`make_model`]'s in what the plugin has to know."""
 
 
 def encode(text: str | bytes) -> list[int]:
@@ -100,7 +125,6 @@ def engine(folder: str, **options):
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("llvmlite")}
     llm = LLM(model=str(folder), **{**values, **options})
     sys.modules.update(hidden)
-    torch.set_num_threads(1)  # vLLM has taken all
     try:
         yield llm
     finally:
@@ -148,3 +172,19 @@ def check_equal(model, prompts: list[list[int]], found: list, tolerance: float =
         right, right_logprobs = expected(model, prompt, len(ids))
         assert ids == right
         assert max(abs(a - b) for a, b in zip(logprobs, right_logprobs)) < tolerance
+
+
+def metric(llm, name: str) -> int:
+    return sum(found.value for found in llm.get_metrics() if found.name == name)
+
+
+def ragged_of(llm):
+    return model_of(llm).ragged
+
+
+def plan_of(llm):
+    return model_of(llm).state.plan
+
+
+def model_of(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model

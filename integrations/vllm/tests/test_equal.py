@@ -1,16 +1,14 @@
 """An engine writes what `generate` writes, and with the same log-probabilities."""
 
+import copy
+
 import pytest
 import torch
 
-from conftest import MODES, TEXTS, check_equal, encode, engine, write
+from conftest import MODES, SHAPES, TEXTS, check_equal, encode, engine, metric, model_of, plan_of, ragged_of, write
 
 
 PROMPTS = [encode(text) for text in TEXTS]
-
-
-def metric(llm, name: str) -> int:
-    return sum(found.value for found in llm.get_metrics() if found.name == name)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -20,31 +18,6 @@ def test_texts_are_those_of_generate(saved, mode):
     with engine(folder, max_num_batched_tokens=48, max_num_seqs=2) as llm:
         prompts, counts = PROMPTS * 2, [60, 9, 30, 60, 21, 44]
         check_equal(model, prompts, write(llm, prompts, counts))
-
-
-SHAPES = {
-    "heads": {
-        "encoder_config": {
-            "num_hidden_layers": 2,
-            "cross_attn_all_layers": True,
-            "cross_attn_k": 4,
-            "hidden_size_global": 256,
-        },
-        "decoder_config": {
-            "num_attention_heads": 1,
-            "num_key_value_heads": 1,
-            "num_cross_attention_heads": 4,
-            "cross_attn_k": 4,
-            "hidden_size_global": 256,
-        },
-        "global_config": {"num_key_value_heads": 2, "hidden_size": 256},
-        "cross_attn_k": 4,
-        "encoder_hash_byte_group_nb_functions": 2,
-        "max_patch_length": 5,
-    },
-    "no_windows": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
-    "monotonicity": {"monotonicity": True, "patching_threshold": 0.02, "max_patch_length": 9},
-}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -90,18 +63,6 @@ def test_fewer_slots_change_nothing_where_the_rule_bounds_patches(saved, mode, r
         assert ragged_of(llm).num_merged == 0
 
 
-def ragged_of(llm):
-    return model_of(llm).ragged
-
-
-def plan_of(llm):
-    return model_of(llm).state.plan
-
-
-def model_of(llm):
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-
-
 def test_a_budget_of_patches_is_exact_until_it_is_reached(saved):
     """And then patches are merged, the same way in all chunks; nothing is read past a request's pages."""
     model, folder = saved("byte")  # the most patches that a text can have
@@ -141,3 +102,43 @@ def test_the_entropy_model_stays_in_fp32(saved):
         write(llm, PROMPTS[1:2], 1)
     ids = torch.tensor(PROMPTS[1:2])
     torch.testing.assert_close(seen[0], model(ids, output_patches=True).entropies[0], atol=1e-5, rtol=1e-5)
+
+
+def fill_pages(llm) -> None:
+    """Leaves in every page what is no number in any precision, as a page of another kind may; page 0 is nobody's."""
+    for attention in model_of(llm).attentions.values():
+        attention.kv_cache[1:].view(torch.int16).fill_(-1)
+    for tensor in model_of(llm).state.kv_cache:
+        tensor[1:].view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32).fill_(-1)
+
+
+@pytest.mark.parametrize("mode", ["space", "entropy"])
+def test_nothing_is_read_of_what_others_have_left_in_pages(saved, mode):
+    model, folder = saved(mode)
+    with engine(folder, max_num_batched_tokens=48) as llm:
+        fill_pages(llm)
+        check_equal(model, PROMPTS, write(llm, PROMPTS, 60))
+
+
+def test_bf16_is_as_near_to_fp32_as_generate_is(saved):
+    """Two attention kernels round differently, so texts may part; both have to be near to the same model in fp32."""
+    model, folder = saved("entropy")
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    rounded.model.patcher = model.model.patcher  # as in the engine
+    exact = copy.deepcopy(rounded).float()
+    errors = {"vllm": [], "generate": []}
+    with engine(folder, dtype="bfloat16", max_num_batched_tokens=48, max_num_seqs=2) as llm:
+        fill_pages(llm)
+        for prompt, (ids, logprobs) in zip(PROMPTS * 2, write(llm, PROMPTS * 2, 60)):
+            right = forced(exact, prompt, ids)
+            errors["vllm"].append((torch.tensor(logprobs) - right).abs())
+            errors["generate"].append((forced(rounded, prompt, ids) - right).abs())
+    ours, theirs = (torch.cat(errors[name]) for name in ("vllm", "generate"))
+    assert ours.mean() < 1.2 * theirs.mean() and ours.max() < 1.5 * theirs.max()
+
+
+@torch.no_grad()
+def forced(model, prompt: list[int], ids: list[int]) -> torch.Tensor:
+    """Log-probabilities of `ids` behind `prompt`."""
+    logprobs = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return logprobs[torch.arange(len(ids)), torch.tensor(ids)]
