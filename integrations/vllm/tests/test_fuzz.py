@@ -18,7 +18,6 @@ from conftest import MODES, SHAPES, encode, engine, expected, metric, ragged_of
 
 
 CASES, SEED = int(os.environ.get("BLT_VLLM_CASES", 1000)), int(os.environ.get("BLT_VLLM_SEED", 0))
-LONGEST = 512  # bytes of a text
 DRAFTS = {
     "speculative_config": {
         "method": "ngram",
@@ -29,9 +28,9 @@ DRAFTS = {
 }
 ENGINES = {
     "pieces": {"max_num_batched_tokens": 40, "max_num_seqs": 6},
-    "preempted": {"max_num_batched_tokens": 128, "max_num_seqs": 12, "async_scheduling": False},
+    "preempted": {"max_num_batched_tokens": 128, "max_num_seqs": 12, "max_model_len": 200, "async_scheduling": False},
     "drafts": {"max_num_batched_tokens": 96, "max_num_seqs": 8, **DRAFTS},
-    "preempted_drafts": {"max_num_batched_tokens": 64, "max_num_seqs": 12, **DRAFTS},
+    "preempted_drafts": {"max_num_batched_tokens": 64, "max_num_seqs": 12, "max_model_len": 200, **DRAFTS},
 }
 RUNS = [(mode, name) for mode in MODES for name in ENGINES]
 WORDS = ["a", "the ", "x = 1\n", "żółw ", "速い", "0" * 30, "aaaa", ", "]
@@ -61,14 +60,15 @@ def draw_prompt(generator: random.Random) -> list[int]:
 
 
 def least_memory(folder: str, options: dict) -> int:
-    """Memory for one request of the greatest length and little more: many short ones start, and some are put off."""
-    values = {"dtype": "float32", "max_model_len": LONGEST, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
-    plan = MemoryPlan.of(EngineArgs(model=folder, **{**values, **options}).create_engine_config())
+    """Memory for one request of the greatest length and little more: several start, and are put off when they grow."""
+    values = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
+    plan = MemoryPlan.of(EngineArgs(model=folder, **values, **options).create_engine_config())
+    length = options["max_model_len"]
     pages = 1
     for name, shape in plan.stacks.items():
         ratio = plan.bytes_per_slot if shape.window is None else 1
-        longest = LONGEST if shape.window is None else shape.window + options["max_num_batched_tokens"]
-        pages += -(-min(LONGEST, longest) // (plan.slots[name] * ratio)) + 2
+        longest = length if shape.window is None else shape.window + options["max_num_batched_tokens"]
+        pages += -(-min(length, longest) // (plan.slots[name] * ratio)) + 2
     return pages * plan.page_size
 
 
@@ -124,9 +124,10 @@ def test_random_requests(saved, mode, name):
     count = CASES // len(RUNS) + (number < CASES % len(RUNS))
     requests = [(draw_prompt(generator), generator.choice([1, 2, 5, 20, 60, 120])) for _ in range(count)]
     options = dict(ENGINES[name])
-    if "preempted" in name:
+    if "preempted" in name:  # by requests that begin short and grow
+        requests = [(prompt[:20], max(20, count)) for prompt, count in requests]
         options["kv_cache_memory_bytes"] = least_memory(folder, options)
-    with engine(folder, disable_log_stats=False, max_model_len=LONGEST, **options) as llm:
+    with engine(folder, disable_log_stats=False, **options) as llm:
         found = serve(llm, requests, generator)
         names = ("num_preemptions", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
         preempted, drafted, accepted = (metric(llm, f"vllm:{one}") for one in names)
