@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` set up what they need; the scripts say which variables they read.
-.PHONY: coverage links quickstart quality style test test-gpu test-lowest test-newest test-properties test-slow test-vllm
+.PHONY: coverage links quickstart quality style test test-gpu test-lowest test-newest test-properties test-slow test-vllm test-vllm-gpu
 
 bin = $(or $(BLT_VENV),.venv)/bin
 
@@ -24,6 +24,10 @@ test-gpu:
 # oldest that is supported. `bash scripts/test_vllm.sh -m fuzz`: a thousand random texts.
 test-vllm:
 	bash scripts/test_vllm.sh
+
+# The plugin on an NVIDIA GPU, in the environment that is active, with `vllm`: tests, random texts, a benchmark. Not run yet.
+test-vllm-gpu:
+	bash scripts/test_vllm_gpu.sh
 
 # The oldest versions that are supported, in an environment of their own (some GB).
 test-lowest:
