@@ -128,7 +128,7 @@ class PackedStack:
         before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         return PackedLayer(
             self._join([attention.q_proj, attention.k_proj, attention.v_proj], before),
-            attention.o_proj.weight.detach().t(),
+            self._turned(attention.o_proj.weight),
             self._join([mlp.gate_proj, mlp.up_proj], between),
             mlp.down_proj.weight.detach().t(),
             *(None if self.is_exact and self.copies else self._scaled(norm) for norm in (before, between)),
@@ -136,7 +136,7 @@ class PackedStack:
 
     def _pack_cross(self, cross: BltByteCrossAttention) -> PackedCross:
         norm = cross.q_norm.weight
-        output = cross.o_proj.weight.detach().t()
+        output = self._turned(cross.o_proj.weight)
         return PackedCross(self._join([cross.q_proj], norm), output, None if self.is_exact else self._scaled(norm))
 
     def _scaled(self, norm: Tensor) -> Tensor:
@@ -148,7 +148,12 @@ class PackedStack:
         if not self.copies:
             return tuple(weight.t() for weight in weights)
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return (weight * self._scaled(norm) if self.is_exact else weight).t()
+        return self._turned(weight * self._scaled(norm) if self.is_exact else weight)
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """A weight as `(in, out)`; where that pays, so in memory, too: one row times it is twice as fast on a CPU."""
+        weight = weight.detach().t()
+        return weight.contiguous() if self.is_exact and self.copies else weight
 
     def _normed(self, states: Tensor, weight: Tensor | None) -> Tensor:
         if not self.is_exact:
