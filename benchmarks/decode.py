@@ -38,6 +38,15 @@ def decode_bytes(model, prompt: torch.Tensor, num_bytes: int):
     )
 
 
+@torch.no_grad()
+def calibrate(model, prompt: torch.Tensor, num_bytes: int, patch_bytes: float) -> None:
+    """Sets the threshold by which the bytes written behind `prompt` make patches of `patch_bytes` bytes."""
+    torch.manual_seed(0)
+    text = decode_bytes(model, prompt.expand(max(4, len(prompt)), -1), num_bytes)
+    entropies = model(text, output_patches=True, use_cache=False).entropies[:, prompt.shape[1] - 1 :]
+    model.config.patching_threshold = float(entropies.quantile(1 - 1 / patch_bytes))
+
+
 class Continuation:
     """Generation from a prompt that was read once, outside the timing."""
 
@@ -57,12 +66,18 @@ class Continuation:
             cache.fix_steps(compile_config, prompt.shape[1] + num_bytes)
         with torch.no_grad():
             self.cache = model(prompt[:, :-1], use_cache=True, past_key_values=cache).past_key_values
+        self.bytes, self.patches = 0, 0
 
     def __call__(self):
-        return self.model.generate(
-            self.prompt, past_key_values=copy.deepcopy(self.cache), max_new_tokens=self.num_bytes, do_sample=True,
+        cache = copy.deepcopy(self.cache)
+        result = self.model.generate(
+            self.prompt, past_key_values=cache, max_new_tokens=self.num_bytes, do_sample=True,
             top_k=0, temperature=4.0, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
+        if isinstance(cache, BltCache):
+            self.bytes += self.num_bytes * cache.batch_size
+            self.patches += sum(cache.row_patches) - sum(self.cache.row_patches)
+        return result
 
 
 def whole(model, prompt: torch.Tensor, count: int):
@@ -121,6 +136,9 @@ def run(arguments: argparse.Namespace, device: str) -> None:
         prompt = random_ids(1, context, device, seed=2)
         tokens = max(round(context / BYTES_PER_TOKEN), 2)
         new_tokens = max(round(arguments.new_bytes / BYTES_PER_TOKEN), 8)
+        calibrate(model, prompt, arguments.new_bytes, arguments.patch_bytes)
+        if in_tree is not None:
+            in_tree.config.patching_threshold = model.config.patching_threshold
         contestants = [
             Contestant(
                 "blt_hf", Continuation(model, prompt, arguments.new_bytes), arguments.new_bytes, arguments.repeats
@@ -154,8 +172,10 @@ def run(arguments: argparse.Namespace, device: str) -> None:
             rows.append(
                 {"context": context, "batch": 1, **result, "blt_hf is faster by": base / result["units_per_s"]}
             )
+        rows[-len(results)]["bytes_a_patch"] = contestants[0].run.bytes / contestants[0].run.patches
     for batch in arguments.batch_sizes:
         prompt, count = random_ids(batch, 256, device, seed=3), arguments.new_bytes * batch
+        calibrate(model, prompt, arguments.new_bytes, arguments.patch_bytes)
         contestants = [
             Contestant("blt_hf", Continuation(model, prompt, arguments.new_bytes), count, arguments.repeats)
         ]
@@ -165,8 +185,10 @@ def run(arguments: argparse.Namespace, device: str) -> None:
         if is_gpu:
             recorded = Continuation(model, prompt, arguments.new_bytes, is_static=True)
             contestants.append(Contestant("blt_hf, recorded", recorded, count, arguments.repeats))
-        for result in interleave(contestants, device):
+        results = interleave(contestants, device)
+        for result in results:
             rows.append({"context": 256, "batch": batch, **result})
+        rows[-len(results)]["bytes_a_patch"] = contestants[0].run.bytes / contestants[0].run.patches
     read, speed = weight_bytes_a_byte(model, arguments.patch_bytes), bandwidth(device)
     report(
         "decode: bytes a second",

@@ -293,11 +293,17 @@ def test_copies_are_small_beside_the_released_models(shape):
     with torch.device("meta"):
         model = BltForCausalLM(_released_config(*shape)).model
     stacks = (model.patcher, model.local_encoder, model.local_decoder)
-    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    copied_names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
     weights = [
-        w for s in stacks for layer in s.layers for n, w in layer.named_parameters() if n.split(".")[-2] in joined
+        w
+        for s in stacks
+        for layer in s.layers
+        for n, w in layer.named_parameters()
+        if n.split(".")[-2] in copied_names
     ]
-    weights += [w for n, w in model.local_decoder.cross_attn_layers.named_parameters() if n.split(".")[-2] in joined]
+    weights += [
+        w for n, w in model.local_decoder.cross_attn_layers.named_parameters() if n.split(".")[-2] in copied_names
+    ]
     copied = sum(weight.numel() for weight in weights)
     assert copied < 0.05 * sum(weight.numel() for weight in model.parameters())
 
@@ -315,8 +321,8 @@ def test_what_is_copied_is_what_is_joined():
             for weight in layer:
                 made += weight if isinstance(weight, tuple) else [weight]
     copies = [w for w in made if w is not None and w.dim() == 2 and w.untyped_storage().data_ptr() not in own]
-    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    copied_names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
     local = (model.model.patcher.layers, model.model.local_encoder.layers, model.model.local_decoder.layers)
     expected = [w for s in (*local, model.model.local_decoder.cross_attn_layers) for n, w in s.named_parameters()
-                if n.split(".")[-2] in joined]  # fmt: skip
+                if n.split(".")[-2] in copied_names]  # fmt: skip
     assert sum(w.numel() for w in copies) == sum(w.numel() for w in expected)

@@ -208,18 +208,19 @@ class PackedStack:
             joined = mm(normed, layer.query_key_value)
         else:
             joined = torch.cat([mm(normed, weight) for weight in layer.query_key_value], dim=-1)
-        num_query, num_rotated = self.num_heads * self.head_dim, (self.num_heads + self.num_kv_heads) * self.head_dim
-        rotated = joined[:, :num_rotated]
+        heads = joined.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)  # (N, H, D)
+        query, keys_values = heads.split_with_sizes([self.num_heads, 2 * self.num_kv_heads], 1)
         if rotation.is_complex():
-            torch.view_as_complex(rotated.view(states.shape[0], -1, self.head_dim // 2, 2)).mul_(rotation)
+            pairs = torch.view_as_complex(joined.view(states.shape[0], -1, self.head_dim // 2, 2))
+            pairs[:, : -self.num_kv_heads].mul_(rotation)
         else:
-            heads = rotated.view(*shape, -1, self.head_dim)
-            heads.copy_(rotate_pairs(heads, *rotation.unbind()))
+            rotated = heads[:, : -self.num_kv_heads].view(*shape, -1, self.head_dim)
+            rotated.copy_(rotate_pairs(rotated, *rotation.unbind()))
         slots, keys, values = cache_layer.slot_views(slot_index.seen)
-        slots.index_copy_(0, slot_index.index, joined[:, num_query:])
+        slots.index_copy_(1, slot_index.index, keys_values.transpose(0, 1))
         if slot_index.rows is not None:
             keys, values = keys.index_select(0, slot_index.rows), values.index_select(0, slot_index.rows)
-        query = joined[:, :num_query].view(*shape, -1, self.head_dim).transpose(1, 2)
+        query = query.view(*shape, -1, self.head_dim).transpose(1, 2)
         attended = nn.functional.scaled_dot_product_attention(
             query, keys, values, mask, scale=self.scaling, enable_gqa=self.num_heads != self.num_kv_heads
         )
