@@ -31,6 +31,13 @@ HOLDS = {
     "test_cli.py": ["cli/calibrate", "cli/common", "cli/evaluate", "cli/flops", "cli/patches"],
     "test_cli_models.py": ["cli/card", "cli/generate", "cli/info", "cli/train"],
     "tokenizer/test_tokenization.py": ["integrations/tokenizer_files"],
+    "training/test_distillation.py": [
+        "cli/byteify",
+        "training/learned",
+        "training/teacher_data",
+        "training/teacher_texts",
+        "training/token_models",
+    ],
 }
 # Files about a subject that crosses modules.
 SUBJECTS = {

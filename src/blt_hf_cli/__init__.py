@@ -6,7 +6,7 @@ It is a package beside `blt_hf` because everything below `blt_hf` imports torch 
 
 import typer
 
-from . import calibrate, card, convert, evaluate, flops, generate, get, info, patches, train
+from . import byteify, calibrate, card, convert, evaluate, flops, generate, get, info, patches, train
 
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command()(generate.generate)
 app.command()(get.get)
 app.command()(info.info)
 app.add_typer(train.app, name="train")
+app.add_typer(byteify.app, name="byteify")
 app.command()(evaluate.evaluate)
 app.command()(calibrate.calibrate)
 app.command()(flops.flops)

@@ -1,0 +1,442 @@
+"""Distilling byteification: a BLT around frozen layers of a token model learns from that model, in three stages.
+
+`EncoderStage`: patches are to enter the layers as tokens do. `DecoderStage`: bytes are to be spelled from states that the
+token model itself left at the ends of patches. `JointStage`: both, through all layers. The layers stay as they are, or get
+LoRA adapters in the last stage (`learned.add_lora`). Each stage runs alone, on what the one before it left.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import signal
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..model.attention_blt import AttentionSpan
+from ..model.chunk_blt import HostPatchCounts, make_chunk
+from ..model.forward_blt import BytesRead, ForwardSettings, predict_bytes, read_bytes
+from ..model.layers_blt import OutputCollector, run_layers
+from ..model.modeling_blt import BltForCausalLM
+from ..model.patching_blt import BYTE_OFFSET, IGNORED_LABEL
+from . import learned
+from .byteify import _base_model
+from .teacher_data import teacher_states
+
+
+LEARNED_FILE = "learned.safetensors"
+NOISES = ("drop", "upper", "case")
+
+
+class Stage(nn.Module):
+    """A BLT with the loss of one stage. What does not learn in it is frozen when the stage is made.
+
+    Attributes:
+        model: the BLT.
+        trained: beginnings of the names of parameters that learn.
+    """
+
+    trained: tuple[str, ...] = ()
+
+    def __init__(self, model: BltForCausalLM):
+        super().__init__()
+        self.model = model
+        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(self.trained) or ".lora_" in name and "lora" in self.trained)
+
+    def note(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Adds to the mean of a figure that is logged."""
+        entry = self.sums[name]
+        entry[0] += float(total)
+        entry[1] += float(count)
+
+    def take_figures(self) -> dict[str, float]:
+        """Means since the last call."""
+        figures = {name: total / max(count, 1e-9) for name, (total, count) in self.sums.items()}
+        self.sums.clear()
+        return figures
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> BytesRead:
+        """Runs the encoder over bytes `(B, S)`, padded on the right."""
+        base, settings = self.model.model, ForwardSettings.of(self.model.config)
+        shape, device = tuple(input_ids.shape), input_ids.device
+        chunk = make_chunk(input_ids, attention_mask, None, None, shape, device, settings.documents)
+        return read_bytes(base, settings, chunk, None)
+
+    def patch_inputs(self, read: BytesRead) -> Tensor:
+        """What enters the layers of the global transformer, `(B, P, W)`."""
+        base = self.model.model
+        states, segment = base.local_encoder.patch_bytes(read.chunk, read.patches, read.byte_states, None)
+        latents = base.local_encoder.make_latents(states, segment, HostPatchCounts.of(read.patches).max_new)
+        return latents.flatten(2)
+
+    def predict(self, read: BytesRead, states: Tensor) -> Tensor:
+        """Logits `(B, S, V)` from the states `(B, P, W)` of patches."""
+        base = self.model.model
+        latents = base.local_decoder.project_latents(states)
+        return predict_bytes(base, ForwardSettings.of(self.model.config), None, read, latents, self.model.lm_head)
+
+    def byte_loss(
+        self, logits: Tensor, labels: Tensor, target_ids: Tensor | None, target_probs: Tensor | None
+    ) -> Tensor:
+        """Cross entropy with the teacher's distribution of the next byte, or with the byte itself; notes its bits."""
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        right = labels[:, 1:]
+        is_known = right != IGNORED_LABEL
+        hard = -log_probs[:, :-1].gather(-1, right.clamp_min(0)[..., None])[..., 0][is_known]
+        self.note("bits_per_byte", hard.sum() / math.log(2), hard.numel())
+        if target_ids is None:
+            return hard.mean()
+        soft = -(log_probs.gather(-1, target_ids) * target_probs).sum(dim=-1)
+        return soft.sum() / target_probs.sum().clamp_min(1e-9)
+
+
+def normalised_error(states: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error over energy, channel by channel, so that a few large channels do not hide the others.
+
+    Args:
+        states, targets: `(B, P, W)`. weights: `(B, P)`.
+    Returns:
+        the loss, and the share of the targets' variance that is lost, for the log.
+    """
+    count = weights.sum().clamp_min(1)
+    weights = weights[..., None] / count
+    mean = (targets * weights).sum(dim=(0, 1))
+    variance = ((targets - mean).square() * weights).sum(dim=(0, 1))
+    error = ((states - targets).square() * weights).sum(dim=(0, 1))
+    # The fewer the states, the less their variance says.
+    energy = (targets.square() * weights).sum(dim=(0, 1)).median()
+    floor = variance.median() * 0.05 + energy / count + 1e-12
+    return (error / (variance + floor)).mean(), (error.sum() / (variance + energy / count + 1e-12).sum()).detach()
+
+
+class EncoderStage(Stage):
+    """The encoder learns to make the vectors that the layers of the token model are used to.
+
+    A patch in which one token ends is to be that token's embedding; one of several tokens begins with the first one's.
+    With `layers`, the first layers run as well, and each patch is to leave them as its last token left them.
+
+    Args:
+        model: a byteified model.
+        embeddings: `(V, W)`, of the token model.
+        layers: how many layers run; 0: none, so that rows need no states of the teacher.
+        embedding_weight: of the error against embeddings, beside the one behind the layers.
+        token_model: its first layers run on the tokens of rows that bring no `early_states`.
+    """
+
+    trained = ("model.local_encoder.", "model.encoder_hash_tok_embedding.", "model.global_transformer.token_embedding")
+
+    def __init__(
+        self,
+        model: BltForCausalLM,
+        embeddings: Tensor,
+        layers: int = 0,
+        embedding_weight: float = 1.0,
+        token_model: nn.Module | None = None,
+    ):
+        super().__init__(model)
+        count = len(model.model.global_transformer.layers)
+        if not 0 <= layers < count:
+            raise ValueError(f"`layers` must be from 0 to {count - 1}; got {layers}.")
+        self.layers, self.embedding_weight = layers, embedding_weight
+        self.register_buffer("embeddings", embeddings.detach().clone(), persistent=False)
+        self.teacher = None if token_model is None or not layers else _first_layers(token_model, layers)
+
+    def forward(
+        self, input_ids, attention_mask, patch_tokens, early_states=None, tokens=None, patch_last=None, **unused
+    ) -> dict[str, Tensor]:
+        if self.layers and early_states is None and self.teacher is not None:
+            states, _ = teacher_states(self.teacher, tokens)
+            index = patch_last[..., None].expand(-1, -1, states.shape[-1])
+            early_states = states.float().gather(1, index)
+        inputs = self.model.model.global_transformer.token_embedding_projection(
+            self.patch_inputs(self.read(input_ids, attention_mask))
+        )
+        num_patches = min(inputs.shape[1], patch_tokens.shape[1])
+        inputs, first = inputs[:, :num_patches], patch_tokens[:, :num_patches, 0]
+        counts = patch_tokens[:, :num_patches, 1]
+        several = 1.0 if self.layers == 0 else 0.1  # the layers say better what a word of several tokens is
+        weights = (counts == 1) + several * (counts > 1)
+        targets = self.embeddings[first.clamp_min(0)].to(inputs.dtype)
+        wrong = (inputs - targets).square().sum(dim=-1)
+        energy = targets.square().sum(dim=-1)
+        loss = (wrong * weights).sum() / (energy * weights).sum().clamp_min(1e-9)
+        is_one = counts == 1
+        self.note("embedding_error", (wrong * is_one).detach().sum(), (energy * is_one).sum())
+        if self.layers:
+            if early_states is None:
+                raise ValueError(
+                    "`layers` needs rows with `early_states` (written with `early_layer`), or `token_model`."
+                )
+            behind, error = self._error_behind_layers(inputs, early_states[:, :num_patches], counts)
+            self.note("state_error", error, 1)
+            loss = behind + self.embedding_weight * loss
+        return {"loss": loss}
+
+    def _error_behind_layers(self, inputs: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        stack = self.model.model.global_transformer
+        positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
+        span = AttentionSpan(0, inputs.shape[1], None, None, stack.config._attn_implementation)
+        rotary = stack.rotary_emb(inputs, positions)
+        states = run_layers(stack.layers[: self.layers], inputs, rotary, span, None)
+        weights = (counts > 0).float()
+        weights[:, 0] = 0  # the first patch draws attention to itself in ways that no other does
+        return normalised_error(states.float(), targets, weights)
+
+
+def _first_layers(token_model: nn.Module, layers: int) -> nn.Module:
+    """A frozen copy of the first layers of a token model, in the dtype of the weights that a stage keeps frozen."""
+    base = _base_model(token_model)
+    every = base.layers
+    try:
+        base.layers = every[:layers]
+        first = copy.deepcopy(base)
+    finally:
+        base.layers = every
+    return first.requires_grad_(False).eval()
+
+
+class DecoderStage(Stage):
+    """The decoder learns to spell what states of the token model say; no layer runs."""
+
+    trained = ("model.local_decoder.", "lm_head.", "mask_embedding.")
+
+    def forward(
+        self, input_ids, attention_mask, labels, states, target_ids=None, target_probs=None, **unused
+    ) -> dict[str, Tensor]:
+        with torch.no_grad():
+            read = self.read(input_ids, attention_mask)
+        logits = self.predict(read, states)
+        return {"loss": self.byte_loss(logits, labels, target_ids, target_probs)}
+
+
+class JointStage(Stage):
+    """Everything but the layers learns, and their adapters if there are any; bytes go in, and bytes come out.
+
+    Args:
+        model: a byteified model.
+        state_weight: of the error of patch states behind the last layer, against the token model's.
+        early_layer: the layer behind which rows hold `early_states`; their error has the same weight. None: unused.
+    """
+
+    trained = (*EncoderStage.trained, *DecoderStage.trained, "lora")
+
+    def __init__(self, model: BltForCausalLM, state_weight: float = 0.1, early_layer: int | None = None):
+        super().__init__(model)
+        self.state_weight, self.early_layer = state_weight, early_layer
+
+    def forward(
+        self, input_ids, attention_mask, labels, states=None, early_states=None, target_ids=None, target_probs=None,
+        patch_tokens=None, **unused,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        read = self.read(input_ids, attention_mask)
+        inputs = self.patch_inputs(read)
+        collector = OutputCollector(True, False)
+        new_patches = torch.arange(inputs.shape[1], device=inputs.device)
+        made = self.model.model.global_transformer(
+            inputs, read.chunk, read.patches, new_patches, new_patches[:0], None, None, collector
+        )
+        loss = self.byte_loss(self.predict(read, made), labels, target_ids, target_probs)
+        pairs = [("state_error", made, states)]
+        if self.early_layer is not None:
+            pairs.append(("early_state_error", collector.hidden_states[self.early_layer], early_states))
+        for name, state, target in pairs:
+            if target is None or not self.state_weight:
+                continue
+            weights = (patch_tokens[..., 1] > 0).float()
+            weights[:, 0] = 0
+            error, share = normalised_error(state.float(), target, weights)
+            self.note(name, share, 1)
+            loss = loss + self.state_weight * error
+        return {"loss": loss}
+
+
+class NoisyRows:
+    """A collator for the encoder's stage: words of the text are misspelled, and still mean what they meant.
+
+    Letters of a word alone change, so each patch stays what it is under the rule `space`.
+
+    Args:
+        collate: makes a batch of rows.
+        share: of words that are changed.
+        kinds: which changes: `drop` (a letter), `upper` (all letters), `case` (each letter's at random).
+        seed: of the changes.
+    """
+
+    _WORD = re.compile(rb"[A-Za-z]{3,}")
+
+    def __init__(self, collate, share: float, kinds: tuple[str, ...] = NOISES, seed: int = 0):
+        if unknown := set(kinds) - set(NOISES):
+            raise ValueError(f"`kinds` must be among {NOISES}; got {sorted(unknown)}.")
+        self.collate, self.share, self.kinds = collate, share, kinds
+        self._random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        changed = [{**row, "input_ids": self._change(torch.as_tensor(row["input_ids"]))} for row in rows]
+        return self.collate(changed)
+
+    def _change(self, ids: Tensor) -> Tensor:
+        # Special ids become a byte that is no letter.
+        data = bytes(index - BYTE_OFFSET if 0 <= index - BYTE_OFFSET < 256 else 0 for index in ids.tolist())
+        parts, position = [], 0
+        for match in self._WORD.finditer(data):
+            if float(torch.rand((), generator=self._random)) >= self.share:
+                continue
+            parts += [ids[position : match.start()], self._change_word(match[0]).to(ids.dtype) + BYTE_OFFSET]
+            position = match.end()
+        return torch.cat([*parts, ids[position:]])
+
+    def _change_word(self, word: bytes) -> Tensor:
+        kind = self.kinds[int(torch.randint(len(self.kinds), (), generator=self._random))]
+        letters = torch.tensor([*word])
+        if kind == "drop":
+            gone = int(torch.randint(len(word), (), generator=self._random))
+            return torch.cat([letters[:gone], letters[gone + 1 :]])
+        if kind == "upper":
+            return letters & ~0x20
+        swaps = torch.rand(len(word), generator=self._random) < 0.5
+        return torch.where(swaps, letters ^ 0x20, letters)
+
+
+class _StageTrainer(Trainer):
+    """Saves what is learned alone, and logs the figures of the stage."""
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        is_evaluation = any(name.startswith("eval_") for name in logs)
+        prefix = "eval_" if is_evaluation else ""
+        logs.update({prefix + name: round(value, 4) for name, value in self.model.take_figures().items()})
+        if self.state.is_world_process_zero:
+            with open(Path(self.args.output_dir) / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        kept, self.model.sums = self.model.sums, defaultdict(lambda: [0.0, 0.0])
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics.update({f"eval_{name}": value for name, value in self.model.take_figures().items()})
+        self.model.sums = kept
+        return output
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        learned.save(self.model.model, folder / LEARNED_FILE, dtype=torch.float32)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        learned.load(self.model.model, Path(resume_from_checkpoint) / LEARNED_FILE)
+
+
+class _StopWhenAsked(TrainerCallback):
+    """Saves and stops at a signal to terminate, at the end of a step."""
+
+    def __init__(self):
+        self.asked = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *unused):
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def freeze_layers(model: BltForCausalLM, dtype: torch.dtype) -> None:
+    """Freezes the layers of the global transformer, and keeps their weights in `dtype`, which saves time and memory."""
+    model.model.global_transformer.layers.requires_grad_(False).to(dtype)
+
+
+def run_stage(
+    stage: Stage,
+    rows,
+    collate,
+    output: str | os.PathLike,
+    steps: int,
+    batch_size: int = 2,
+    learning_rate: float = 2e-3,
+    warmup_steps: int = 50,
+    eval_rows=None,
+    log_steps: int = 20,
+    save_steps: int = 100,
+    seed: int = 0,
+    use_bf16: bool = True,
+    quiet: bool = False,
+    **arguments,
+) -> dict[str, float]:
+    """Trains a stage with `Trainer`, from its last checkpoint in `output` if there is one.
+
+    AdamW (0.9, 0.95), cosine to a tenth of the rate. SIGTERM saves and stops. `output` gets `learned.safetensors` at
+    the end, and `log.jsonl` as it goes: loss, bits per byte, errors.
+
+    Args:
+        stage: what is learned.
+        rows: a data set of rows. collate: makes a batch of them.
+        steps: of the optimizer, in all.
+        eval_rows: rows for evaluation, at each save and at the end.
+        use_bf16: products in bf16 (autocast).
+        arguments: others of `TrainingArguments`.
+    Returns:
+        the figures of the last evaluation, or of the last log.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "output_dir": str(output), "max_steps": steps, "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size, "learning_rate": learning_rate, "warmup_steps": warmup_steps,
+        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "max_grad_norm": 1.0,
+        "logging_steps": log_steps, "save_steps": save_steps, "save_total_limit": 1, "seed": seed, "bf16": use_bf16,
+        "eval_strategy": "no" if eval_rows is None else "steps", "eval_steps": save_steps, "report_to": [],
+        "remove_unused_columns": False, "disable_tqdm": quiet, "prediction_loss_only": True, **arguments,
+    }  # fmt: skip
+    parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW, {"params": groups, "lr": learning_rate, "betas": (0.9, 0.95)}
+    stop = _StopWhenAsked()
+    trainer = _StageTrainer(
+        stage, TrainingArguments(**settings), collate, train_dataset=rows, eval_dataset=eval_rows, callbacks=[stop],
+        optimizer_cls_and_kwargs=optimizer,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+    figures = trainer.evaluate() if eval_rows is not None and not stop.asked else {}
+    trainer._save(output)
+    return figures or dict(trainer.state.log_history[-1])
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    found = [path for path in output.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def embeddings_of(token_model: nn.Module) -> Tensor:
+    """Token embeddings `(V, W)` of a token model."""
+    return _base_model(token_model).embed_tokens.weight
+
+
+__all__ = [
+    "DecoderStage",
+    "EncoderStage",
+    "JointStage",
+    "LEARNED_FILE",
+    "NOISES",
+    "NoisyRows",
+    "Stage",
+    "embeddings_of",
+    "freeze_layers",
+    "normalised_error",
+    "run_stage",
+]

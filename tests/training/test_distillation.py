@@ -1,0 +1,436 @@
+"""A BLT learns from the token model whose layers it has: each stage alone, and what it leaves on disk."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from blt_hf.cli import app as cli
+from blt_hf.model.patching_blt import BOS_TOKEN_ID, EOS_TOKEN_ID, PatchingRule, find_patch_ends
+from blt_hf.tokenizer.encoding import BYTE_SYMBOLS, byte_ids
+from blt_hf.training import learned
+from blt_hf.training.byteify import byteify
+from blt_hf.training.distillation import (
+    LEARNED_FILE,
+    DecoderStage,
+    EncoderStage,
+    JointStage,
+    NoisyRows,
+    embeddings_of,
+    freeze_layers,
+    normalised_error,
+    run_stage,
+)
+from blt_hf.training.teacher_data import (
+    TeacherData,
+    TeacherWriter,
+    collate_teacher_rows,
+    next_byte_targets,
+    token_of_patches,
+    tokens_of_patches,
+)
+from blt_hf.training.teacher_texts import strip_end, write_texts
+from blt_hf.training.token_models import TokenAlphabet, align, cut_texts, load_token_model
+
+
+WORDS = ["the", "cat", "dog", "sat", "ran", "on", "mat", "hill", "a", "red", "big", "and"]
+END, CHAT = "<|end|>", "<|im|>"
+LOCAL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+BLT = {
+    "vocab_size": 261, "patching_mode": "space", "cross_attn_k": 2, "local_attention_window_len": 32,
+    "encoder_hash_byte_group_size": [3, 4], "encoder_hash_byte_group_vocab": 97,
+    "encoder_config": {**LOCAL, "num_hidden_layers": 1}, "decoder_config": {**LOCAL, "num_hidden_layers": 1},
+}  # fmt: skip
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose merges make the words above, with a space before them."""
+    vocab = {symbol: index for index, symbol in enumerate(BYTE_SYMBOLS)}
+    merges = []
+    for word in WORDS:
+        piece = "Ġ"
+        for letter in word:
+            if piece + letter not in vocab:
+                merges.append((piece, letter))
+                vocab[piece + letter] = len(vocab)
+            piece += letter
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, additional_special_tokens=[CHAT])
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im|>{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im|>assistant:{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def token_model(tokenizer):
+    """A tiny Llama that has learned to look three words back."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    alphabet = TokenAlphabet.of(tokenizer, {CHAT: 260})
+    ids = torch.tensor([align(alphabet, tokenizer, text).tokens for text in make_texts(320, 1)])
+    for step in range(160):
+        batch = ids[step % 10 * 32 :][:32]
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def make_texts(count: int, seed: int) -> list[str]:
+    """Three words, again and again: who knows the word three back knows the next one."""
+    generator = torch.Generator().manual_seed(seed)
+    cycles = [torch.randperm(len(WORDS), generator=generator)[:3].tolist() for _ in range(count)]
+    return ["".join(" " + WORDS[index] for index in cycle * 8) for cycle in cycles]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, token_model, tokenizer):
+    """Shards of the teacher for 64 texts."""
+    path = tmp_path_factory.mktemp("states")
+    list(make_writer(token_model, tokenizer, path).write(make_texts(64, 2)))
+    return path
+
+
+def make_writer(token_model, tokenizer, path, **options):
+    alphabet = TokenAlphabet.of(tokenizer, {CHAT: 260})
+    return TeacherWriter(
+        token_model,
+        tokenizer,
+        alphabet,
+        PatchingRule("space"),
+        path,
+        early_layer=1,
+        row_bytes=96,
+        shard_rows=16,
+        **options,
+    )
+
+
+def make_blt(token_model, seed: int = 0, **overrides):
+    torch.manual_seed(seed)
+    return byteify(token_model, **{**BLT, **overrides})
+
+
+def test_tokens_spell_the_text(tokenizer):
+    alphabet = TokenAlphabet.of(tokenizer, {CHAT: 260})
+    text = " the cat über<|im|> sat"
+    row = align(alphabet, tokenizer, text)
+    before, after = text.split(CHAT)
+    assert row.input_ids == [BOS_TOKEN_ID, *byte_ids(before), 260, *byte_ids(after), EOS_TOKEN_ID]
+    assert row.ends[-1] == len(row.input_ids) - 1
+    assert [row.input_ids[start + 1 : end + 1] for start, end in zip(row.ends, row.ends[1:])] == [
+        [*alphabet.ids[token]] for token in row.tokens[1:]
+    ]
+
+
+def test_sentencepiece_tokens_are_read():
+    vocab = {"<unk>": 0, "</s>": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}, "▁the": 258}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    alphabet = TokenAlphabet.of(tokenizer)
+    assert alphabet.ids[258] == tuple(byte_ids(" the")) and alphabet.ids[2 + 0x41] == tuple(byte_ids("A"))
+    assert alphabet.end_token == 1 and alphabet.ids[1] == (EOS_TOKEN_ID,)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"special_ids": {"<|none|>": 260}}, "special_ids"),
+        ({"end_token": "<|none|>"}, "end_token"),
+    ],
+)
+def test_tokens_that_are_not_there_are_refused(tokenizer, options, says):
+    with pytest.raises(ValueError, match=says):
+        TokenAlphabet.of(tokenizer, **options)
+
+
+def test_pieces_of_texts_are_the_texts():
+    texts = ["one two three four", "ü" * 30, "short"]
+    pieces = list(cut_texts(texts, 8))
+    assert "".join(piece for piece, _ in pieces) == "".join(texts)
+    assert all(len(piece.encode()) <= 8 for piece, _ in pieces)
+    assert sum(is_end for _, is_end in pieces) == len(texts)
+
+
+def test_next_byte_targets_are_shared_by_tokens_that_begin_alike():
+    table = torch.tensor([[10, -1, -1], [10, 11, -1], [10, 11, 12], [20, 11, -1], [10, 13, -1]], dtype=torch.int16)
+    probs = torch.tensor([[0.1, 0.2, 0.3, 0.3, 0.1]])
+    ids, found = next_byte_targets(probs, torch.arange(5)[None], torch.tensor([2]), table)
+    rows = [{int(i): float(p) for i, p in zip(row, probs) if p > 0} for row, probs in zip(ids, found)]
+    assert rows[0] == pytest.approx({10: 0.7, 20: 0.3})
+    # Behind 10, token 0 has ended and is out; what came is one of 1, 2 and 4.
+    assert rows[1] == pytest.approx({11: 0.5 / 0.6, 13: 0.1 / 0.6})
+    assert rows[2] == pytest.approx({12: 1.0})
+
+
+def test_a_token_that_came_counts_where_it_is_not_among_the_candidates():
+    table = torch.tensor([[10, -1], [20, 21]], dtype=torch.int16)
+    ids, probs = next_byte_targets(torch.tensor([[0.9]]), torch.tensor([[0]]), torch.tensor([1]), table)
+    assert probs.sum(dim=1).tolist() == pytest.approx([1, 1])
+    assert (ids[1, 0].item(), probs[1, 0].item()) == (21, 1.0)
+
+
+def test_patches_know_the_last_token_that_ended_in_them(tokenizer):
+    alphabet = TokenAlphabet.of(tokenizer, {CHAT: 260})
+    row = align(alphabet, tokenizer, " the cat, x")
+    ids = torch.tensor(row.input_ids)[None]
+    ends = find_patch_ends(PatchingRule("space"), ids, None, torch.arange(ids.shape[1])[None])[0]
+    of_patch = token_of_patches(ends, torch.tensor(row.ends))
+    first, counts = tokens_of_patches(of_patch, torch.tensor(row.tokens)).T.tolist()
+    spelled = [bytes(i - 4 for i in alphabet.ids[row.tokens[t]]).decode() for t in of_patch.tolist()[1:3]]
+    assert spelled == [" the", ","]  # patches: `<s>`, ` the `, `cat,`, ` x</s>`
+    assert counts[:3] == [1, 1, 2]
+    assert first[2] == tokenizer(" cat").input_ids[0]
+
+
+def test_the_writer_goes_on_where_it_stopped(token_model, tokenizer, tmp_path, folder):
+    texts = make_texts(64, 2)
+    first = make_writer(token_model, tokenizer, tmp_path).write(texts)
+    next(first)
+    kept = (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns
+    facts = list(make_writer(token_model, tokenizer, tmp_path).write(texts))
+    assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    assert len(facts) == len(list(folder.glob("*.json")))
+    for path in folder.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(load_file(tmp_path / path.name)[name], tensor)
+
+
+def test_kept_states_are_those_of_the_token_model(token_model, tokenizer, folder):
+    alphabet = TokenAlphabet.of(tokenizer, {CHAT: 260})
+    piece = next(iter(cut_texts(make_texts(64, 2), 94)))
+    row, kept = align(alphabet, tokenizer, *piece), TeacherData([folder])[0]
+    assert kept["input_ids"].tolist() == row.input_ids
+    with torch.no_grad():
+        out = token_model(torch.tensor([row.tokens]), output_hidden_states=True)
+    ends = find_patch_ends(
+        PatchingRule("space"), kept["input_ids"].long()[None], None, torch.arange(len(row.input_ids))[None]
+    )
+    of_patch = token_of_patches(ends[0], torch.tensor(row.ends))
+    torch.testing.assert_close(kept["early_states"].float(), out.hidden_states[1][0, of_patch], atol=0.02, rtol=0.02)
+    logits = token_model.lm_head(token_model.model.norm(kept["states"].float()))
+    torch.testing.assert_close(logits, out.logits[0, of_patch], atol=0.2, rtol=0.05)
+    # The first byte behind a patch: the tokens that begin with it share the probability.
+    probs = out.logits[0, 0].softmax(-1)
+    spaces = sum(probs[token] for token in range(len(tokenizer)) if alphabet.ids[token][:1] == (ord(" ") + 4,))
+    kept_probs = kept["target_probs"][0][kept["target_ids"][0] == ord(" ") + 4]
+    assert float(kept_probs[0]) == pytest.approx(float(spaces), abs=0.03)
+
+
+def stages(token_model, folder, tmp_path, steps=60):
+    """Runs the three stages, each from the file of the one before."""
+    rows = TeacherData([folder])
+    makers = {
+        "encoder": lambda model: EncoderStage(model, embeddings_of(token_model), layers=1),
+        "decoder": DecoderStage,
+        "joint": lambda model: JointStage(model, early_layer=1),
+    }
+    start, figures = None, {}
+    for name, make in makers.items():
+        model = make_blt(token_model)
+        freeze_layers(model, torch.float32)
+        if name == "joint":
+            learned.add_lora(model, 2)
+        if start:
+            learned.load(model, start)
+        options = {"eval_rows": rows, "save_steps": 1000, "use_bf16": False, "quiet": True, "use_cpu": True}
+        figures[name] = run_stage(
+            make(model), rows, collate_teacher_rows, tmp_path / name, steps, 8, 1e-2, 5, **options
+        )
+        start = tmp_path / name / LEARNED_FILE
+    return model, start, figures
+
+
+def test_each_stage_learns_and_merged_adapters_give_the_same_logits(token_model, folder, tmp_path):
+    model, path, figures = stages(token_model, folder, tmp_path)
+    assert figures["encoder"]["eval_embedding_error"] < 0.5
+    assert figures["decoder"]["eval_bits_per_byte"] < 3
+    assert figures["joint"]["eval_bits_per_byte"] < 2
+    log = [json.loads(line) for line in (tmp_path / "joint" / "log.jsonl").read_text().splitlines()]
+    assert {"bits_per_byte", "state_error", "early_state_error", "loss"} <= log[0].keys()
+
+    merged = make_blt(token_model, seed=1)
+    learned.save(model, path, {"stage": "joint"}, dtype=torch.float32)
+    assert learned.load(merged, path)["stage"] == "joint"
+    ids = torch.tensor([[BOS_TOKEN_ID, *byte_ids(" the cat sat on")]])
+    with torch.no_grad():
+        expected, found = (m.eval()(ids, use_cache=False).logits for m in (model, merged))
+    assert any(".lora_B" in name and tensor.abs().max() > 1e-3 for name, tensor in load_file(path).items())
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    layers = model.model.global_transformer.layers
+    original = byteify(token_model, **BLT).model.global_transformer.layers
+    assert torch.equal(layers[0].mlp.up_proj.base_layer.weight, original[0].mlp.up_proj.weight)
+
+
+def test_a_byteified_model_learns_faster_than_one_with_random_layers(token_model, folder, tmp_path):
+    rows, bits = TeacherData([folder]), {}
+    for name in ("pretrained", "random"):
+        source = token_model
+        if name == "random":
+            torch.manual_seed(3)
+            source = LlamaForCausalLM(token_model.config)
+        model = make_blt(source, local_attention_window_len=4)  # what came before a word, the layers alone know
+        freeze_layers(model, torch.float32)
+        stage = JointStage(model, state_weight=0.0)
+        options = {"eval_rows": rows, "save_steps": 1000, "use_bf16": False, "quiet": True, "use_cpu": True}
+        figures = run_stage(stage, rows, collate_teacher_rows, tmp_path / name, 150, 8, 1e-2, 5, **options)
+        bits[name] = figures["eval_bits_per_byte"]
+    assert bits["pretrained"] < bits["random"] - 0.05, bits
+
+
+def test_a_stage_goes_on_from_its_checkpoint(token_model, folder, tmp_path):
+    rows, weights = TeacherData([folder]), {}
+
+    def run(output, steps):
+        model = make_blt(token_model)
+        freeze_layers(model, torch.float32)
+        stage = EncoderStage(model, embeddings_of(token_model))
+        # A rate that does not depend on the number of steps, so that both runs are the same one.
+        run_stage(
+            stage, rows, collate_teacher_rows, output, steps, 4, 1e-3, 0, save_steps=3, use_bf16=False, quiet=True,
+            use_cpu=True, ignore_data_skip=False, lr_scheduler_type="constant", lr_scheduler_kwargs={},
+        )  # fmt: skip
+        return load_file(output / LEARNED_FILE)
+
+    weights["whole"] = run(tmp_path / "whole", 6)
+    run(tmp_path / "parts", 3)
+    weights["parts"] = run(tmp_path / "parts", 6)
+    for name, tensor in weights["whole"].items():
+        torch.testing.assert_close(weights["parts"][name], tensor)
+
+
+def test_stages_train_their_part_alone(token_model):
+    parts = {
+        "EncoderStage": ("model.local_encoder.", "model.encoder_hash_tok_embedding."),
+        "DecoderStage": ("model.local_decoder.", "lm_head."),
+    }
+    for make in (lambda model: EncoderStage(model, embeddings_of(token_model)), DecoderStage, JointStage):
+        stage = make(learned.add_lora(make_blt(token_model), 2))
+        trained = {name for name, parameter in stage.model.named_parameters() if parameter.requires_grad}
+        if (begins := parts.get(type(stage).__name__)) is not None:
+            assert trained and all(name.startswith(begins) for name in trained)
+        else:
+            assert any(".lora_A." in name for name in trained) and not any("base_layer" in name for name in trained)
+
+
+def test_a_file_of_another_model_is_refused(token_model, tmp_path):
+    path = tmp_path / "learned.safetensors"
+    learned.save(make_blt(token_model), path)
+    assert load_file(path)["lm_head.weight"].dtype == torch.bfloat16
+    other = byteify(token_model, **{**BLT, "encoder_hash_byte_group_vocab": 96})
+    with pytest.raises(ValueError, match=r"encoder_hash_tok_embedding.weight is \(194, 16\)"):
+        learned.load(other, path)
+
+
+def test_noise_changes_letters_and_no_patches(tokenizer):
+    rows = [{"input_ids": torch.tensor([BOS_TOKEN_ID, *byte_ids("The quick brown fox, 12 dogs<3 jumped"), 260])}]
+    noisy = NoisyRows(lambda rows: rows, 1.0)(rows)[0]["input_ids"]
+    assert not torch.equal(noisy, rows[0]["input_ids"])
+    count = [
+        int(find_patch_ends(PatchingRule("space"), ids[None], None, torch.arange(len(ids))[None]).sum())
+        for ids in (noisy, rows[0]["input_ids"])
+    ]
+    assert count[0] == count[1] and noisy[-1] == 260
+    assert torch.equal(NoisyRows(lambda rows: rows, 0.0)(rows)[0]["input_ids"], rows[0]["input_ids"])
+    with pytest.raises(ValueError, match="antspeak"):
+        NoisyRows(None, 0.1, ("antspeak",))
+
+
+def test_normalised_error_is_zero_for_the_targets_and_one_for_their_mean():
+    targets = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0] * 7 + [100])
+    weights = torch.ones(2, 50)
+    assert normalised_error(targets, targets, weights)[0].item() == 0
+    loss, share = normalised_error(targets.mean(dim=(0, 1), keepdim=True).expand_as(targets), targets, weights)
+    assert share.item() == pytest.approx(1, abs=0.1) and loss.item() == pytest.approx(1, abs=0.1)
+    few = normalised_error(torch.zeros(1, 1, 4), torch.ones(1, 1, 4), torch.ones(1, 1))  # one state has no variance
+    assert few[0].item() == pytest.approx(1) and math.isfinite(few[1])
+
+
+def test_a_token_model_writes_texts_and_goes_on(token_model, tokenizer, tmp_path):
+    prompts, path = [" the", " big red cat", " a"], tmp_path / "texts.jsonl"
+    writing = write_texts(token_model, tokenizer, prompts, path, 6, batch_size=2, chat=True)
+    next(writing)
+    assert len(path.read_text().splitlines()) == 2
+    assert [done for done, _ in write_texts(token_model, tokenizer, prompts, path, 6, batch_size=2, chat=True)] == [3]
+    found = {entry["prompt"]: entry["text"] for entry in map(json.loads, path.read_text().splitlines())}
+    assert found.keys() == {0, 1, 2} and found[1].startswith("<|im|>user:  big red cat<|im|>assistant:")
+    assert [*strip_end(["a<|end|>", "b"], END)] == ["a", "b"]
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=END)
+    with pytest.raises(ValueError, match="chat template"):
+        next(write_texts(token_model, plain, prompts, path, chat=True))
+
+
+def test_a_saved_token_model_is_loaded_with_its_tokenizer(token_model, tokenizer, tmp_path):
+    token_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, loaded = load_token_model(tmp_path)
+    assert not model.training and loaded.get_vocab() == tokenizer.get_vocab()
+    assert math.isclose(float(embeddings_of(model).sum()), float(embeddings_of(token_model).sum()), rel_tol=1e-5)
+
+
+def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_path):
+    """Each command once, from a folder with a token model to one that the Auto classes load."""
+    token_model.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "config.json").write_text(json.dumps(BLT))
+    (tmp_path / "prompts.txt").write_text("\n".join(make_texts(4, 3)))
+
+    def run(*arguments):
+        result = CliRunner().invoke(cli, ["byteify", *map(str, arguments)])
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.output
+
+    llama, special = tmp_path / "llama", ("--special", f"{CHAT}=260")
+    shape = ("--config", tmp_path / "config.json")
+    stage = ("--steps", 2, "--cpu", "--fp32", "--quiet", *shape)
+    texts = tmp_path / "texts.jsonl"
+    run("write", llama, tmp_path / "prompts.txt", "-o", texts, "--max-new-tokens", 4, "--fp32", "--quiet")
+    said = run("states", llama, texts, "-o", tmp_path / "states", "--early-layer", 1, "--fp32", *shape, *special)
+    assert "on disk" in said and "bits per byte of the token model" in said
+    states = tmp_path / "states"
+    run("encoder", llama, texts, "-o", tmp_path / "a", "--layers", 1, "--noise", 0.1, *stage, *special)
+    run("encoder", llama, states, "-o", tmp_path / "b", "--layers", 1, "--start", tmp_path / "a", *stage)
+    run("decoder", llama, states, "-o", tmp_path / "c", "--start", tmp_path / "b", *stage)
+    run(
+        "joint",
+        llama,
+        states,
+        "-o",
+        tmp_path / "d",
+        "--start",
+        tmp_path / "c",
+        "--lora",
+        2,
+        "--held-out",
+        states,
+        *stage,
+    )
+    run("save", llama, tmp_path / "d", "-o", tmp_path / "blt", *shape)
+    blt = AutoModelForCausalLM.from_pretrained(tmp_path / "blt")
+    expected = make_blt(token_model)
+    learned.load(expected, tmp_path / "d" / LEARNED_FILE)
+    ids = torch.tensor([[BOS_TOKEN_ID, *byte_ids(" the cat")]])
+    with torch.no_grad():
+        torch.testing.assert_close(blt(ids).logits, expected.eval()(ids).logits)
+    wrong = CliRunner().invoke(cli, ["byteify", "joint", str(llama), str(tmp_path), "-o", "x", *map(str, stage)])
+    assert wrong.exit_code == 1 and "no shards" in wrong.output
