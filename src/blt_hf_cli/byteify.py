@@ -231,9 +231,10 @@ class _Run:
         freeze_layers(model, torch.bfloat16 if self.bf16 else torch.float32)
         if lora:
             learned.add_lora(model, lora)
-        if self.start:
-            learned.load(model, _learned_file(self.start))
+        begun = learned.load(model, _learned_file(self.start)) if self.start else {}
         stage = make_stage(model, token_model)
+        if stage.name != "encoder":
+            stage.whiten(rows, is_new=begun.get("stage") not in ("decoder", "joint"))
         del token_model
         if not self.quiet:
             _say_size(stage, rows, self.steps, self.batch_size)

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -254,10 +255,13 @@ def stages(token_model, folder, tmp_path, steps=60):
         if start:
             learned.load(model, start)
         options = {"eval_rows": rows, "save_steps": 1000, "use_bf16": False, "quiet": True, "use_cpu": True}
-        figures[name] = run_stage(
-            make(model), rows, collate_teacher_rows, tmp_path / name, steps, 8, 1e-2, 5, **options
-        )
+        stage = make(model)
+        if name != "encoder":
+            stage.whiten(rows, is_new=name == "decoder")
+        figures[name] = run_stage(stage, rows, collate_teacher_rows, tmp_path / name, steps, 8, 1e-2, 5, **options)
         start = tmp_path / name / LEARNED_FILE
+        with safe_open(start, "pt") as file:
+            assert file.metadata() == {"format": "pt", "stage": name, "steps": str(steps)}
     return model, start, figures
 
 
@@ -331,6 +335,26 @@ def test_stages_train_their_part_alone(token_model):
             assert trained and all(name.startswith(begins) for name in trained)
         else:
             assert any(".lora_A." in name for name in trained) and not any("base_layer" in name for name in trained)
+
+
+def test_whitened_states_change_how_the_projection_learns_and_nothing_else(token_model, folder, tmp_path):
+    rows, name = TeacherData([folder]), "model.local_decoder.patch_embedding_projection.weight"
+    model, plain = make_blt(token_model), make_blt(token_model)
+    expected = learned.collect(plain)
+    DecoderStage(model).whiten(rows, is_new=False)
+    found = learned.collect(model)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-3)
+    changed = {**expected, name: expected[name] + 1}
+    save_file(changed, tmp_path / "changed.safetensors")
+    learned.load(model, tmp_path / "changed.safetensors")
+    torch.testing.assert_close(learned.collect(model)[name], changed[name], atol=1e-3, rtol=1e-3)
+    DecoderStage(plain).whiten(rows, is_new=True)  # a new projection reads all directions of the states alike
+    states = torch.cat([rows[index]["states"].float() for index in range(32)])
+    sizes = [torch.linalg.svdvals(states @ weight.T) for weight in (expected[name], learned.collect(plain)[name])]
+    assert sizes[1][0] / sizes[1][8] < sizes[0][0] / sizes[0][8]
+    decoder = plain.model.local_decoder.patch_embedding_projection
+    assert [n for n, p in decoder.named_parameters() if p.requires_grad] == ["parametrizations.weight.original"]
 
 
 def test_a_file_of_another_model_is_refused(token_model, tmp_path):

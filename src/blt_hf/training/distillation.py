@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..model.attention_blt import AttentionSpan
@@ -38,9 +39,11 @@ class Stage(nn.Module):
 
     Attributes:
         model: the BLT.
+        name: of the stage.
         trained: beginnings of the names of parameters that learn.
     """
 
+    name = ""
     trained: tuple[str, ...] = ()
 
     def __init__(self, model: BltForCausalLM):
@@ -49,6 +52,26 @@ class Stage(nn.Module):
         self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(self.trained) or ".lora_" in name and "lora" in self.trained)
+
+    def whiten(self, rows, is_new: bool, num_rows: int = 32) -> None:
+        """Lets the decoder's projection of patch states learn on whitened states; the weight stays one of plain states.
+
+        A few channels of a language model's states are a hundred times larger than the others, and nearly constant. An
+        optimizer that changes all weights by like steps would hear of nothing else.
+
+        Args:
+            rows: with `states` of the token model.
+            is_new: the projection has not learned yet, and begins with all directions of the states of like size.
+            num_rows: how many of the rows are looked at.
+        """
+        some = torch.cat([rows[index]["states"].float() for index in range(min(num_rows, len(rows)))])
+        projection = self.model.model.local_decoder.patch_embedding_projection
+        whitening = _Whitening(some)
+        weight = projection.weight.detach().clone()
+        parametrize.register_parametrization(projection, "weight", whitening)
+        with torch.no_grad():
+            projection.weight = whitening(weight) if is_new else weight
+        projection.parametrizations.weight.original.requires_grad_(DecoderStage.trained[0] in self.trained)
 
     def note(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Adds to the mean of a figure that is logged."""
@@ -97,6 +120,24 @@ class Stage(nn.Module):
         return soft.sum() / target_probs.sum().clamp_min(1e-9)
 
 
+class _Whitening(nn.Module):
+    """A weight as one of whitened states: `A` to `A @ M`, where `M` makes the second moments of states equal."""
+
+    def __init__(self, states: Tensor):
+        super().__init__()
+        moments = states.double().T @ states.double() / states.shape[0]
+        values, vectors = torch.linalg.eigh(moments)
+        values = values + values.median().clamp_min(1e-12)  # the smallest directions are not blown up
+        self.register_buffer("matrix", (vectors / values.sqrt() @ vectors.T).float(), persistent=False)
+        self.register_buffer("inverse", (vectors * values.sqrt() @ vectors.T).float(), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight @ self.matrix.to(weight)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight @ self.inverse.to(weight)
+
+
 def normalised_error(states: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error over energy, channel by channel, so that a few large channels do not hide the others.
 
@@ -130,6 +171,7 @@ class EncoderStage(Stage):
         token_model: its first layers run on the tokens of rows that bring no `early_states`.
     """
 
+    name = "encoder"
     trained = ("model.local_encoder.", "model.encoder_hash_tok_embedding.", "model.global_transformer.token_embedding")
 
     def __init__(
@@ -205,6 +247,7 @@ def _first_layers(token_model: nn.Module, layers: int) -> nn.Module:
 class DecoderStage(Stage):
     """The decoder learns to spell what states of the token model say; no layer runs."""
 
+    name = "decoder"
     trained = ("model.local_decoder.", "lm_head.", "mask_embedding.")
 
     def forward(
@@ -225,6 +268,7 @@ class JointStage(Stage):
         early_layer: the layer behind which rows hold `early_states`; their error has the same weight. None: unused.
     """
 
+    name = "joint"
     trained = (*EncoderStage.trained, *DecoderStage.trained, "lora")
 
     def __init__(self, model: BltForCausalLM, state_weight: float = 0.1, early_layer: int | None = None):
@@ -326,7 +370,8 @@ class _StageTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        learned.save(self.model.model, folder / LEARNED_FILE, dtype=torch.float32)
+        metadata = {"stage": self.model.name, "steps": str(self.state.global_step)}
+        learned.save(self.model.model, folder / LEARNED_FILE, metadata, dtype=torch.float32)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         learned.load(self.model.model, Path(resume_from_checkpoint) / LEARNED_FILE)

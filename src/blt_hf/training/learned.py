@@ -18,6 +18,7 @@ from ..model.modeling_blt import BltForCausalLM
 
 _LAYERS = "model.global_transformer.layers."
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PARAMETRIZED = re.compile(r"(.*)\.parametrizations\.weight\.(.*)")
 _FACTOR = re.compile(r"(.*)\.lora_(A|B)(\.[^.]+\.weight)?$")
 
 
@@ -46,6 +47,10 @@ def collect(model: BltForCausalLM) -> dict[str, Tensor]:
     learned = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("model.patcher."):
+            continue
+        if match := _PARAMETRIZED.fullmatch(name):
+            if match[2] == "original":
+                learned[f"{match[1]}.weight"] = model.get_submodule(match[1]).weight
             continue
         if not name.startswith(_LAYERS):
             learned[name] = tensor
@@ -89,7 +94,11 @@ def load(model: BltForCausalLM, path: str | os.PathLike) -> dict[str, str]:
     with torch.no_grad():
         state = model.state_dict()
         for name in own:
-            state[name].copy_(tensors[name])
+            if name in state:
+                state[name].copy_(tensors[name])
+            else:  # a parametrized weight, which is set as a whole
+                module = model.get_submodule(name.removesuffix(".weight"))
+                module.weight = tensors[name].to(module.weight)
         for name in sorted(adapters):
             if name.endswith(".lora_A"):
                 _load_adapter(model, name.removesuffix(".lora_A"), tensors)
