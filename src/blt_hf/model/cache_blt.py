@@ -96,12 +96,16 @@ class Slots:
         rows = torch.arange(entries.shape[0], device=entries.device) if rows is None else rows
         return entries % self.size + (rows * self.size)[:, None]
 
+    def needed(self, total: int, slack: int) -> int:
+        """How many slots rows of up to `total` entries need, `slack` of which may be taken back."""
+        return max(total if self.keep is None else min(total, self.keep + slack), self.least)
+
     def reserve(self, total: int, slack: int, counts: Tensor | None) -> None:
         """Makes room for rows of up to `total` entries, `slack` of which may be taken back.
 
         `counts` `(B,)`: entries of each row now, which move to their new slots; None: the cache is empty.
         """
-        needed = max(total if self.keep is None else min(total, self.keep + slack), self.least)
+        needed = self.needed(total, slack)
         if needed > self.size:
             most = self.most if self.keep is None else self.keep + slack
             grown = self.size + self.size // 2
@@ -490,7 +494,7 @@ class BltCache(Cache):
         self.config, self.made_for = config, cache_shapes(config)
         self._first_slack = slack
         self.is_fixed, self.compile_config = False, None  # see `fix_steps`
-        self.cuda_graphs = None  # CUDA graphs of the steps on this cache
+        self.records = False  # `generate` made it, and may fix its steps
         self._starts = 0
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
         self.local_slots = Slots(None if local_window is None else local_window - 1)
@@ -661,13 +665,24 @@ class BltCache(Cache):
             self._row_stale = [max(stale, num_columns) for stale in self._row_stale]
             self._reserve_recent(self.max_open_bytes + num_columns, num_columns)
 
+    def has_room(self, num_columns: int) -> bool:
+        """Whether [`begin`] for a small chunk of so many columns moves no tensor."""
+        if self.record_past:
+            return False
+        self.recent_slots.keep = self._needed_history(self.max_open_bytes + num_columns)
+        total, kinds = max(self.row_bytes) + num_columns, (self.patcher_slots, self.local_slots, self.recent_slots)
+        return all(slots.needed(total, self.slack) <= slots.size for slots in kinds)
+
+    def _needed_history(self, max_open_bytes: int) -> int:
+        return max(self.num_hash_bytes, self.needed_states(max_open_bytes))
+
     def reserve_open(self, max_open_bytes: int, num_columns: int) -> None:
         """Makes room for the history of the next `num_columns` bytes, and for open patches of so many bytes."""
         self.max_open_bytes = max(self.max_open_bytes, max_open_bytes)
         self._reserve_recent(self.max_open_bytes, num_columns)
 
     def _reserve_recent(self, max_open_bytes: int, num_columns: int) -> None:
-        self.recent_slots.keep = max(self.num_hash_bytes, self.needed_states(max_open_bytes))
+        self.recent_slots.keep = self._needed_history(max_open_bytes)
         self.recent_slots.reserve(max(self.row_bytes) + num_columns, self.slack, self.num_bytes)
 
     def needed_states(self, max_open_bytes: int) -> int:

@@ -394,7 +394,7 @@ class PatchAssignment:
             there keeps a patch from spanning two texts; nobody reads the latent of that patch.
         entries: int64 `(B, S, F)`, the chunk's entries for the history: a [`RowState`] after each byte.
         read: int64 `(B, S)`, index in its row of the patch that each byte reads; -1: none yet.
-        counts: int64 `(3, B)`, for [`HostPatchCounts`].
+        counts: int64 `(B, 4)`, for [`HostPatchCounts`].
     """
 
     ends: Tensor
@@ -410,7 +410,7 @@ class PatchAssignment:
     @property
     def num_new(self) -> Tensor:
         """int64 `(B,)`, patches closed in this chunk."""
-        return self.counts[1] - self.counts[0]
+        return self.counts[:, 1] - self.counts[:, 0]
 
 
 @dataclass
@@ -421,6 +421,7 @@ class HostPatchCounts:
         old, new: patches closed before the chunk and in it, of each row; `max_new`: the most new ones.
         seen: columns of the global transformer's cache to read, so that all of a row's patches are among them.
         max_open_bytes: bytes of the longest open patch after any byte.
+        last_ids: id in the last column of each row.
     """
 
     old: list[int]
@@ -428,22 +429,24 @@ class HostPatchCounts:
     max_new: int
     seen: int
     max_open_bytes: int
+    last_ids: list[int]
 
     @classmethod
     def symbolic(cls, patches: PatchAssignment) -> "HostPatchCounts":
         """Makes `max_new` a symbolic size, in traced code; only caches need the other counts."""
-        return cls([], [], largest_count(patches.num_new, _LEAST_SYMBOLIC_PATCHES), 0, 0)
+        return cls([], [], largest_count(patches.num_new, _LEAST_SYMBOLIC_PATCHES), 0, 0, [])
 
     @classmethod
     def of(cls, patches: PatchAssignment) -> "HostPatchCounts":
-        """Asks the device for the counts: the one place where a forward waits for it."""
-        old, after, open_bytes = patches.counts.tolist()
-        if len(old) == 1:
-            new = [after[0] - old[0]]
-            return cls(old, new, new[0], round_up_columns(after[0]), open_bytes[0])
+        """Asks the device for the counts and the last bytes: the one place where a forward waits for it."""
+        rows = patches.counts.tolist()
+        if len(rows) == 1:
+            old, after, open_bytes, last_id = rows[0]
+            return cls([old], [after - old], after - old, round_up_columns(after), open_bytes, [last_id])
+        old, after, open_bytes, last_ids = map(list, zip(*rows))
         new = [a - o for a, o in zip(after, old)]
         max_new = max(new)
-        return cls(old, new, max_new, round_up_columns(max(old) + max_new), max(open_bytes))
+        return cls(old, new, max_new, round_up_columns(max(old) + max_new), max(open_bytes), last_ids)
 
 
 def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> PatchAssignment:
@@ -484,8 +487,11 @@ def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> Patc
         patch_document_start=own,
         next_patch_document_start=later,
     )
-    longest = open_bytes[:, 0] if is_one else open_bytes.amax(dim=1)
-    counts = torch.stack([previous.num_patches, num_patches[:, -1], longest])
+    if is_one:
+        counts = torch.cat([byte_patch, num_patches, open_bytes, fields.input_id], dim=1)
+    else:
+        longest = open_bytes.amax(dim=1)
+        counts = torch.stack([previous.num_patches, num_patches[:, -1], longest, fields.input_id[:, -1]], dim=1)
     return PatchAssignment(ends, closes, torch.stack(fields, dim=-1), read, counts)
 
 

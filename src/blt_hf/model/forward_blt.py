@@ -354,16 +354,28 @@ def closing_inputs(
         is_fixed: in shapes of which few exist.
     """
     device, num_columns, max_new = read.chunk.device, read.chunk.num_columns, counts.max_new
-    if is_fixed and num_columns > 1:
-        max_new = STEP_PATCHES
-    cache.reserve_patches(max_new)
+    if is_fixed:
+        max_new, seen = reserve_closing(cache, num_columns, counts)
+    else:
+        cache.reserve_patches(max_new)
+        seen = max(counts.old) + max_new
+        seen = seen if sees_all(counts) else round_up_columns(seen)
     size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
     byte_offsets = torch.arange(-size if is_fixed else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
-    seen = max(counts.old) + max_new
-    if is_fixed or not sees_all(counts):
-        seen = round_up_columns(seen)
     new_patches, cache_columns = torch.arange(max_new, device=device), torch.arange(seen, device=device)
     return new_patches, cache_columns, byte_offsets, None if all_rows else closing_rows(counts, device)
+
+
+def reserve_closing(cache: BltCache, num_columns: int, counts: HostPatchCounts) -> tuple[int, int]:
+    """Makes room for the patches of a compiled or captured step; how many it closes, and columns that it reads.
+
+    Of both, few numbers occur.
+    """
+    max_new = STEP_PATCHES if num_columns > 1 else counts.max_new
+    cache.reserve_patches(max_new)
+    needed = round_up_columns(max(counts.old) + max_new)
+    block = 1 << max(needed.bit_length() - 4, 0)
+    return max_new, min(-(-needed // block) * block, cache.patch_slots.size)
 
 
 def sees_all(counts: HostPatchCounts) -> bool:
@@ -384,6 +396,7 @@ __all__ = [
     "embed_bytes",
     "predict_bytes",
     "read_bytes",
+    "reserve_closing",
     "run_chunk",
     "sees_all",
 ]

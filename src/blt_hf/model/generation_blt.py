@@ -8,6 +8,7 @@ keeps its distribution. The mixin makes the cache and hands the model its next b
 
 import time
 from abc import ABC, abstractmethod
+from contextlib import closing
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -53,7 +54,7 @@ from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
 from .names_blt import CACHE_NAME, import_from_package, import_serving, takes_cache
 from .packed_blt import PackedStacks
-from .step_blt import StepRunner, round_up_bytes
+from .step_blt import StepRunner, records_by_default, round_up_bytes
 
 
 # These look at one distribution alone, so that those of several bytes may go through them at once.
@@ -125,7 +126,6 @@ class RaggedText:
         logits_processor, stopping_criteria, generation_config, streamer: as `generate` gives them to its loops.
 
     Attributes:
-        sequences: int64 `(B, max_length)`; row `b` holds its text in the first `lengths[b]` columns.
         lengths: columns of each row, on the host.
         is_in_order: a logits processor may keep a state, so drafts are made without the processors.
         stops: length at which each row met a stopping criterion; None: it has not.
@@ -142,9 +142,11 @@ class RaggedText:
         rows, columns = input_ids.shape
         self.max_length = max(stopping_criteria.max_length, columns + 1)
         pad = getattr(generation_config, "_pad_token_tensor", None)
-        self.pad_token_id = 0 if pad is None else int(pad)
-        self.sequences = input_ids.new_full((rows, self.max_length), self.pad_token_id)
-        self.sequences[:, :columns] = input_ids
+        self.pad_token_id, self.device = 0 if pad is None else int(pad), input_ids.device
+        self._sequences = input_ids.new_full((rows, self.max_length), self.pad_token_id)
+        self._sequences[:, :columns] = input_ids
+        self._new_ids: list[list[int]] = [[] for _ in range(rows)]
+        self._written = [0] * rows  # how many of these the tensor has
         self.lengths, self.stops = [columns] * rows, [None] * rows
         self.logits_processor, self.streamer = logits_processor, streamer
         self.has_context = any(type(processor) not in _WITHOUT_CONTEXT for processor in logits_processor)
@@ -157,11 +159,25 @@ class RaggedText:
                 self.eos_token_ids |= set(criterion.eos_token_id.flatten().tolist())
             elif type(criterion) is not MaxLengthCriteria:
                 self._criteria.append(criterion)
+        # Of a user, who may do anything between two bytes.
+        parts = (*logits_processor, *self._criteria, *([] if streamer is None else [streamer]))
+        self.runs_other_code = any(not type(part).__module__.startswith("transformers.") for part in parts)
         returns = generation_config.return_dict_in_generate
         self.returns_dict = returns
         self.scores = [] if returns and generation_config.output_scores else None
         self.logits = [] if returns and generation_config.output_logits else None
         self._first = self._streamed = columns
+
+    @property
+    def sequences(self) -> Tensor:
+        """int64 `(B, max_length)`; row `b` holds its text in the first `lengths[b]` columns."""
+        for row, (ids, written) in enumerate(zip(self._new_ids, self._written)):
+            if written < len(ids):
+                new = torch.tensor(ids[written:], device=self._sequences.device)
+                start = self._first + written
+                self._sequences[row, start : start + len(new)] = new
+                self._written[row] = len(ids)
+        return self._sequences
 
     @property
     def active(self) -> list[bool]:
@@ -173,14 +189,17 @@ class RaggedText:
         return [stop is None or length < goal for length, stop in zip(self.lengths, self.stops)]
 
     @property
+    def goes_on(self) -> bool:
+        """Whether rows of one length have room for a byte after the next one."""
+        return self.lengths[0] + 1 < self.max_length
+
+    @property
     def is_done(self) -> bool:
-        return not any(self.active)
+        return None not in self.stops if self.waits else not any(self.active)
 
     def last_ids(self) -> Tensor:
         """The last byte of each row, int64 `(B, 1)`."""
-        if len(set(self.lengths)) == 1:
-            return self.sequences[:, self.lengths[0] - 1, None]
-        return self.sequences.gather(1, torch.tensor(self.lengths, device=self.sequences.device)[:, None] - 1)
+        return torch.tensor([ids[-1:] for ids in self._new_ids], device=self._sequences.device)
 
     def put_drafts(self, ids: Tensor) -> None:
         """Writes drafts `(B, k)` behind the texts, for `process` to see; they are not part of them."""
@@ -213,7 +232,11 @@ class RaggedText:
         return scores
 
     def append(
-        self, ids: Tensor, counts: list[int], logits: Tensor | None = None, scores: Tensor | None = None
+        self,
+        ids: Tensor | list[list[int]],
+        counts: list[int],
+        logits: Tensor | None = None,
+        scores: Tensor | None = None,
     ) -> list[int]:
         """Adds the first `counts[b]` of `ids` `(B, n)` to each row, up to where it stops.
 
@@ -222,33 +245,31 @@ class RaggedText:
         Returns:
             how many were added to each row.
         """
-        values, before = ids.tolist(), list(self.lengths)
-        counts = [min(count, self.max_length - length) for count, length in zip(counts, self.lengths)]
-        is_even = len(set(before)) == 1 and len(set(counts)) == 1
-        if is_even:
-            self.sequences[:, before[0] : before[0] + counts[0]] = ids[:, : counts[0]]
-        else:
-            for row, (count, length) in enumerate(zip(counts, before)):
-                self.sequences[row, length : length + count] = ids[row, :count]
-        self._keep(before, counts, logits, scores)
-        added = [0] * len(counts)
-        stopped_at: dict[int, list[bool]] = {}
-        for row, count in enumerate(counts):
-            for index in range(count):
-                length = before[row] + index + 1
-                added[row] = index + 1
-                is_stop = values[row][index] in self.eos_token_ids or length >= self.max_length
-                if self._criteria and self.stops[row] is None:
+        values, before = ids.tolist() if isinstance(ids, Tensor) else ids, self.lengths
+        added = [min(count, self.max_length - length) for count, length in zip(counts, before)]
+        self._keep(before, added, logits, scores)
+        for held, new, count in zip(self._new_ids, values, added):
+            held += new[:count]
+        stopped_at: dict[int, list[bool]] = {}  # what the criteria say of each length
+        for row, (new, length) in enumerate(zip(values, before)):
+            for index in range(added[row] if self.stops[row] is None else 0):
+                length += 1
+                is_stop = new[index] in self.eos_token_ids or length >= self.max_length
+                if self._criteria:
                     if length not in stopped_at:
                         kept = None if self.scores is None else tuple(self.scores[: length - self._first])
                         stopped_at[length] = self._criteria(self.sequences[:, :length], kept).tolist()
                     is_stop = is_stop or stopped_at[length][row]
-                if is_stop and self.stops[row] is None:
+                if is_stop:
                     self.stops[row] = length
-                    if self.waits:
-                        break
+                    if self.waits:  # what stands behind it is not part of the text
+                        added[row] = index + 1
+                        del self._new_ids[row][length - self._first :]
+                        self._written[row] = min(self._written[row], length - self._first)
+                    break
         self.lengths = [length + count for length, count in zip(before, added)]
-        self._stream()
+        if self.streamer is not None:
+            self._stream()
         return added
 
     def _keep(self, before: list[int], counts: list[int], logits: Tensor | None, scores: Tensor | None) -> None:
@@ -256,7 +277,7 @@ class RaggedText:
             if kept is None or new is None:
                 continue
             if counts == [1] * len(counts) and before == [self._first + len(kept)] * len(counts):
-                kept.append(new[:, 0])
+                kept.append(new[:, 0].clone())  # a CUDA graph writes it over
                 continue
             for row, (length, count) in enumerate(zip(before, counts)):
                 for index in range(count):
@@ -267,12 +288,11 @@ class RaggedText:
 
     def _stream(self) -> None:
         """Hands over the columns that every row has reached."""
-        if self.streamer is None:
-            return
         reached = [length for length, is_active in zip(self.lengths, self.active) if is_active]
         reached = min(reached) if reached else self.end
         while self._streamed < reached:
-            self.streamer.put(self.sequences[:, self._streamed].cpu())
+            at = self._streamed - self._first
+            self.streamer.put(torch.tensor([ids[at] if at < len(ids) else self.pad_token_id for ids in self._new_ids]))
             self._streamed += 1
 
     @property
@@ -314,6 +334,124 @@ class Drafts:
     probs: Tensor | None = None
 
 
+class SeenPenalty(LogitsProcessor):
+    """Transformers' repetition penalty, from what each row holds in the place of its text: in shapes that do not change.
+
+    Args:
+        processor: transformers' own.
+        text: the texts so far.
+        size: `V`.
+    """
+
+    def __init__(self, processor: RepetitionPenaltyLogitsProcessor, text: RaggedText, size: int):
+        self.penalty = processor.penalty
+        ids = text.sequences[:, processor.prompt_ignore_length or 0 : text.lengths[0]].clamp_max(size)
+        self._seen = ids.new_zeros(len(ids), size + 1, dtype=torch.bool).scatter_(1, ids, True)
+
+    def add(self, ids: Tensor) -> None:
+        """Takes the next byte of each row `(B, 1)`."""
+        self._seen.scatter_(1, ids, True)
+
+    def __call__(self, input_ids, scores: Tensor) -> Tensor:
+        changed = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return torch.where(self._seen[:, :-1], changed, scores)
+
+
+class NextByte:
+    """Chooses the next byte of each row.
+
+    What differs from byte to byte lies in tensors that stay where they are, so that a CUDA graph can hold a choice that
+    `is_on_device`, which asks the host for nothing.
+
+    Args:
+        text: the texts so far, all of one length.
+        do_sample: draw the byte.
+        num_drawn: bytes that a graph draws at once, at most; 0: there are no graphs.
+    """
+
+    def __init__(self, text: RaggedText, do_sample: bool, num_drawn: int = 0):
+        self.text, self.do_sample, self.num_drawn = text, do_sample, num_drawn
+        self.processors = text.logits_processor
+        self.is_on_device = all(type(p) in _WITHOUT_CONTEXT or _keeps_count(p) for p in self.processors)
+        self.has_stopped = None
+        self.noise: Tensor | None = None  # fp32 `(num_drawn, B, V)`
+        self._stops = [None] * len(text.lengths)
+
+    def prepare(self, count: int = 1) -> None:
+        """Renews what the next `count` choices read."""
+        if self.noise is not None:
+            for noise in self.noise[:count]:
+                noise.exponential_()
+        if self._stops != self.text.stops and self.text.waits:
+            self._stops = list(self.text.stops)
+            stopped = torch.tensor([[stop is not None] for stop in self._stops], device=self.text.device)
+            self.has_stopped = stopped if self.has_stopped is None else self.has_stopped.copy_(stopped)
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids `(B, 1)` and processed scores `(B, 1, V)` from fp32 logits `(B, 1, V)`."""
+        text = self.text
+        if self.is_on_device and text.has_context and self.processors is text.logits_processor:
+            self.processors = LogitsProcessorList(
+                SeenPenalty(p, text, logits.shape[-1]) if _keeps_count(p) else p for p in self.processors
+            )
+        if self.is_on_device and self.processors:
+            scores = self.processors(None, logits[:, 0])[:, None]
+        else:
+            scores = text.process(logits)
+        ids = self._draw(scores) if self.do_sample else scores.argmax(dim=-1)
+        if self.num_drawn and text.waits and len(ids) > 1 and self.has_stopped is None:
+            self.has_stopped = torch.zeros_like(ids, dtype=torch.bool)
+        if self.has_stopped is not None:
+            ids = ids.masked_fill(self.has_stopped, text.pad_token_id)
+        for processor in self.processors:
+            if type(processor) is SeenPenalty:
+                processor.add(ids)
+        return ids, scores
+
+    def _draw(self, scores: Tensor, index: int = 0) -> Tensor:
+        probs = scores[:, 0].softmax(dim=-1)
+        if self.noise is not None:
+            return draw(probs, self.noise[index])
+        if self.num_drawn:
+            self.noise = probs.new_empty(self.num_drawn, *probs.shape)
+        return torch.multinomial(probs, num_samples=1)
+
+
+class DraftedByte(NextByte):
+    """Chooses each byte of a draft, for [`StepRunner.draft`]."""
+
+    def __init__(self, text: RaggedText, do_sample: bool, num_drawn: int = 0):
+        super().__init__(text, do_sample, num_drawn)
+        self.is_on_device, self._ids = text.is_in_order or not text.has_context, []
+
+    def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Ids `(B, 1)`, and if they are drawn their probabilities `(B, V)`."""
+        text, self._ids = self.text, self._ids if step else []
+        if step and text.has_context:
+            text.put_drafts(torch.cat(self._ids, dim=1))
+        scores = logits if text.is_in_order else text.process(logits, ahead=step)
+        ids = self._draw(scores, step) if self.do_sample else scores.argmax(dim=-1)
+        self._ids.append(ids)
+        return ids, scores[:, 0].softmax(dim=-1) if self.do_sample else None
+
+
+def draw(probs: Tensor, noise: Tensor) -> Tensor:
+    """What `torch.multinomial` draws from `probs` `(B, V)` with the noise that it takes from a generator, int64 `(B, 1)`.
+
+    `noise`: `torch.empty_like(probs).exponential_()`. Outside of a graph, so that no graph holds a generator.
+    """
+    ids = (probs / noise).argmax(dim=-1, keepdim=True)
+    # Not a number is the largest, and not larger than 0. `multinomial` says the same.
+    torch._assert_async((probs.gather(1, ids) > 0).all(), "probability tensor contains either `inf`, `nan` or element < 0")
+    return ids
+
+
+def _keeps_count(processor) -> bool:
+    """Whether a [`SeenPenalty`] can stand for a logits processor."""
+    is_penalty = type(processor) is RepetitionPenaltyLogitsProcessor
+    return is_penalty and not isinstance(processor.prompt_ignore_length, Tensor)
+
+
 class DraftSource(ABC):
     """Proposes bytes for the rows of a batch."""
 
@@ -345,29 +483,22 @@ class SelfSpeculation(DraftSource):
     def __init__(self, runner: StepRunner, num_rows: int, window: int, is_adaptive: bool, do_sample: bool):
         self.runner, self.windows = runner, [window] * num_rows
         self.is_adaptive, self.do_sample = is_adaptive, do_sample
+        self.choose: DraftedByte | None = None
 
     @torch.no_grad()
     def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
         windows = [window for window, limit in zip(self.windows, limits) if limit > 0]
         window = -(-sum(windows) // len(windows)) if windows else 0
         window = min(window, max(limits), cache.slack - 1)
-        pending, ids, probs = text.last_ids(), [], []
-        for step in range(window):
-            logits = self.runner.draft(pending)
-            if ids and text.has_context:
-                text.put_drafts(torch.cat(ids, dim=1))
-            scores = (logits if text.is_in_order else text.process(logits, ahead=step))[:, 0]
-            if self.do_sample:
-                probs.append(scores.softmax(dim=-1))
-                pending = torch.multinomial(probs[-1], num_samples=1)
-            else:
-                pending = scores.argmax(dim=-1, keepdim=True)
-            ids.append(pending)
-        cache.crop_rows([window] * len(limits))
-        if not ids:
+        pending = text.last_ids()
+        if not window:
             return Drafts(pending[:, :0], [0] * len(limits))
+        if self.choose is None or self.choose.text is not text:
+            self.choose = DraftedByte(text, self.do_sample, cache.slack if self.runner.graphs else 0)
+        self.choose.prepare(window)
+        ids, probs = zip(*self.runner.draft(pending, window, self.choose))
         lengths = [min(limit, window) for limit in limits]
-        return Drafts(torch.cat(ids, dim=1), lengths, torch.stack(probs, dim=1) if probs else None)
+        return Drafts(torch.cat(ids, dim=1), lengths, torch.stack(probs, dim=1) if self.do_sample else None)
 
     def update(self, drafted: list[int], accepted: list[int]) -> None:
         if self.is_adaptive:
@@ -395,7 +526,7 @@ class AutoSpeculation(SelfSpeculation):
 
     def __init__(self, runner: StepRunner, num_rows: int, do_sample: bool):
         super().__init__(runner, num_rows, 0, is_adaptive=False, do_sample=do_sample)
-        kind = (num_rows, runner.compiles, runner.is_captured, runner.packed is None, torch.get_num_threads())
+        kind = (num_rows, runner.compiles, runner.graphs is None, runner.packed is None, torch.get_num_threads())
         self.costs = self._costs.setdefault(runner.model, {}).setdefault(kind, {})
         # Steps of other lengths would be compiled as well.
         self.candidates = (0, 3, 7) if runner.compiles else (0, 2, 4, 7, 15)
@@ -445,7 +576,8 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
     the last one then; rows that wait are left alone.
 
     Returns:
-        ids: int64 `(B, k + 1)`; counts: how many of them each row gets; logits and scores: fp32 `(B, k + 1, V)`.
+        ids `(B, k + 1)`, on the host or the device; counts: how many of them each row gets; logits and scores: fp32
+        `(B, k + 1, V)`.
     """
     is_active = text.active
     lengths = [count + 1 if active else 0 for count, active in zip(drafts.lengths, is_active)]
@@ -464,8 +596,10 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
     else:
         scores = text.process(logits)
         ids, accepted = choose(scores, drafts, do_sample)
-    counts = [min(count, draft) + 1 if active else 0 for count, draft, active in
-              zip(accepted.tolist(), drafts.lengths, is_active)]  # fmt: skip
+    accepted, ids = zip(*((row[0], row[1:]) for row in torch.cat([accepted[:, None], ids], dim=1).tolist()))
+    counts = [
+        min(count, draft) + 1 if active else 0 for count, draft, active in zip(accepted, drafts.lengths, is_active)
+    ]
     runner.cache.crop_rows([length - count for length, count in zip(lengths, counts)])
     return ids, counts, logits, scores
 
@@ -570,8 +704,31 @@ _OWN_FIELDS = (
     "entropy_budget", "verify",
 )  # fmt: skip
 _LEAST_PACKED = 8  # new bytes from which packing weights pays
+_LEAST_RECORDED = 16  # the same for capturing CUDA graphs
 _SCHEDULES = ("constant", "heuristic")
 _SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+class _ModuleRunner:
+    """Does what a [`StepRunner`] does by calling the model, which somebody has changed.
+
+    Args:
+        model: a [`BltForCausalLM`].
+        cache: holds some text.
+    """
+
+    def __init__(self, model, cache: BltCache):
+        self.model, self.cache, self._ids = model, cache, None
+
+    def start(self, ids: Tensor) -> list[int]:
+        self._ids = ids
+        return ids.flatten().tolist()
+
+    def next(self, choose: NextByte, goes_on: bool) -> tuple[list[int], Tensor, Tensor]:
+        logits = self.model(input_ids=self._ids, past_key_values=self.cache, use_cache=True).logits.float()
+        choose.prepare()
+        ids, scores = choose(logits)
+        return self.start(ids), logits, scores
 
 
 class BltGenerationMixin(GenerationMixin):
@@ -655,33 +812,43 @@ class BltGenerationMixin(GenerationMixin):
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         check_processors(logits_processor, generation_config, input_ids.shape[0])
         text = RaggedText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        cache, lacks = model_kwargs[CACHE_NAME], text.max_length - input_ids.shape[1]
+        if cache.records and lacks >= _LEAST_RECORDED and records_by_default(input_ids.device):
+            cache.fix_steps()
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
-        cache = model_kwargs[CACHE_NAME]
         logits = outputs.logits[:, -1:].float()
         del outputs  # may be large
-        runner = self.make_runner(cache, text.max_length - input_ids.shape[1] >= _LEAST_PACKED)
+        runner = self.make_runner(cache, lacks >= _LEAST_PACKED, is_watched=text.runs_other_code)
         source = self._draft_source(generation_config, runner, len(text.lengths))
-        fills_blocks = source is None and getattr(generation_config, "diffusion_block_size", None) is not None
+        size = None if source is not None else getattr(generation_config, "diffusion_block_size", None)
         do_sample = generation_config.do_sample
-        with torch.no_grad():
-            while True:
-                scores = text.process(logits)
-                ids = choose_next(scores, do_sample)
-                if text.waits and any(text.stops):
-                    has_stopped = torch.tensor([stop is not None for stop in text.stops], device=ids.device)
-                    ids = ids.masked_fill(has_stopped[:, None], text.pad_token_id)
-                text.append(ids, [1] * ids.shape[0], logits, scores)
-                if text.is_done or source is not None or fills_blocks:
-                    break
-                logits = self._next_logits(ids, runner)
+        choose = NextByte(text, do_sample, 1 if runner.graphs else 0)
+        with torch.no_grad(), closing(runner):
+            if source is None and size is None:
+                self._decode_bytes(runner, text, choose, logits)
+                return text.finish(cache)
+            ids, scores = choose(logits)
+            text.append(ids, [1] * len(ids), logits, scores)
             if source is not None:
                 decode_drafted(runner, source, text, do_sample)
-            elif fills_blocks:
+            else:
                 blocks = self._import_blocks()
                 unmasking = blocks.Unmasking.from_config(generation_config)
-                size = generation_config.diffusion_block_size
                 blocks.decode_blocks(self, runner, text, size, unmasking, do_sample)
         return text.finish(cache)
+
+    def _decode_bytes(self, runner: StepRunner, text: RaggedText, choose: NextByte, logits: Tensor) -> None:
+        """Writes texts to their ends, byte by byte."""
+        # Who replaces `forward` (accelerate, for autocast or devices) or hooks it wants to be asked at each byte.
+        if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (self, self.model)):
+            runner = _ModuleRunner(self, runner.cache)
+        ids, scores = choose(logits)
+        values = runner.start(ids) if text.goes_on else ids.flatten().tolist()
+        while True:
+            text.append([[value] for value in values], [1] * len(values), logits, scores)
+            if text.is_done:
+                return
+            values, logits, scores = runner.next(choose, text.goes_on)
 
     def _import_blocks(self):
         return import_from_package("fast_blt.blocks", "`generate` with `diffusion_block_size`")
@@ -702,19 +869,13 @@ class BltGenerationMixin(GenerationMixin):
             and set(model_kwargs) <= plain
         )
 
-    def make_runner(self, cache: BltCache, packs: bool = True) -> StepRunner:
+    def make_runner(self, cache: BltCache, packs: bool = True, is_watched: bool = False) -> StepRunner:
         """What runs steps on a cache that holds some text, with the weights that the model has now.
 
-        `packs`: on packed weights, where the modules allow it.
+        `packs`: on packed weights, where the modules allow it. `is_watched`: as in [`StepRunner`].
         """
-        return StepRunner(self.model, cache, self.lm_head, PackedStacks(self.model, cache) if packs else None)
-
-    def _next_logits(self, ids, runner: StepRunner):
-        """fp32 logits `(B, 1, V)` after one more byte of each row."""
-        # Who replaces `forward` (accelerate, for autocast or devices) or hooks it wants to be asked at each byte.
-        if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (self, self.model)):
-            return self(input_ids=ids, past_key_values=runner.cache, use_cache=True).logits.float()
-        return runner.step(ids)
+        packed = PackedStacks(self.model, cache) if packs else None
+        return StepRunner(self.model, cache, self.lm_head, packed, records=True, is_watched=is_watched)
 
     def _draft_source(self, generation_config, runner: StepRunner, num_rows: int) -> DraftSource | None:
         """Who drafts in this call of `generate`; None: nobody."""
@@ -766,6 +927,7 @@ class BltGenerationMixin(GenerationMixin):
             if implementation == "static":
                 compile_config = generation_config.compile_config or CompileConfig()
                 cache.fix_steps(None if generation_config.disable_compile else compile_config, max_cache_length)
+            cache.records = implementation is None
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             return

@@ -4,8 +4,11 @@ A byte takes hundreds of small kernels, and Python needs longer to start them th
 fuses them; a CUDA graph starts all kernels of a stage at once, compiled or not.
 """
 
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import FunctionType
 
 import torch
@@ -25,10 +28,12 @@ from .forward_blt import (
     counts_rows,
     predict_bytes,
     read_bytes,
+    reserve_closing,
     sees_all,
 )
 
 
+RECORDS_BY_DEFAULT = False
 _WITH_ADDRESS = (torch.Tensor, nn.Parameter)  # subclasses may keep their values anywhere
 _STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so that few shapes are compiled
 
@@ -36,27 +41,30 @@ _STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so th
 class StepRunner:
     """Runs small chunks of plain bytes behind those of a cache, for all bytes of a call of `generate`.
 
-    The stages run as they are, compiled (`cache.compile_config`), or captured as CUDA graphs (`cache.cuda_graphs`).
+    The stages run as they are, compiled (`cache.compile_config`), or captured as CUDA graphs (`cache.is_fixed`).
 
     Args:
         model: a [`BltModel`].
         cache: holds some text.
         head: what gives logits; None: results are states.
         packed: a [`PackedStacks`] of the model, made for this call; None: the modules run.
+        records: capture CUDA graphs, if `cache.is_fixed` and [`CudaGraphs.of`] allows it.
+        is_watched: code that may change the model runs between the steps, so look for changes before each.
     """
 
-    def __init__(self, model, cache: BltCache, head: nn.Module | None = None, packed=None):
+    def __init__(
+        self, model, cache: BltCache, head: nn.Module | None = None, packed=None, records=False, is_watched=False
+    ):
         self.model, self.cache, self.head, self.packed = model, cache, head, packed
         self.settings = ForwardSettings.of(model.config)
         self.all_rows = len(cache.row_bytes) == 1 or counts_rows(model)
         self.compiles = is_compiled(model, cache)
         # torch does not ask compiled code whether a hook was added since.
         self.hooks = hooks_of(model, head) if self.compiles else None
-        device = cache.num_bytes.device
-        self.is_captured = cache.is_fixed and can_capture(device) and may_capture(model, device)
-        if self.is_captured and cache.cuda_graphs is None:
-            cache.cuda_graphs = CudaGraphs()
+        self.graphs = CudaGraphs.of(model, head, cache) if records and cache.is_fixed else None
+        self.is_watched = is_watched and self.graphs is not None
         self.is_compiled = False
+        self._pending: tuple[BytesRead, HostPatchCounts] | None = None
 
     @torch.no_grad()
     def step(self, input_ids: Tensor, lengths: list[int] | None = None) -> Tensor:
@@ -72,7 +80,10 @@ class StepRunner:
             if columns < length <= self.cache.slack:  # bytes that do not count are written behind, and over later
                 filled = nn.functional.pad(input_ids, (0, length - columns))
                 return self.step(filled, lengths)[:, :columns]
-        read, counts = self._read(input_ids, lengths, is_draft=False)
+        if self.is_watched:
+            self._look()
+        read = self._read(input_ids, lengths)
+        counts = HostPatchCounts.of(read.patches)
         if counts.max_new:
             self._close(read, counts)
         result = self._predict(read)
@@ -80,70 +91,168 @@ class StepRunner:
         return result
 
     @torch.no_grad()
-    def draft(self, input_ids: Tensor) -> Tensor:
-        """The same by the local models alone, that read the last closed patch and close none.
+    def start(self, input_ids: Tensor) -> list[int]:
+        """Reads the next byte of each row `(B, 1)`, for [`next`] to go on from; the bytes on the host."""
+        read = self._read(input_ids)
+        self._pending = read, HostPatchCounts.of(read.patches)
+        return self._pending[1].last_ids
 
-        The cache takes the bytes in; undo that with its `crop_rows`.
+    @torch.no_grad()
+    def next(self, choose, reads: bool = True) -> tuple[list[int], Tensor, Tensor]:
+        """Closes the patches of the byte that was read, predicts the next one of each row, chooses and reads it.
+
+        The host learns all that it needs in one transfer: the bytes, and what patches they closed.
+
+        Args:
+            choose: a [`NextByte`]. One that asks nothing of the host is part of the graph.
+            reads: the text goes on behind the next byte. Without it, that is not read.
+        Returns:
+            the bytes, on the host; fp32 logits and processed scores `(B, 1, V)`, which hold until the next step.
         """
-        read, _ = self._read(input_ids, None, is_draft=True)
-        result = self._predict(read)
-        self.cache.advance_on_host(input_ids.shape[1], [input_ids.shape[1]] * input_ids.shape[0])
-        return result
+        if self.is_watched:
+            self._look()
+        cache, (read, counts) = self.cache, self._pending
+        rows = len(cache.row_bytes)
+        if counts.max_new:
+            self._close(read, counts)
+        if self.graphs is not None and choose.is_on_device and reads and cache.has_room(2):
+            cache.begin(rows, 2, True, read.chunk.device)  # the byte that was read is counted later
+            choose.prepare()
+            logits, scores, read = self.graphs.run(("next",), lambda: self._next(read, choose))
+            cache.advance_on_host(1, [1] * rows, counts)
+        else:
+            logits = self._predict(read)
+            cache.advance_on_host(1, [1] * rows, counts)
+            choose.prepare()
+            ids, scores = choose(logits)
+            if not reads:
+                return ids.flatten().tolist(), logits, scores
+            read = self._read(ids)
+        self._pending = read, HostPatchCounts.of(read.patches)
+        return self._pending[1].last_ids, logits, scores
+
+    def _next(self, read: BytesRead, choose) -> tuple[Tensor, Tensor, BytesRead]:
+        logits = self._run_predict(read)
+        ids, scores = choose(logits)
+        return logits, scores, self._run_read(ids, None, False)
+
+    @torch.no_grad()
+    def draft(self, input_ids: Tensor, count: int = 1, choose: Callable | None = None) -> Tensor | tuple:
+        """What the local models alone say of the next bytes: they read the last closed patch, and close none.
+
+        Args:
+            input_ids: int64 `(B, S)`, the next bytes.
+            count: steps, each of which reads what the one before it chose.
+            choose: gives a tuple, first the next bytes `(B, 1)`, from logits and the number of the step. None: one step.
+        Returns:
+            States or logits `(B, S, ...)` of one step, with bytes that the cache takes in; undo that with its
+            `crop_rows`. With `choose`, a list of what it gave, and the cache is as before.
+        """
+        rows, columns = input_ids.shape
+        if choose is None:
+            read = self._read(input_ids, is_draft=True)
+            result = self._predict(read)
+            self.cache.advance_on_host(columns, [columns] * rows)
+            return result
+        self._begin(rows, 1, count, input_ids.device)
+        if self.graphs is None or not choose.is_on_device:
+            return self._draft(input_ids, count, choose)
+        return self.graphs.run(("drafts", count), lambda ids: self._draft(ids, count, choose), input_ids)
+
+    def _draft(self, ids: Tensor, count: int, choose: Callable) -> list[tuple]:
+        history, found, done = self.cache.history, [], 0
+        try:
+            for step in range(count):
+                logits = self._run_predict(self._run_read(ids, None, True, is_held=False))
+                done += 1
+                found.append(choose(logits, step))
+                ids = found[-1][0]
+        finally:  # also after an interrupt
+            if done:
+                history.take_back(history.state.num_bytes - done, self.cache.has_documents)
+        return found
 
     @torch.no_grad()
     def read_last(self, input_ids: Tensor) -> Tensor:
         """Encoder states `(B, 1, W)` of one more byte of each row `(B, 1)`, which the cache does not count."""
-        return self._kept(self._read(input_ids, None, is_draft=True)[0].byte_states[-1])
+        return self._kept(self._read(input_ids, is_draft=True).byte_states[-1])
 
-    def _read(self, input_ids: Tensor, lengths: list[int] | None, is_draft: bool):
-        model, cache, settings, packed = self.model, self.cache, self.settings, self.packed
-        rows, columns = input_ids.shape
-        cache.begin(rows, columns, True, input_ids.device)
+    def _look(self) -> None:
+        """Captures nothing from now on if somebody has changed the model."""
+        if not self.graphs.hold_true():
+            self.close()
+
+    def close(self) -> None:
+        """Gives back what CUDA graphs take; later steps run as they are."""
+        if self.graphs is not None:
+            self.graphs.close()
+        self.graphs, self.is_watched = None, False
+
+    def _begin(self, rows: int, columns: int, count: int, device: torch.device) -> None:
+        self.cache.begin(rows, count, True, device)
         self.is_compiled = self.compiles and rows == 1 and columns == round_up_bytes(columns)
-        if self.is_captured:
-            cache.cuda_graphs.begin(model, self.head, packed, settings, input_ids.device)
+
+    def _run(self, key: tuple, function: Callable, *inputs: Tensor | None):
+        return function(*inputs) if self.graphs is None else self.graphs.run(key, function, *inputs)
+
+    def _read(self, input_ids: Tensor, lengths: list[int] | None = None, is_draft: bool = False) -> BytesRead:
+        rows, columns = input_ids.shape
+        self._begin(rows, columns, columns, input_ids.device)
         on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
-        if self.is_compiled or self.is_captured:
+        if self.graphs is None:
+            return self._run_read(input_ids, on_device, is_draft)
+        key, function = ("read", is_draft), lambda *given: self._run_read(*given, is_draft)
+        return self.graphs.run(key, function, input_ids, on_device)
+
+    def _run_read(self, input_ids: Tensor, lengths: Tensor | None, is_draft: bool, is_held: bool = True) -> BytesRead:
+        if self.is_compiled:
             input_ids = input_ids.clone(memory_format=torch.contiguous_format)  # one stride, whatever it was cut from
-        stage = self._stage(read_next, columns)
-
-        def run(*given):
-            return stage(model, settings, cache, packed, *given, is_draft)
-
-        read = self._run((stage, self.head, is_draft), True, run, input_ids, on_device)
-        return read, None if is_draft else HostPatchCounts.of(read.patches)
+        stage = self._stage(read_next, input_ids.shape[1])
+        read = stage(self.model, self.settings, self.cache, self.packed, input_ids, lengths, is_draft)
+        return read if self.graphs is None or not is_held else self.graphs.hold(read, lengths is None, is_draft)
 
     def _close(self, read: BytesRead, counts: HostPatchCounts) -> None:
-        is_fixed = self.is_compiled or self.is_captured
-        if not is_fixed or (read.chunk.num_columns > 1 and counts.max_new > STEP_PATCHES):
-            inputs = closing_inputs(self.cache, read, counts, self.all_rows)
-            close_patches(self.model, self.cache, read, *inputs, sees_all(counts))
+        cache, columns, max_new = self.cache, read.chunk.num_columns, counts.max_new
+        is_fixed = self.is_compiled or self.graphs is not None
+        if not is_fixed or (columns > 1 and max_new > STEP_PATCHES):
+            inputs = closing_inputs(cache, read, counts, self.all_rows)
+            close_patches(self.model, cache, read, *inputs, sees_all(counts))
             return
-        inputs = closing_inputs(self.cache, read, counts, self.all_rows, is_fixed=True)
-        stage = self._stage(close_patches, read.chunk.num_columns)
-        if stage is not close_patches:
-            torch._dynamo.maybe_mark_dynamic(inputs[1], 0)
-        self._run((stage,), False, lambda *given: stage(self.model, self.cache, read, *given), *inputs)
+        all_rows = self.all_rows or self.graphs is not None
+        new, seen = reserve_closing(cache, columns, counts)
+
+        def close():
+            inputs = closing_inputs(cache, read, counts, all_rows, is_fixed=True)
+            stage = self._stage(close_patches, columns)
+            if stage is not close_patches:
+                torch._dynamo.maybe_mark_dynamic(inputs[1], 0)
+            stage(self.model, cache, read, *inputs)
+
+        self._run(("close", id(read), new, seen), close)
 
     def _predict(self, read: BytesRead) -> Tensor:
-        model, settings, cache, head = self.model, self.settings, self.cache, self.head
-        stage = self._stage(predict_bytes, read.chunk.num_columns)
-        run = lambda: stage(model, settings, cache, read, None, head)
-        return self._kept(self._run((stage,), False, run))
+        if self.graphs is None:
+            return self._run_predict(read)
+        return self._kept(self.graphs.run(("predict", id(read)), lambda: self._run_predict(read)))
+
+    def _run_predict(self, read: BytesRead) -> Tensor:
+        settings, chunk = self.settings, read.chunk
+        if read.span is None:  # held: what hangs on it would be that of the first byte
+            chunk = replace(chunk, spans={})
+            slots = self.cache.local_slots
+            span = chunk.span(self.cache, slots, settings.local_window, chunk.document_start, settings.attention)
+            read = replace(read, chunk=chunk, span=span)
+        stage = self._stage(predict_bytes, chunk.num_columns)
+        return stage(self.model, settings, self.cache, read, None, self.head)
 
     def _stage(self, function: Callable, columns: int) -> Callable:
         if not self.is_compiled:
             return function
         return self.model.compiled_steps.find(function, (columns, self.hooks), self.cache)
 
-    def _run(self, key: tuple, is_first: bool, function: Callable, *inputs: Tensor | None):
-        if not self.is_captured:
-            return function(*inputs)
-        return self.cache.cuda_graphs.run(self.cache, key, is_first, function, *inputs)
-
     def _kept(self, result: Tensor) -> Tensor:
         """A result for the caller: what a captured stage gave is written over by the next step."""
-        return result.clone() if self.is_captured else result
+        return result if self.graphs is None else result.clone()
 
 
 def read_next(
@@ -227,11 +336,6 @@ def _copy_function(function: Callable) -> Callable:
 # CUDA graphs.
 
 
-def may_capture(model, device: torch.device) -> bool:
-    """Whether nothing around the model (accelerate, gradients, autocast) does more than its modules say."""
-    return not (is_spread(model) or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type))
-
-
 class ModuleState:
     """State of a model's modules that a CUDA graph has baked in: addresses of weights, dtypes, hooks, training mode.
 
@@ -258,6 +362,10 @@ class ModuleState:
     def holds(self) -> bool:
         """Whether nothing has changed."""
         return self._known == self._read()
+
+    def tensors(self) -> list[Tensor]:
+        """Weights and buffers, as they are now: what stands in their place later is not among them."""
+        return [tensor.detach() for held in self._tensors for tensor in held.values() if type(tensor) in _WITH_ADDRESS]
 
     def _read(self) -> tuple:
         tensors = [tensor for held in self._tensors for tensor in held.values()]
@@ -286,36 +394,61 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def make_pool(device: torch.device) -> tuple | None:
-    """Memory pool and stream for the graphs of one cache; None on other devices."""
-    return (torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda" else None
+def records_by_default(device: torch.device) -> bool:
+    """Whether `generate` captures CUDA graphs unless it is told otherwise."""
+    return RECORDS_BY_DEFAULT and can_capture(device)
 
 
-def capture(function: Callable, pool: tuple) -> tuple[object, Callable[[], None]]:
+def may_capture(model, head: nn.Module | None, device: torch.device) -> bool:
+    """Whether nothing in or around the model (training, hooks, accelerate, gradients, autocast) wants to see each byte."""
+    is_hooked = len(hooks_of(model, head)) > 1 or _global_forward_hooks or _global_forward_pre_hooks
+    is_plain = not (is_hooked or model.training or is_spread(model))
+    return is_plain and not (torch.is_grad_enabled() or torch.is_autocast_enabled(device.type))
+
+
+_POOLS: dict[torch.device, tuple] = {}
+
+
+def make_pool(device: torch.device) -> tuple:
+    """Memory pool, stream, and a graph that keeps the pool, for all captures on a device."""
+    if device not in _POOLS:
+        pool = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        # A pool lives as long as one of its graphs, and what dead graphs leave in it is used again.
+        _POOLS[device] = (*pool, _capture(lambda: torch.zeros(1, device=device), *pool))
+    return _POOLS[device]
+
+
+def _capture(function: Callable, memory, stream) -> tuple[object, "torch.cuda.CUDAGraph"]:
+    graph = torch.cuda.CUDAGraph()
+    # Not `torch.cuda.graph`, which waits for the device and empties torch's pools first.
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        graph.capture_begin(pool=memory, capture_error_mode="thread_local")
+        try:
+            result = function()
+        finally:
+            graph.capture_end()
+    return result, graph
+
+
+def capture(function: Callable, device: torch.device) -> tuple[object, Callable[[], None]]:
     """Captures `function()` as a CUDA graph.
 
-    Args:
-        pool: of [`make_pool`].
     Returns:
         the result of `function`, in tensors that each replay fills anew; and the replay.
     Raises:
         RuntimeError: `function` asks the device for a value, or does something else that cannot be captured.
     """
-    graph, (memory, stream) = torch.cuda.CUDAGraph(), pool
-    with (
-        torch.cuda.device(stream.device),
-        torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"),
-    ):
-        result = function()
+    memory, stream, _ = make_pool(device)
+    result, graph = _capture(function, memory, stream)
     return result, graph.replay
 
 
 class _CapturedStage:
     """The CUDA graph of a stage, the static tensors that it reads, and its result."""
 
-    def __init__(self, function: Callable, inputs: tuple[Tensor | None, ...], pool):
+    def __init__(self, function: Callable, inputs: tuple[Tensor | None, ...], device: torch.device):
         self.inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
-        self.result, self.replay = capture(lambda: function(*self.inputs), pool)
+        self.result, self.replay = capture(lambda: function(*self.inputs), device)
 
     def run(self, inputs: tuple[Tensor | None, ...]):
         for held, tensor in zip(self.inputs, inputs):
@@ -326,72 +459,101 @@ class _CapturedStage:
 
 
 class CudaGraphs:
-    """The captured stages of the steps on one cache.
+    """The captured stages of the steps of one call of `generate`, or of one batch.
 
-    The later stages of a step read tensors that the first one made, so they are captured only where that one was. Before
-    each step all that a graph has baked in (addresses, modules, settings) is compared; after a change all graphs are
-    discarded. A stage that cannot be captured runs eagerly.
+    A stage runs as it is the first time, is captured the second time, and is replayed from then on. Stages hand on what
+    was read in tensors that stay where they are. When tensors of the cache move, its stages are discarded. A stage that
+    cannot be captured runs as it is.
+
+    All graphs of a process share a pool of memory, so one call captures at a time; others run as they are meanwhile.
     """
 
-    def __init__(self):
+    _lock = threading.Lock()
+
+    def __init__(self, cache: BltCache, modules: "ModuleState"):
+        self._cache, self._modules = cache, modules
+        self._tensors = modules.tensors()  # a graph reads addresses, which must stay taken
         self._stages: dict[tuple, _CapturedStage | None] = {}
-        self._settings = self._modules = self._packed = self._head = self._version = self._pool = None
-        self._is_refused = False
-        self._first: tuple | None = None  # key of the first stage of this step, if it was captured
+        self._held: dict[tuple, tuple[BytesRead, dict[str, Tensor]]] = {}
+        self._version, self._is_refused = cache.version, False
+        self._release = weakref.finalize(self, CudaGraphs._lock.release)
 
-    def __deepcopy__(self, memo) -> "CudaGraphs":
-        return CudaGraphs()
+    @classmethod
+    def of(cls, model, head: nn.Module | None, cache: BltCache) -> "CudaGraphs | None":
+        """Graphs for the steps of a model on a cache; None: they run as they are."""
+        device = cache.num_bytes.device
+        if not can_capture(device) or not may_capture(model, head, device):
+            return None
+        modules = ModuleState(*(root for root in (model, head) if root is not None))
+        return cls(cache, modules) if modules.is_whole and cls._lock.acquire(blocking=False) else None
 
-    def __reduce__(self):
-        return CudaGraphs, ()
+    def hold_true(self) -> bool:
+        """Whether the model is as it was."""
+        return self._modules.holds()
 
-    def begin(self, model: nn.Module, head: nn.Module | None, packed, settings, device: torch.device) -> None:
-        """Begins a step; discards all graphs if modules or settings have changed.
+    def close(self) -> None:
+        """Discards all graphs, and lets another call capture."""
+        self._discard()
+        self._is_refused = True
+        self._release()
 
-        Args:
-            head: None where the step needs none.
-            packed: packed weights of a call of `generate`; None: the modules run.
-            settings: of the forward.
-        """
-        self._head = self._head if head is None else head
-        roots = (model,) if self._head is None else (model, self._head)
-        settings = (*map(id, roots), settings, model.config._attn_implementation, torch.is_inference_mode_enabled())
-        is_known = self._modules is not None and settings == self._settings and packed is self._packed
-        if not is_known or not self._modules.holds():
-            self._stages.clear()
-            self._settings, self._packed, self._modules = settings, packed, ModuleState(*roots)
-            self._is_refused = not self._modules.is_whole
-            self._pool = self._pool or make_pool(device)
-        self._first = None
+    def _discard(self) -> None:
+        self._stages.clear()
+        self._held.clear()
 
-    def run(self, cache, name: tuple, is_first: bool, function: Callable, *inputs: Tensor | None):
+    def hold(self, read: BytesRead, *key) -> BytesRead:
+        """What was read, in tensors that are the same for each step."""
+        key, tensors = (read.chunk.num_columns, *key), self._made(read)
+        if key not in self._held:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            chunk, patches = (
+                replace(part, **{name: tensors[name] for name in vars(part) if name in tensors})
+                for part in (read.chunk, read.patches)
+            )
+            states = [*read.byte_states[:-1], tensors["byte_states"]]
+            held = BytesRead(replace(chunk, spans={}), patches, states, None, tensors.get("entropies"))
+            self._held[key] = held, tensors
+        else:
+            for name, tensor in self._held[key][1].items():
+                tensor.copy_(tensors[name])
+        return self._held[key][0]
+
+    def _made(self, read: BytesRead) -> dict[str, Tensor]:
+        """The tensors of what was read, but those of the cache."""
+        history = self._cache.history
+        kept = {t.untyped_storage().data_ptr() for t in (history.last, history.last_ids, history.last_entropies)}
+        made = {**vars(read.chunk), **vars(read.patches), "entropies": read.entropies, "byte_states": read.byte_states[-1]}
+        return {
+            name: value
+            for name, value in made.items()
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in kept
+        }
+
+    def run(self, key: tuple, function: Callable, *inputs: Tensor | None):
         """Runs `function(*inputs)`: replays its graph, or captures it the second time it is called.
 
         Args:
-            name: tells this stage from others; the shapes of its inputs need not be part of it.
-            is_first: this stage begins a step; the others continue from its result.
+            key: tells this stage from others; the shapes of its inputs need not be part of it.
         """
-        if cache.version != self._version:
-            self._stages.clear()
-            self._version, self._first = cache.version, None
-        if self._is_refused or (self._first is None and not is_first):
-            return function(*inputs)
-        key = (*name, *(None if tensor is None else tuple(tensor.shape) for tensor in inputs))
-        key = key if is_first else (*key, self._first)
-        if key not in self._stages:
+        version = self._cache.version
+        if version[:-1] != self._version[:-1]:
+            self._discard()
+        elif version != self._version:  # slots of patches, which nothing else reads
+            self._stages = {name: stage for name, stage in self._stages.items() if name[0] != "close"}
+        self._version = version
+        key = (*key, *(None if tensor is None else tuple(tensor.shape) for tensor in inputs))
+        if self._is_refused or key not in self._stages:
             self._stages[key] = None  # the first run makes tensors and loads kernels
             return function(*inputs)
         if self._stages[key] is None:
             try:
-                self._stages[key] = _CapturedStage(function, inputs, self._pool)
+                self._stages[key] = _CapturedStage(function, inputs, self._cache.num_bytes.device)
             except RuntimeError as error:
                 warnings.warn(
                     f"this model's steps cannot be captured as CUDA graphs and run as they are: {error}", stacklevel=2
                 )
                 self._is_refused = True
                 return function(*inputs)
-        if is_first:
-            self._first = key
         return self._stages[key].run(inputs)
 
 
@@ -406,5 +568,6 @@ __all__ = [
     "is_compiled",
     "is_spread",
     "may_capture",
+    "records_by_default",
     "round_up_bytes",
 ]
