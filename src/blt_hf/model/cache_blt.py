@@ -671,7 +671,7 @@ class BltCache(Cache):
             return False
         self.recent_slots.keep = self._needed_history(self.max_open_bytes + num_columns)
         total, kinds = max(self.row_bytes) + num_columns, (self.patcher_slots, self.local_slots, self.recent_slots)
-        return all(slots.needed(total, self.slack) <= slots.size for slots in kinds)
+        return all(slots.needed(total, self.slack) <= slots.size for slots in kinds if slots.tensors)
 
     def _needed_history(self, max_open_bytes: int) -> int:
         return max(self.num_hash_bytes, self.needed_states(max_open_bytes))

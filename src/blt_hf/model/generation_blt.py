@@ -14,39 +14,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import generation
 from transformers.cache_utils import DynamicCache
 from transformers.generation import (
     CompileConfig,
     ContinuousBatchingConfig,
     EosTokenCriteria,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
     GenerationMixin,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    WatermarkLogitsProcessor,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -57,34 +37,23 @@ from .packed_blt import PackedStacks
 from .step_blt import StepRunner, records_by_default, round_up_bytes
 
 
+def _classes(names: str) -> set[type]:
+    return {getattr(generation, name) for name in names.split()}
+
+
 # These look at one distribution alone, so that those of several bytes may go through them at once.
-_WITHOUT_CONTEXT = {
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-    TypicalLogitsWarper,
-    SuppressTokensLogitsProcessor,
-}
+_WITHOUT_CONTEXT = _classes(
+    "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper TypicalLogitsWarper "
+    "SuppressTokensLogitsProcessor"
+)
 # These look at the text that they are given, and remember nothing of it.
-_WITHOUT_STATE = _WITHOUT_CONTEXT | {
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-    WatermarkLogitsProcessor,
-}
+_WITHOUT_STATE = _WITHOUT_CONTEXT | _classes(
+    "EpsilonLogitsWarper EtaLogitsWarper ExponentialDecayLengthPenalty ForcedBOSTokenLogitsProcessor "
+    "ForcedEOSTokenLogitsProcessor InfNanRemoveLogitsProcessor LogitNormalization MinLengthLogitsProcessor "
+    "MinNewTokensLengthLogitsProcessor NoBadWordsLogitsProcessor NoRepeatNGramLogitsProcessor "
+    "PrefixConstrainedLogitsProcessor RepetitionPenaltyLogitsProcessor SequenceBiasLogitsProcessor "
+    "SuppressTokensAtBeginLogitsProcessor WatermarkLogitsProcessor"
+)
 
 
 def may_keep_state(processor) -> bool:
@@ -334,14 +303,101 @@ class Drafts:
     probs: Tensor | None = None
 
 
-class SeenPenalty(LogitsProcessor):
-    """Transformers' repetition penalty, from what each row holds in the place of its text: in shapes that do not change.
+class NextByte:
+    """Chooses the next byte of each row.
+
+    What differs from byte to byte lies in tensors that stay where they are, so that a CUDA graph can hold a choice that
+    `is_on_device`, which asks the host for nothing.
 
     Args:
-        processor: transformers' own.
-        text: the texts so far.
-        size: `V`.
+        text: the texts so far, all of one length.
+        do_sample: draw the byte.
+        num_drawn: bytes that a graph draws at once, at most; 0: there are no graphs.
     """
+
+    def __init__(self, text: RaggedText, do_sample: bool, num_drawn: int = 0):
+        self.text, self.do_sample, self.num_drawn = text, do_sample, num_drawn
+        self.is_on_device = all(type(p) in _WITHOUT_CONTEXT or _is_penalty(p) for p in text.logits_processor)
+        self._processors: LogitsProcessorList | None = None
+        self._noise: Tensor | None = None  # fp32 `(num_drawn, B, V)`
+        self._like: Tensor | None = None  # probabilities that were drawn from
+        self._has_stopped: Tensor | None = None  # bool `(B, 1)`
+        self._stops = [None] * len(text.lengths)
+
+    def prepare(self, count: int = 1) -> None:
+        """Renews what the next `count` choices read."""
+        if self.num_drawn and self._like is not None:
+            if self._noise is None:
+                self._noise = self._like.new_empty(self.num_drawn, *self._like.shape)
+            for noise in self._noise[:count]:
+                noise.exponential_()
+        if self._stops != self.text.stops and self.text.waits:
+            self._stops = list(self.text.stops)
+            stopped = torch.tensor([[stop is not None] for stop in self._stops], device=self.text.device)
+            self._has_stopped = stopped if self._has_stopped is None else self._has_stopped.copy_(stopped)
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids `(B, 1)` and processed scores `(B, 1, V)` from fp32 logits `(B, 1, V)`."""
+        text = self.text
+        if self._processors is None:
+            self._processors = LogitsProcessorList(
+                SeenPenalty(p, text, logits.shape[-1]) if _is_penalty(p) and self.is_on_device else p
+                for p in text.logits_processor
+            )
+            if self.num_drawn and text.waits and len(logits) > 1:
+                self._has_stopped = torch.zeros_like(logits[:, :, 0], dtype=torch.bool)
+        scores = logits
+        if self._processors:
+            scores = self._processors(None, logits[:, 0])[:, None] if self.is_on_device else text.process(logits)
+        ids, _ = self._draw(scores)
+        if self._has_stopped is not None:
+            ids = ids.masked_fill(self._has_stopped, text.pad_token_id)
+        for processor in self._processors:
+            if type(processor) is SeenPenalty:
+                processor.add(ids)
+        return ids, scores
+
+    def _draw(self, scores: Tensor, index: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Ids `(B, 1)` and, where they are drawn, the probabilities of all `(B, V)`."""
+        if not self.do_sample:
+            return scores.argmax(dim=-1), None
+        probs = scores[:, 0].softmax(dim=-1)
+        if self._noise is not None:
+            return draw(probs, self._noise[index]), probs
+        self._like = probs
+        return torch.multinomial(probs, num_samples=1), probs
+
+
+class DraftedByte(NextByte):
+    """Chooses each byte of a draft, for [`StepRunner.draft`]."""
+
+    def __init__(self, text: RaggedText, do_sample: bool, num_drawn: int = 0):
+        super().__init__(text, do_sample, num_drawn)
+        self.is_on_device, self._ids = text.is_in_order or not text.has_context, []
+
+    def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Ids `(B, 1)` and, where they are drawn, the probabilities of all `(B, V)`."""
+        text, self._ids = self.text, self._ids if step else []
+        if step and text.has_context:
+            text.put_drafts(torch.cat(self._ids, dim=1))
+        ids, probs = self._draw(logits if text.is_in_order else text.process(logits, ahead=step), step)
+        self._ids.append(ids)
+        return ids, probs
+
+
+def draw(probs: Tensor, noise: Tensor) -> Tensor:
+    """What `torch.multinomial` draws from `probs` `(B, V)`, int64 `(B, 1)`, with noise that was made outside of a graph.
+
+    `noise`: `torch.empty_like(probs).exponential_()`, which is all that `multinomial` takes from a generator.
+    """
+    ids = (probs / noise).argmax(dim=-1, keepdim=True)
+    is_valid = (probs.gather(1, ids) > 0).all()  # NaN is the largest, and not larger than 0
+    torch._assert_async(is_valid, "probability tensor contains either `inf`, `nan` or element < 0")
+    return ids
+
+
+class SeenPenalty(LogitsProcessor):
+    """Transformers' repetition penalty, of what each row holds: in shapes that do not change as a text grows."""
 
     def __init__(self, processor: RepetitionPenaltyLogitsProcessor, text: RaggedText, size: int):
         self.penalty = processor.penalty
@@ -357,99 +413,9 @@ class SeenPenalty(LogitsProcessor):
         return torch.where(self._seen[:, :-1], changed, scores)
 
 
-class NextByte:
-    """Chooses the next byte of each row.
-
-    What differs from byte to byte lies in tensors that stay where they are, so that a CUDA graph can hold a choice that
-    `is_on_device`, which asks the host for nothing.
-
-    Args:
-        text: the texts so far, all of one length.
-        do_sample: draw the byte.
-        num_drawn: bytes that a graph draws at once, at most; 0: there are no graphs.
-    """
-
-    def __init__(self, text: RaggedText, do_sample: bool, num_drawn: int = 0):
-        self.text, self.do_sample, self.num_drawn = text, do_sample, num_drawn
-        self.processors = text.logits_processor
-        self.is_on_device = all(type(p) in _WITHOUT_CONTEXT or _keeps_count(p) for p in self.processors)
-        self.has_stopped = None
-        self.noise: Tensor | None = None  # fp32 `(num_drawn, B, V)`
-        self._stops = [None] * len(text.lengths)
-
-    def prepare(self, count: int = 1) -> None:
-        """Renews what the next `count` choices read."""
-        if self.noise is not None:
-            for noise in self.noise[:count]:
-                noise.exponential_()
-        if self._stops != self.text.stops and self.text.waits:
-            self._stops = list(self.text.stops)
-            stopped = torch.tensor([[stop is not None] for stop in self._stops], device=self.text.device)
-            self.has_stopped = stopped if self.has_stopped is None else self.has_stopped.copy_(stopped)
-
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids `(B, 1)` and processed scores `(B, 1, V)` from fp32 logits `(B, 1, V)`."""
-        text = self.text
-        if self.is_on_device and text.has_context and self.processors is text.logits_processor:
-            self.processors = LogitsProcessorList(
-                SeenPenalty(p, text, logits.shape[-1]) if _keeps_count(p) else p for p in self.processors
-            )
-        if self.is_on_device and self.processors:
-            scores = self.processors(None, logits[:, 0])[:, None]
-        else:
-            scores = text.process(logits)
-        ids = self._draw(scores) if self.do_sample else scores.argmax(dim=-1)
-        if self.num_drawn and text.waits and len(ids) > 1 and self.has_stopped is None:
-            self.has_stopped = torch.zeros_like(ids, dtype=torch.bool)
-        if self.has_stopped is not None:
-            ids = ids.masked_fill(self.has_stopped, text.pad_token_id)
-        for processor in self.processors:
-            if type(processor) is SeenPenalty:
-                processor.add(ids)
-        return ids, scores
-
-    def _draw(self, scores: Tensor, index: int = 0) -> Tensor:
-        probs = scores[:, 0].softmax(dim=-1)
-        if self.noise is not None:
-            return draw(probs, self.noise[index])
-        if self.num_drawn:
-            self.noise = probs.new_empty(self.num_drawn, *probs.shape)
-        return torch.multinomial(probs, num_samples=1)
-
-
-class DraftedByte(NextByte):
-    """Chooses each byte of a draft, for [`StepRunner.draft`]."""
-
-    def __init__(self, text: RaggedText, do_sample: bool, num_drawn: int = 0):
-        super().__init__(text, do_sample, num_drawn)
-        self.is_on_device, self._ids = text.is_in_order or not text.has_context, []
-
-    def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """Ids `(B, 1)`, and if they are drawn their probabilities `(B, V)`."""
-        text, self._ids = self.text, self._ids if step else []
-        if step and text.has_context:
-            text.put_drafts(torch.cat(self._ids, dim=1))
-        scores = logits if text.is_in_order else text.process(logits, ahead=step)
-        ids = self._draw(scores, step) if self.do_sample else scores.argmax(dim=-1)
-        self._ids.append(ids)
-        return ids, scores[:, 0].softmax(dim=-1) if self.do_sample else None
-
-
-def draw(probs: Tensor, noise: Tensor) -> Tensor:
-    """What `torch.multinomial` draws from `probs` `(B, V)` with the noise that it takes from a generator, int64 `(B, 1)`.
-
-    `noise`: `torch.empty_like(probs).exponential_()`. Outside of a graph, so that no graph holds a generator.
-    """
-    ids = (probs / noise).argmax(dim=-1, keepdim=True)
-    # Not a number is the largest, and not larger than 0. `multinomial` says the same.
-    torch._assert_async((probs.gather(1, ids) > 0).all(), "probability tensor contains either `inf`, `nan` or element < 0")
-    return ids
-
-
-def _keeps_count(processor) -> bool:
-    """Whether a [`SeenPenalty`] can stand for a logits processor."""
-    is_penalty = type(processor) is RepetitionPenaltyLogitsProcessor
-    return is_penalty and not isinstance(processor.prompt_ignore_length, Tensor)
+def _is_penalty(processor) -> bool:
+    is_known = type(processor) is RepetitionPenaltyLogitsProcessor
+    return is_known and not isinstance(processor.prompt_ignore_length, Tensor)
 
 
 class DraftSource(ABC):
@@ -709,28 +675,6 @@ _SCHEDULES = ("constant", "heuristic")
 _SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-class _ModuleRunner:
-    """Does what a [`StepRunner`] does by calling the model, which somebody has changed.
-
-    Args:
-        model: a [`BltForCausalLM`].
-        cache: holds some text.
-    """
-
-    def __init__(self, model, cache: BltCache):
-        self.model, self.cache, self._ids = model, cache, None
-
-    def start(self, ids: Tensor) -> list[int]:
-        self._ids = ids
-        return ids.flatten().tolist()
-
-    def next(self, choose: NextByte, goes_on: bool) -> tuple[list[int], Tensor, Tensor]:
-        logits = self.model(input_ids=self._ids, past_key_values=self.cache, use_cache=True).logits.float()
-        choose.prepare()
-        ids, scores = choose(logits)
-        return self.start(ids), logits, scores
-
-
 class BltGenerationMixin(GenerationMixin):
     """Makes every decoding strategy of transformers use the cache with two clocks.
 
@@ -840,15 +784,20 @@ class BltGenerationMixin(GenerationMixin):
     def _decode_bytes(self, runner: StepRunner, text: RaggedText, choose: NextByte, logits: Tensor) -> None:
         """Writes texts to their ends, byte by byte."""
         # Who replaces `forward` (accelerate, for autocast or devices) or hooks it wants to be asked at each byte.
-        if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (self, self.model)):
-            runner = _ModuleRunner(self, runner.cache)
+        calls = any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (self, self.model))
         ids, scores = choose(logits)
-        values = runner.start(ids) if text.goes_on else ids.flatten().tolist()
+        values = runner.start(ids) if text.goes_on and not calls else ids.flatten().tolist()
         while True:
             text.append([[value] for value in values], [1] * len(values), logits, scores)
             if text.is_done:
                 return
-            values, logits, scores = runner.next(choose, text.goes_on)
+            if calls:
+                logits = self(input_ids=ids, past_key_values=runner.cache, use_cache=True).logits.float()
+                choose.prepare()
+                ids, scores = choose(logits)
+                values = ids.flatten().tolist()
+            else:
+                values, logits, scores = runner.next(choose, text.goes_on)
 
     def _import_blocks(self):
         return import_from_package("fast_blt.blocks", "`generate` with `diffusion_block_size`")

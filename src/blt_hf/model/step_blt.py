@@ -179,7 +179,7 @@ class StepRunner:
 
     def _look(self) -> None:
         """Captures nothing from now on if somebody has changed the model."""
-        if not self.graphs.hold_true():
+        if not self.graphs.modules.holds():
             self.close()
 
     def close(self) -> None:
@@ -191,9 +191,6 @@ class StepRunner:
     def _begin(self, rows: int, columns: int, count: int, device: torch.device) -> None:
         self.cache.begin(rows, count, True, device)
         self.is_compiled = self.compiles and rows == 1 and columns == round_up_bytes(columns)
-
-    def _run(self, key: tuple, function: Callable, *inputs: Tensor | None):
-        return function(*inputs) if self.graphs is None else self.graphs.run(key, function, *inputs)
 
     def _read(self, input_ids: Tensor, lengths: list[int] | None = None, is_draft: bool = False) -> BytesRead:
         rows, columns = input_ids.shape
@@ -228,7 +225,10 @@ class StepRunner:
                 torch._dynamo.maybe_mark_dynamic(inputs[1], 0)
             stage(self.model, cache, read, *inputs)
 
-        self._run(("close", id(read), new, seen), close)
+        if self.graphs is None:
+            close()
+        else:
+            self.graphs.run(("close", id(read), new, seen), close)
 
     def _predict(self, read: BytesRead) -> Tensor:
         if self.graphs is None:
@@ -345,6 +345,7 @@ class ModuleState:
     Attributes:
         is_whole: this state is all that their forwards depend on. Modules of other libraries (adapters, quantized layers)
             have settings of their own, and some rotary embeddings change with the length.
+        is_hooked: somebody has added hooks, or another `forward`.
     """
 
     def __init__(self, *roots: nn.Module):
@@ -358,6 +359,9 @@ class ModuleState:
         )
         self._known = self._read()
         self.is_whole = all(_is_known(module) for module in self.modules)
+        self.is_hooked = bool(
+            self._known[0] or any(self._known[1]) or any("forward" in fields for fields in self._fields)
+        )
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
@@ -399,35 +403,7 @@ def records_by_default(device: torch.device) -> bool:
     return RECORDS_BY_DEFAULT and can_capture(device)
 
 
-def may_capture(model, head: nn.Module | None, device: torch.device) -> bool:
-    """Whether nothing in or around the model (training, hooks, accelerate, gradients, autocast) wants to see each byte."""
-    is_hooked = len(hooks_of(model, head)) > 1 or _global_forward_hooks or _global_forward_pre_hooks
-    is_plain = not (is_hooked or model.training or is_spread(model))
-    return is_plain and not (torch.is_grad_enabled() or torch.is_autocast_enabled(device.type))
-
-
-_POOLS: dict[torch.device, tuple] = {}
-
-
-def make_pool(device: torch.device) -> tuple:
-    """Memory pool, stream, and a graph that keeps the pool, for all captures on a device."""
-    if device not in _POOLS:
-        pool = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-        # A pool lives as long as one of its graphs, and what dead graphs leave in it is used again.
-        _POOLS[device] = (*pool, _capture(lambda: torch.zeros(1, device=device), *pool))
-    return _POOLS[device]
-
-
-def _capture(function: Callable, memory, stream) -> tuple[object, "torch.cuda.CUDAGraph"]:
-    graph = torch.cuda.CUDAGraph()
-    # Not `torch.cuda.graph`, which waits for the device and empties torch's pools first.
-    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-        graph.capture_begin(pool=memory, capture_error_mode="thread_local")
-        try:
-            result = function()
-        finally:
-            graph.capture_end()
-    return result, graph
+_POOLS: dict[torch.device, tuple] = {}  # memory and stream of all captures on a device, and a graph that keeps them
 
 
 def capture(function: Callable, device: torch.device) -> tuple[object, Callable[[], None]]:
@@ -438,28 +414,35 @@ def capture(function: Callable, device: torch.device) -> tuple[object, Callable[
     Raises:
         RuntimeError: `function` asks the device for a value, or does something else that cannot be captured.
     """
-    memory, stream, _ = make_pool(device)
-    result, graph = _capture(function, memory, stream)
+    if device not in _POOLS:
+        pool = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        # A pool lives as long as one of its graphs. What dead graphs leave in it is used again.
+        _POOLS[device] = (*pool, _capture(lambda: torch.zeros(1, device=device), *pool)[1])
+    result, graph = _capture(function, *_POOLS[device][:2])
     return result, graph.replay
 
 
-class _CapturedStage:
-    """The CUDA graph of a stage, the static tensors that it reads, and its result."""
-
-    def __init__(self, function: Callable, inputs: tuple[Tensor | None, ...], device: torch.device):
-        self.inputs = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
-        self.result, self.replay = capture(lambda: function(*self.inputs), device)
-
-    def run(self, inputs: tuple[Tensor | None, ...]):
-        for held, tensor in zip(self.inputs, inputs):
-            if held is not None:
-                held.copy_(tensor)
-        self.replay()
-        return self.result
+def _capture(function: Callable, memory, stream) -> tuple[object, "torch.cuda.CUDAGraph"]:
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[stream.device.index]
+    # Not `torch.cuda.graph`, which waits for the device and empties torch's pools first.
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        # While a graph is captured, torch refuses random numbers of the generator's state to all threads, and after a
+        # failure for ever. So the graph, which draws none, gets a state of its own.
+        state = generator.graphsafe_get_state()
+        generator.graphsafe_set_state(generator.clone_state())
+        try:
+            graph.capture_begin(pool=memory, capture_error_mode="thread_local")
+        finally:
+            generator.graphsafe_set_state(state)
+        try:
+            result = function()
+        finally:
+            graph.capture_end()
+    return result, graph
 
 
 class CudaGraphs:
-    """The captured stages of the steps of one call of `generate`, or of one batch.
+    """The captured stages of the steps of one call of `generate`, or of one running batch.
 
     A stage runs as it is the first time, is captured the second time, and is replayed from then on. Stages hand on what
     was read in tensors that stay where they are. When tensors of the cache move, its stages are discarded. A stage that
@@ -470,26 +453,27 @@ class CudaGraphs:
 
     _lock = threading.Lock()
 
-    def __init__(self, cache: BltCache, modules: "ModuleState"):
-        self._cache, self._modules = cache, modules
+    def __init__(self, cache: BltCache, modules: ModuleState):
+        self.cache, self.modules = cache, modules
         self._tensors = modules.tensors()  # a graph reads addresses, which must stay taken
-        self._stages: dict[tuple, _CapturedStage | None] = {}
+        self._stages: dict[tuple, tuple | None] = {}  # static inputs, result, replay; None: ran once
         self._held: dict[tuple, tuple[BytesRead, dict[str, Tensor]]] = {}
         self._version, self._is_refused = cache.version, False
         self._release = weakref.finalize(self, CudaGraphs._lock.release)
 
     @classmethod
     def of(cls, model, head: nn.Module | None, cache: BltCache) -> "CudaGraphs | None":
-        """Graphs for the steps of a model on a cache; None: they run as they are."""
-        device = cache.num_bytes.device
-        if not can_capture(device) or not may_capture(model, head, device):
-            return None
-        modules = ModuleState(*(root for root in (model, head) if root is not None))
-        return cls(cache, modules) if modules.is_whole and cls._lock.acquire(blocking=False) else None
+        """Graphs for the steps of a model on a cache; None if these run as they are.
 
-    def hold_true(self) -> bool:
-        """Whether the model is as it was."""
-        return self._modules.holds()
+        They do where something in or around the model wants to see each byte (training, hooks, accelerate, gradients,
+        autocast, modules of other libraries), and while another call captures.
+        """
+        device, roots = cache.num_bytes.device, [root for root in (model, head) if root is not None]
+        if not can_capture(device) or model.training or is_spread(model) or torch.is_grad_enabled():
+            return None
+        modules = ModuleState(*roots)
+        is_whole = modules.is_whole and not modules.is_hooked and not torch.is_autocast_enabled(device.type)
+        return cls(cache, modules) if is_whole and cls._lock.acquire(blocking=False) else None
 
     def close(self) -> None:
         """Discards all graphs, and lets another call capture."""
@@ -503,31 +487,23 @@ class CudaGraphs:
 
     def hold(self, read: BytesRead, *key) -> BytesRead:
         """What was read, in tensors that are the same for each step."""
-        key, tensors = (read.chunk.num_columns, *key), self._made(read)
-        if key not in self._held:
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-            chunk, patches = (
-                replace(part, **{name: tensors[name] for name in vars(part) if name in tensors})
-                for part in (read.chunk, read.patches)
-            )
-            states = [*read.byte_states[:-1], tensors["byte_states"]]
-            held = BytesRead(replace(chunk, spans={}), patches, states, None, tensors.get("entropies"))
-            self._held[key] = held, tensors
-        else:
-            for name, tensor in self._held[key][1].items():
-                tensor.copy_(tensors[name])
-        return self._held[key][0]
-
-    def _made(self, read: BytesRead) -> dict[str, Tensor]:
-        """The tensors of what was read, but those of the cache."""
-        history = self._cache.history
+        key, chunk, patches = (read.chunk.num_columns, *key), read.chunk, read.patches
+        made = {**vars(chunk), **vars(patches), "entropies": read.entropies, "byte_states": read.byte_states[-1]}
+        history = self.cache.history
         kept = {t.untyped_storage().data_ptr() for t in (history.last, history.last_ids, history.last_entropies)}
-        made = {**vars(read.chunk), **vars(read.patches), "entropies": read.entropies, "byte_states": read.byte_states[-1]}
-        return {
-            name: value
-            for name, value in made.items()
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in kept
-        }
+        made = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        made = {name: value for name, value in made.items() if value.untyped_storage().data_ptr() not in kept}
+        if key not in self._held:
+            made = {name: value.clone() for name, value in made.items()}
+            chunk, patches = (
+                replace(part, **{name: made[name] for name in vars(part) if name in made}) for part in (chunk, patches)
+            )
+            held = BytesRead(replace(chunk, spans={}), patches, [made["byte_states"]], None, made.get("entropies"))
+            self._held[key] = held, made
+        else:
+            for name, value in self._held[key][1].items():
+                value.copy_(made[name])
+        return self._held[key][0]
 
     def run(self, key: tuple, function: Callable, *inputs: Tensor | None):
         """Runs `function(*inputs)`: replays its graph, or captures it the second time it is called.
@@ -535,7 +511,7 @@ class CudaGraphs:
         Args:
             key: tells this stage from others; the shapes of its inputs need not be part of it.
         """
-        version = self._cache.version
+        version = self.cache.version
         if version[:-1] != self._version[:-1]:
             self._discard()
         elif version != self._version:  # slots of patches, which nothing else reads
@@ -546,15 +522,21 @@ class CudaGraphs:
             self._stages[key] = None  # the first run makes tensors and loads kernels
             return function(*inputs)
         if self._stages[key] is None:
+            static = [None if tensor is None else tensor.clone() for tensor in inputs]
             try:
-                self._stages[key] = _CapturedStage(function, inputs, self._cache.num_bytes.device)
+                self._stages[key] = static, *capture(lambda: function(*static), self.cache.num_bytes.device)
             except RuntimeError as error:
                 warnings.warn(
                     f"this model's steps cannot be captured as CUDA graphs and run as they are: {error}", stacklevel=2
                 )
                 self._is_refused = True
                 return function(*inputs)
-        return self._stages[key].run(inputs)
+        static, result, replay = self._stages[key]
+        for held, tensor in zip(static, inputs):
+            if held is not None:
+                held.copy_(tensor)
+        replay()
+        return result
 
 
 __all__ = [
@@ -567,7 +549,6 @@ __all__ = [
     "hooks_of",
     "is_compiled",
     "is_spread",
-    "may_capture",
     "records_by_default",
     "round_up_bytes",
 ]
