@@ -6,8 +6,6 @@ import threading
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import ContinuousBatchingConfig, LogitsProcessor, StoppingCriteria
 
 from blt_hf import BltCache, register_patching_rule
@@ -16,63 +14,15 @@ from blt_hf.model.step_blt import CudaGraphs, ModuleState, StepRunner
 from helpers.checks import assert_same
 from helpers.diffusion import diffusion_model
 from helpers.models import RULES, greedy, make_model, model_for, tiny_config
+from helpers.tape import Tape, record_on_tapes
 from helpers.texts import TEXTS, encode, pad, rows_of, text_ids
 
 
-class Tape(TorchDispatchMode):
-    """Every operation below it, to be run again in the same memory, as a CUDA graph runs its kernels."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps, self.made, self.before, self.replays = [], set(), {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("what is recorded asked for a value")
-        kwargs = kwargs or {}
-        if function._schema.is_mutable:
-            for tensor in tree_leaves((args, kwargs)):
-                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.made:
-                    storage = tensor.untyped_storage()
-                    self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
-        result = function(*args, **kwargs)
-        if not function._schema.is_mutable and not function.is_view:
-            self.made |= {t.untyped_storage().data_ptr() for t in tree_leaves(result) if isinstance(t, torch.Tensor)}
-        self.steps.append((function, args, kwargs, result))
-        return result
-
-    def take_back(self):
-        """A GPU records and does not run."""
-        for storage, values in self.before.values():
-            storage.copy_(values)
-
-    def replay(self):
-        self.replays += 1
-        for function, args, kwargs, result in self.steps:
-            new = function(*args, **kwargs)
-            for old, value in zip(tree_leaves(result), tree_leaves(new)):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != value.data_ptr():
-                    old.copy_(value)
-
-
 @pytest.fixture(autouse=True)
-def tapes(monkeypatch) -> list[Tape]:
+def tapes() -> list[Tape]:
     """What was recorded."""
-    made = []
-
-    def capture(function, device):
-        tape = Tape()
-        try:
-            with tape:
-                result = function()
-        finally:
-            tape.take_back()
-        made.append(tape)
-        return result, tape.replay
-
-    monkeypatch.setattr(step_blt, "capture", capture)
-    monkeypatch.setattr(step_blt, "can_capture", lambda device: True)
-    return made
+    with record_on_tapes() as made:
+        yield made
 
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}
@@ -315,7 +265,8 @@ def test_one_seed_gives_one_text(settings, rows, tapes, by_default):
 
 
 def test_one_graph_holds_predicting_choosing_and_reading(tapes, by_default):
-    model = make_model(tiny_config(patching_threshold=1e9))  # no patch ends after the first two
+    model = make_model()
+    model.config.patching_threshold = 1e9  # no patch ends
     written(model, **{**DRAWN, "max_new_tokens": 20}, top_k=30)
     assert len(tapes) == 1 and tapes[0].replays == 17  # but for the first of all, the last, and one to warm up
     names = [str(step[0]) for step in tapes[0].steps]

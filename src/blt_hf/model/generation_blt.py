@@ -757,7 +757,7 @@ class BltGenerationMixin(GenerationMixin):
         check_processors(logits_processor, generation_config, input_ids.shape[0])
         text = RaggedText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         cache, lacks = model_kwargs[CACHE_NAME], text.max_length - input_ids.shape[1]
-        if cache.records and lacks >= _LEAST_RECORDED and records_by_default(input_ids.device):
+        if cache.records and lacks >= _LEAST_RECORDED and self.records_by_default:
             cache.fix_steps()
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
         logits = outputs.logits[:, -1:].float()
@@ -855,6 +855,11 @@ class BltGenerationMixin(GenerationMixin):
             if known == input_ids.shape[1]:  # the whole text was passed, so its cached part must not be fed again
                 kwargs["num_cached_columns"] = cache.get_seq_length()
         return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    @property
+    def records_by_default(self) -> bool:
+        """Whether steps are captured as CUDA graphs unless `cache_implementation="dynamic"`."""
+        return records_by_default(self.device)
 
     def make_cache(self, **kwargs) -> BltCache:
         """An empty cache for this model; arguments as [`BltCache`]."""

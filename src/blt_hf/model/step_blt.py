@@ -182,6 +182,11 @@ class StepRunner:
         if not self.graphs.modules.holds():
             self.close()
 
+    @property
+    def is_current(self) -> bool:
+        """Whether CUDA graphs were captured of the weights and modules that the model has now."""
+        return self.graphs is not None and self.graphs.is_current
+
     def close(self) -> None:
         """Gives back what CUDA graphs take; later steps run as they are."""
         if self.graphs is not None:
@@ -393,6 +398,10 @@ def _is_known(module: nn.Module) -> bool:
     return is_fixed and (is_ours or name.partition(".")[0] in ("torch", "transformers"))
 
 
+def _versions(tensors: list[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 def can_capture(device: torch.device) -> bool:
     """Whether a device has CUDA graphs."""
     return device.type == "cuda"
@@ -456,6 +465,7 @@ class CudaGraphs:
     def __init__(self, cache: BltCache, modules: ModuleState):
         self.cache, self.modules = cache, modules
         self._tensors = modules.tensors()  # a graph reads addresses, which must stay taken
+        self._versions = _versions(self._tensors)
         self._stages: dict[tuple, tuple | None] = {}  # static inputs, result, replay; None: ran once
         self._held: dict[tuple, tuple[BytesRead, dict[str, Tensor]]] = {}
         self._version, self._is_refused = cache.version, False
@@ -474,6 +484,11 @@ class CudaGraphs:
         modules = ModuleState(*roots)
         is_whole = modules.is_whole and not modules.is_hooked and not torch.is_autocast_enabled(device.type)
         return cls(cache, modules) if is_whole and cls._lock.acquire(blocking=False) else None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether modules and weights are what they were."""
+        return self.modules.holds() and self._versions == _versions(self._tensors)
 
     def close(self) -> None:
         """Discards all graphs, and lets another call capture."""

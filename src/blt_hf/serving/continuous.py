@@ -312,7 +312,8 @@ class RunningBatch:
         self.cache.expect(self._longest)
         self.cache.write_rows([row], request.cache)
         self._last_ids[row] = request.state.generated_tokens[-1]
-        self._runner = None
+        if self._runner is not None and not self._runner.is_current:
+            self._runner = None
 
     def _leave(self, rows: list[int]) -> None:
         """Empties rows, and makes the batch smaller where half of it would do."""
@@ -412,6 +413,7 @@ class BltContinuousBatchingManager(ContinuousBatchingManager):
         is_static = compile_config is not None or generation_config.cache_implementation == "static"
         if compile_config is None and is_static and not generation_config.disable_compile:
             compile_config = generation_config.compile_config or CompileConfig()
+        is_static |= generation_config.cache_implementation is None and getattr(model, "records_by_default", False)
         self.batch_processor = self._batch = RunningBatch(
             model,
             generation_config,
