@@ -45,6 +45,7 @@ class Counts:
         def made(*arguments):
             runner = make(*arguments)
             self._count(runner, "step", "passes")
+            self._count(runner, "next", "passes")
             self._count(runner, "draft", "drafts")
             return runner
 
@@ -62,7 +63,8 @@ class Counts:
         method = getattr(runner, name)
 
         def counted(*arguments):
-            setattr(self, counter, getattr(self, counter) + 1)
+            number = arguments[1] if name == "draft" else 1  # bytes of a window
+            setattr(self, counter, getattr(self, counter) + number)
             return method(*arguments)
 
         setattr(runner, name, counted)

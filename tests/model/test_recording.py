@@ -345,10 +345,17 @@ def double(module, args, output):
     return output * 2
 
 
+def go_on(model, **settings):
+    """Two turns on one cache; what was recorded in the first of them is of no use to the second."""
+    first = model.generate(IDS, **GREEDY, **settings, return_dict_in_generate=True)
+    return model.generate(first.sequences, **GREEDY, past_key_values=first.past_key_values)
+
+
 NEVER = {
     "dynamic": lambda model: model.generate(IDS, **GREEDY, **DYNAMIC),
     "a short text": lambda model: model.generate(IDS, **{**GREEDY, "max_new_tokens": 12}),
     "the cache of the caller": lambda model: model.generate(IDS, **GREEDY, past_key_values=BltCache(model.config)),
+    "the cache of an earlier call": lambda model: go_on(model, **DYNAMIC),
     "states": lambda model: model.generate(IDS, **GREEDY, output_hidden_states=True, return_dict_in_generate=True),
     "synced_gpus": lambda model: model.generate(IDS, **GREEDY, synced_gpus=True),
     "assisted": lambda model: model.generate(IDS, **GREEDY, assistant_model=make_model(seed=7)),
@@ -369,6 +376,14 @@ def test_what_is_never_recorded(case, tapes, by_default):
     model._has_unfinished_sequences = lambda is_finished, *args, **kwargs: not is_finished  # asks other processes
     NEVER[case](model)
     assert not tapes
+
+
+def test_the_cache_of_a_recorded_call_is_the_callers(tapes, by_default):
+    model = make_model(seed=4)
+    model.generate(IDS, **GREEDY)
+    made = len(tapes)
+    assert torch.equal(go_on(model), model.generate(IDS, **{**GREEDY, "max_new_tokens": 60}, **DYNAMIC))
+    assert len(tapes) == 2 * made
 
 
 def test_autograd_is_never_recorded(tapes, by_default):

@@ -142,9 +142,8 @@ class RaggedText:
         """int64 `(B, max_length)`; row `b` holds its text in the first `lengths[b]` columns."""
         for row, (ids, written) in enumerate(zip(self._new_ids, self._written)):
             if written < len(ids):
-                new = torch.tensor(ids[written:], device=self._sequences.device)
-                start = self._first + written
-                self._sequences[row, start : start + len(new)] = new
+                new = torch.tensor(ids[written:], device=self.device)
+                self._sequences[row, self._first + written : self._first + len(ids)] = new
                 self._written[row] = len(ids)
         return self._sequences
 
@@ -168,7 +167,7 @@ class RaggedText:
 
     def last_ids(self) -> Tensor:
         """The last byte of each row, int64 `(B, 1)`."""
-        return torch.tensor([ids[-1:] for ids in self._new_ids], device=self._sequences.device)
+        return torch.tensor([ids[-1:] for ids in self._new_ids], device=self.device)
 
     def put_drafts(self, ids: Tensor) -> None:
         """Writes drafts `(B, k)` behind the texts, for `process` to see; they are not part of them."""
@@ -200,16 +199,11 @@ class RaggedText:
                     scores[:, step] = torch.where(chosen[:, None], processed, scores[:, step])
         return scores
 
-    def append(
-        self,
-        ids: Tensor | list[list[int]],
-        counts: list[int],
-        logits: Tensor | None = None,
-        scores: Tensor | None = None,
-    ) -> list[int]:
+    def append(self, ids, counts: list[int], logits: Tensor | None = None, scores: Tensor | None = None) -> list[int]:
         """Adds the first `counts[b]` of `ids` `(B, n)` to each row, up to where it stops.
 
         Args:
+            ids: a tensor, or lists.
             logits, scores: fp32 `(B, n, V)`, what the ids were chosen from, kept if `generate` is to return them.
         Returns:
             how many were added to each row.
@@ -563,9 +557,8 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
         scores = text.process(logits)
         ids, accepted = choose(scores, drafts, do_sample)
     accepted, ids = zip(*((row[0], row[1:]) for row in torch.cat([accepted[:, None], ids], dim=1).tolist()))
-    counts = [
-        min(count, draft) + 1 if active else 0 for count, draft, active in zip(accepted, drafts.lengths, is_active)
-    ]
+    kept = map(min, accepted, drafts.lengths)
+    counts = [count + 1 if active else 0 for count, active in zip(kept, is_active)]
     runner.cache.crop_rows([length - count for length, count in zip(lengths, counts)])
     return ids, counts, logits, scores
 
@@ -580,18 +573,16 @@ def choose_next(scores: Tensor, do_sample: bool) -> Tensor:
 def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Tensor]:
     """Ids `(B, k + 1)` and how many drafts are accepted `(B,)`, from processed scores `(B, k + 1, V)`."""
     rows, num_drafts = drafts.ids.shape
-    exists = (
-        torch.arange(num_drafts, device=scores.device) < torch.tensor(drafts.lengths, device=scores.device)[:, None]
-    )
+    lengths = torch.tensor(drafts.lengths, device=scores.device)
+    exists = torch.arange(num_drafts, device=scores.device) < lengths[:, None]
     if not do_sample:
         ids = scores.argmax(dim=-1)
         is_accepted = (ids[:, :num_drafts] == drafts.ids) & exists
         return ids, is_accepted.long().cumprod(dim=1).sum(dim=1)
     probs = scores.softmax(dim=-1)
-    if drafts.probs is None:  # the whole probability of a draft that was not drawn is its own
+    proposed = drafts.probs
+    if proposed is None:  # the whole probability of a draft that was not drawn is its own
         proposed = torch.nn.functional.one_hot(drafts.ids, probs.shape[-1]).to(probs.dtype)
-    else:
-        proposed = drafts.probs
     of_model = probs[:, :num_drafts].gather(2, drafts.ids[..., None])[..., 0]
     of_draft = proposed.gather(2, drafts.ids[..., None])[..., 0]
     is_accepted = (torch.rand_like(of_model) * of_draft < of_model) & exists
@@ -757,12 +748,13 @@ class BltGenerationMixin(GenerationMixin):
         check_processors(logits_processor, generation_config, input_ids.shape[0])
         text = RaggedText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         cache, lacks = model_kwargs[CACHE_NAME], text.max_length - input_ids.shape[1]
-        if cache.records and lacks >= _LEAST_RECORDED and self.records_by_default:
+        records = not cache.records or (cache.is_empty and lacks >= _LEAST_RECORDED and self.records_by_default)
+        if cache.records and records:
             cache.fix_steps()
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
         logits = outputs.logits[:, -1:].float()
         del outputs  # may be large
-        runner = self.make_runner(cache, lacks >= _LEAST_PACKED, is_watched=text.runs_other_code)
+        runner = self.make_runner(cache, lacks >= _LEAST_PACKED, records, text.runs_other_code)
         source = self._draft_source(generation_config, runner, len(text.lengths))
         size = None if source is not None else getattr(generation_config, "diffusion_block_size", None)
         do_sample = generation_config.do_sample
@@ -818,13 +810,15 @@ class BltGenerationMixin(GenerationMixin):
             and set(model_kwargs) <= plain
         )
 
-    def make_runner(self, cache: BltCache, packs: bool = True, is_watched: bool = False) -> StepRunner:
+    def make_runner(
+        self, cache: BltCache, packs: bool = True, records: bool = True, is_watched: bool = False
+    ) -> StepRunner:
         """What runs steps on a cache that holds some text, with the weights that the model has now.
 
-        `packs`: on packed weights, where the modules allow it. `is_watched`: as in [`StepRunner`].
+        `packs`: on packed weights, where the modules allow it. `records`, `is_watched`: as in [`StepRunner`].
         """
         packed = PackedStacks(self.model, cache) if packs else None
-        return StepRunner(self.model, cache, self.lm_head, packed, records=True, is_watched=is_watched)
+        return StepRunner(self.model, cache, self.lm_head, packed, records, is_watched)
 
     def _draft_source(self, generation_config, runner: StepRunner, num_rows: int) -> DraftSource | None:
         """Who drafts in this call of `generate`; None: nobody."""

@@ -80,8 +80,8 @@ class StepRunner:
             if columns < length <= self.cache.slack:  # bytes that do not count are written behind, and over later
                 filled = nn.functional.pad(input_ids, (0, length - columns))
                 return self.step(filled, lengths)[:, :columns]
-        if self.is_watched:
-            self._look()
+        if self.is_watched and not self.graphs.modules.holds():
+            self.close()
         read = self._read(input_ids, lengths)
         counts = HostPatchCounts.of(read.patches)
         if counts.max_new:
@@ -109,8 +109,8 @@ class StepRunner:
         Returns:
             the bytes, on the host; fp32 logits and processed scores `(B, 1, V)`, which hold until the next step.
         """
-        if self.is_watched:
-            self._look()
+        if self.is_watched and not self.graphs.modules.holds():
+            self.close()
         cache, (read, counts) = self.cache, self._pending
         rows = len(cache.row_bytes)
         if counts.max_new:
@@ -176,11 +176,6 @@ class StepRunner:
     def read_last(self, input_ids: Tensor) -> Tensor:
         """Encoder states `(B, 1, W)` of one more byte of each row `(B, 1)`, which the cache does not count."""
         return self._kept(self._read(input_ids, is_draft=True).byte_states[-1])
-
-    def _look(self) -> None:
-        """Captures nothing from now on if somebody has changed the model."""
-        if not self.graphs.modules.holds():
-            self.close()
 
     @property
     def is_current(self) -> bool:
