@@ -455,6 +455,29 @@ def test_the_model_is_not_looked_at_for_each_byte(tapes, by_default, monkeypatch
     assert len(looks) > 20
 
 
+@torch.no_grad()
+def test_graphs_of_a_batch_outlive_its_requests_but_not_the_weights(tapes):
+    """As continuous batching asks when a request joins."""
+    model = make_model(seed=4)
+    weight = model.model.global_transformer.layers[0].self_attn.q_proj.weight
+    changes = (
+        lambda: weight.mul_(2),
+        lambda: setattr(weight, "data", weight.data.clone()),
+        lambda: model.model.local_decoder.register_forward_hook(double),
+    )
+    for change in changes:
+        cache = BltCache(model.config)
+        cache.fix_steps()
+        model(IDS, past_key_values=cache)
+        runner = model.make_runner(cache)
+        runner.step(IDS[:, :1])
+        assert runner.is_current
+        change()
+        assert not runner.is_current
+        runner.close()
+    assert model.make_runner(cache).graphs is None  # hooked
+
+
 class Transfers(TorchFunctionMode):
     """Counts what makes the host wait for a device."""
 
