@@ -48,9 +48,11 @@ def cut(text: str, num_bytes: int = MAX_BYTES) -> str:
 
 def load(name: str):
     """Returns a model in float32 and its tokenizer, from a folder, a name on the Hub, or a file in GGUF."""
-    where, options = (str(Path(name).parent), {"gguf_file": Path(name).name}) if name.endswith(".gguf") else (name, {})
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options).eval()
-    return model, AutoTokenizer.from_pretrained(where, **options)
+    if name.endswith(".gguf"):
+        from blt_hf.training.token_models import load_token_model
+
+        return load_token_model(Path(name).parent, gguf_file=Path(name).name)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(name)
 
 
 class _LongEnough(StoppingCriteria):
