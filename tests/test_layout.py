@@ -66,6 +66,7 @@ SUBJECTS = {
     "smollm2/test_chat.py",
     "smollm2/test_measure.py",
     "smollm2/test_questions.py",
+    "smollm2/test_recipe.py",
     "training/test_distributed.py",
     "training/test_group_by_patches.py",
     "training/test_quantized_training.py",

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from blt_hf.cli import app as cli
 from blt_hf.model.patching_blt import BOS_TOKEN_ID, EOS_TOKEN_ID, PatchingRule, find_patch_ends
-from blt_hf.tokenizer.encoding import BYTE_SYMBOLS, byte_ids
+from blt_hf.tokenizer.encoding import byte_ids
 from blt_hf.training import learned
 from blt_hf.training.byteify import byteify
 from blt_hf.training.distillation import (
@@ -37,38 +37,15 @@ from blt_hf.training.teacher_data import (
 )
 from blt_hf.training.teacher_texts import strip_end, write_texts
 from blt_hf.training.token_models import TokenAlphabet, align, cut_texts, load_token_model
+from helpers.token_models import CHAT, END, make_texts, make_tokenizer
 
 
-WORDS = ["the", "cat", "dog", "sat", "ran", "on", "mat", "hill", "a", "red", "big", "and"]
-END, CHAT = "<|end|>", "<|im|>"
 LOCAL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 BLT = {
     "vocab_size": 261, "patching_mode": "space", "cross_attn_k": 2, "local_attention_window_len": 32,
     "encoder_hash_byte_group_size": [3, 4], "encoder_hash_byte_group_vocab": 97,
     "encoder_config": {**LOCAL, "num_hidden_layers": 1}, "decoder_config": {**LOCAL, "num_hidden_layers": 1},
 }  # fmt: skip
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges make the words above, with a space before them."""
-    vocab = {symbol: index for index, symbol in enumerate(BYTE_SYMBOLS)}
-    merges = []
-    for word in WORDS:
-        piece = "Ġ"
-        for letter in word:
-            if piece + letter not in vocab:
-                merges.append((piece, letter))
-                vocab[piece + letter] = len(vocab)
-            piece += letter
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, additional_special_tokens=[CHAT])
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im|>{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}<|im|>assistant:{% endif %}"
-    )
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +72,6 @@ def token_model(tokenizer):
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
-
-
-def make_texts(count: int, seed: int) -> list[str]:
-    """Three words, again and again: who knows the word three back knows the next one."""
-    generator = torch.Generator().manual_seed(seed)
-    cycles = [torch.randperm(len(WORDS), generator=generator)[:3].tolist() for _ in range(count)]
-    return ["".join(" " + WORDS[index] for index in cycle * 8) for cycle in cycles]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,103 @@
+"""The recipe of `blt-smollm2-135m`: its texts, the measurement before training, what is kept, the curve."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ceiling
+import overlap
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blt_hf.training.byteify import byteify
+from blt_hf.training.learned import collect
+from blt_hf.training.token_models import TokenAlphabet
+from helpers.token_models import END, make_texts, make_tokenizer
+
+
+EXAMPLE = Path(ceiling.__file__).parent
+
+
+def run(script: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, EXAMPLE / script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_what_is_learned_fits_the_budget():
+    shape = {"vocab_size": 100, "hidden_size": 576, "intermediate_size": 64, "num_hidden_layers": 1}
+    llama = LlamaForCausalLM(LlamaConfig(num_attention_heads=9, num_key_value_heads=3, **shape))
+    config = json.loads((EXAMPLE / "config.json").read_text())
+    numbers = sum(tensor.numel() for tensor in collect(byteify(llama, **config)).values())
+    rank, layers, width, hidden, kv = 8, 30, 576, 1536, 192
+    adapters = layers * rank * (4 * width + 2 * (width + kv) + 3 * (width + hidden))
+    assert numbers + adapters <= 12_000_000
+
+
+def test_texts_and_prompts_hold_no_question(tmp_path):
+    question = json.loads((EXAMPLE / "questions.json").read_text())[0]["question"]
+    glosses = "".join(f"word{end}, animal (noun): an animal of a kind\n" for end in "abc") * 40
+    adjectives = "big (adj): large, big\n" * 40 + "run (verb): to run\n" * 40
+    documents = [
+        {"source": "WordNet", "text": glosses + adjectives},
+        {"source": "WordNet", "text": f"Somebody asked: {question}"},
+        {"source": "handbook, de", "text": "Das Paket " * 40},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    done = run("texts.py", tmp_path, tmp_path / "texts.jsonl", tmp_path / "prompts.txt")
+    assert done.returncode == 0, done.stderr
+    texts = [json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    prompts = (tmp_path / "prompts.txt").read_text().splitlines()
+    assert texts and question not in prompts
+    assert not any(overlap.held_runs(text) for text in [*texts, *prompts])
+    assert not any("Paket" in text for text in texts)
+
+
+def test_bits_are_split_by_what_they_are_spent_on():
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+    ).eval()
+    alphabet = TokenAlphabet.of(tokenizer, end_token=END)
+    texts = [" the cat, the hilly mat. " * 3]
+    figures = ceiling.measure(model, tokenizer, alphabet, texts, ceiling.count_followers(make_texts(20, 0)))
+    ids = torch.tensor([[alphabet.end_token, *tokenizer(texts[0]).input_ids]])
+    with torch.no_grad():
+        nats = float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+    assert figures["all"] == pytest.approx(nats / 0.6931 / len(texts[0]), rel=1e-3)
+    assert figures["words"] == 15 and figures["bytes"] == len(texts[0])
+    assert figures["other tokens of words"] > 0  # `hill` and `y`
+    # Words of the counted texts end with spaces.
+    assert figures["all, word hidden, any word's"] != figures["all"]
+
+
+def test_what_is_kept_is_rounded_and_not_too_large(tmp_path):
+    save_file({"a": torch.ones(3)}, tmp_path / "learned.safetensors", {"format": "pt", "stage": "joint"})
+    done = run("keep.py", tmp_path / "learned.safetensors", tmp_path / "kept.safetensors", "--note", "sitting=1")
+    assert done.returncode == 0 and "'sitting': '1'" in done.stdout
+    assert load_file(tmp_path / "kept.safetensors")["a"].dtype == torch.bfloat16
+    save_file({"a": torch.ones(12_000_001)}, tmp_path / "learned.safetensors", {"format": "pt"})
+    done = run("keep.py", tmp_path / "learned.safetensors", tmp_path / "kept.safetensors")
+    assert done.returncode == 1 and "at most 24,000,000" in done.stderr
+
+
+def test_the_curve_is_drawn_from_the_logs(tmp_path):
+    for name, key in (("1-encoder", "state_error"), ("2-decoder", "bits_per_byte")):
+        (tmp_path / name).mkdir()
+        lines = [{"step": step, "loss": 1, key: 3 / step} for step in (1, 2)] + [{"step": 2, f"eval_{key}": 1.5}]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run("curve.py", tmp_path / "1-encoder", tmp_path / "2-decoder", "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "curve.json").read_text())["2-decoder"][1] == {
+        "step": 2, "bits_per_byte": 1.5, "eval_bits_per_byte": 1.5,
+    }  # fmt: skip
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_the_sitting_is_a_script_that_sh_reads():
+    assert subprocess.run(["sh", "-n", EXAMPLE / "train.sh"], check=False).returncode == 0
