@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "pretrained" / "blt-5m"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=32, help="that a replica runs at once")
+    parser.add_argument("--requests", type=int, default=160, help="enough to keep all replicas busy")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--busy", action="store_true", help="says in the result that other processes ran as well")
     arguments = parser.parse_args()
@@ -60,7 +61,14 @@ def main() -> None:
     try:
         for _ in range(arguments.repeats):
             for number in arguments.replicas:
-                options = {"model": arguments.model, "least": number, "most": number, "cpus": 1, "max_rows": 64}
+                options = {
+                    "model": arguments.model,
+                    "least": number,
+                    "most": number,
+                    "cpus": 1,
+                    "max_rows": arguments.rows,
+                }
+                options["max_requests"] = arguments.requests
                 address = serve_ray.start(options, serve_ray.free_port())
                 answers_of(address, [(requests[0][0], 8)] * 16)  # the warm-up
                 answers, seconds = answers_of(address, requests)
