@@ -1,4 +1,4 @@
-"""Replicas behind one address (examples/serve_ray.py): the same requests to one, and to two of them.
+"""Replicas behind one address (examples/serve_ray.py): the same load on one, and on two of them.
 
     python benchmarks/serve_replicas.py --replicas 1 2 | tail -1 > benchmarks/results/serve_replicas.json
 
@@ -12,6 +12,8 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
 
 
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
@@ -30,19 +32,38 @@ import serve_ray
 from ray import serve
 
 
-def answers_of(address: str, requests: list[tuple[list[int], int]]) -> tuple[list[tuple[str, int]], float]:
-    """Texts and how many bytes each has, and the seconds until the last was there; all are asked for at once."""
+@dataclass
+class Answer:
+    """A text, when it was asked for and when it was there, and how many bytes it has."""
+
+    text: str
+    start: float
+    end: float
+    count: int
+
+    def within(self, first: float, last: float) -> float:
+        """Bytes of it in a time, as if they had come evenly."""
+        return self.count * max(0.0, min(self.end, last) - max(self.start, first)) / (self.end - self.start)
+
+
+def load(address: str, requests: list, clients: int, warm_up: float, seconds: float) -> tuple[float, dict[int, str]]:
+    """Bytes a second under a load of `clients` that ask again and again, after a while to warm up, and the texts."""
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600)
-    model = client.models.list().data[0].id
+    model, numbers = client.models.list().data[0].id, count()
+    first = time.perf_counter() + warm_up
+    last, answers = first + seconds, {}
 
-    def ask(request: tuple[list[int], int]) -> tuple[str, int]:
-        prompt, count = request
-        answer = client.completions.create(model=model, prompt=prompt, max_tokens=count, temperature=0)
-        return answer.choices[0].text, answer.usage.completion_tokens
+    def ask_again_and_again(_) -> None:
+        while (start := time.perf_counter()) < last:
+            number = next(numbers)
+            prompt, length = requests[number % len(requests)]
+            found = client.completions.create(model=model, prompt=prompt, max_tokens=length, temperature=0)
+            answers[number] = Answer(found.choices[0].text, start, time.perf_counter(), found.usage.completion_tokens)
 
-    with ThreadPoolExecutor(len(requests)) as pool:
-        start = time.perf_counter()
-        return list(pool.map(ask, requests)), time.perf_counter() - start
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(ask_again_and_again, range(clients)))
+    made = sum(answer.within(first, last) for answer in answers.values())
+    return made / seconds, {number % len(requests): answer.text for number, answer in answers.items()}
 
 
 def main() -> None:
@@ -51,11 +72,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, default=32, help="that a replica runs at once")
-    parser.add_argument("--requests", type=int, default=160, help="enough to keep all replicas busy")
+    parser.add_argument("--clients", type=int, default=64, help="each asks again when it has its answer")
+    parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--busy", action="store_true", help="says in the result that other processes ran as well")
     arguments = parser.parse_args()
-    requests = make_requests(arguments.requests, 20, 400)
+    requests = make_requests(64, 20, 400)
     rates, texts = {number: [] for number in arguments.replicas}, {}
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
@@ -68,14 +90,13 @@ def main() -> None:
                     "cpus": 1,
                     "max_rows": arguments.rows,
                 }
-                options["max_requests"] = arguments.requests
+                options["max_requests"] = arguments.clients
                 address = serve_ray.start(options, serve_ray.free_port())
-                answers_of(address, [(requests[0][0], 8)] * 16)  # the warm-up
-                answers, seconds = answers_of(address, requests)
+                rate, found = load(address, requests, arguments.clients, 8, arguments.seconds)
                 serve.shutdown()
-                if texts.setdefault("first", [text for text, _ in answers]) != [text for text, _ in answers]:
+                if any(texts.setdefault(name, text) != text for name, text in found.items()):
                     raise SystemExit(f"{number} replicas write other texts: no timing from a wrong result")
-                rates[number].append(sum(count for _, count in answers) / seconds)
+                rates[number].append(rate)
                 print(f"{number} replicas: {rates[number][-1]:.0f} bytes/s", file=sys.stderr, flush=True)
     finally:
         ray.shutdown()
@@ -90,7 +111,7 @@ def main() -> None:
         }
         for number, found in rates.items()
     ]
-    report("serve_replicas: the same requests to several replicas", rows, arguments, ray=ray.__version__)
+    report("serve_replicas: the same load on several replicas", rows, arguments, ray=ray.__version__)
 
 
 if __name__ == "__main__":
