@@ -441,7 +441,13 @@ def _capture(function: Callable, memory, stream) -> tuple[object, "torch.cuda.CU
         try:
             result = function()
         finally:
-            graph.capture_end()
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                torch._C._cuda_endAllocateToPool(
+                    stream.device.index, memory
+                )  # torch leaves this undone after a failure
+                raise
     return result, graph
 
 
