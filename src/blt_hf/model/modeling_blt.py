@@ -320,7 +320,8 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
             )  # fmt: skip
             use_cache = False
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, patch_lengths, use_cache,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, patch_lengths=patch_lengths, use_cache=use_cache,
             block_noise=noise, return_dict=True, **kwargs,
         )  # fmt: skip
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)).float()
@@ -377,7 +378,8 @@ class BltForSequenceClassification(_BltClassifier):
             `logits` `(B, num_labels)`.
         """
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, patch_lengths, use_cache,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, patch_lengths=patch_lengths, use_cache=use_cache,
             return_dict=True, **kwargs,
         )  # fmt: skip
         states = outputs.last_hidden_state
@@ -422,7 +424,8 @@ class BltForTokenClassification(_BltClassifier):
     ) -> TokenClassifierOutput:
         """Classifies bytes: `logits` `(B, S, num_labels)`; `labels` int64 `(B, S)`, -100 is ignored."""
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, patch_lengths, use_cache,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, patch_lengths=patch_lengths, use_cache=use_cache,
             return_dict=True, **kwargs,
         )  # fmt: skip
         logits = self.score(self.dropout(outputs.last_hidden_state))
