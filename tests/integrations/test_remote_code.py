@@ -74,6 +74,9 @@ again = model.generate(ids[:, :9], **greedy, streamer=TextStreamer(tokenizer("lm
     "self-speculation (`self_speculation_window`)": """
 assert load("lm").generate(ids, **greedy, self_speculation_window=3).tolist() == expected["text"].tolist()
 """,
+    'self-speculation that chooses its window (`"auto"`)': """
+assert load("lm").generate(ids, **greedy, self_speculation_window="auto").tolist() == expected["text"].tolist()
+""",
     'compiled and recorded steps (`cache_implementation="static"`)': """
 from transformers import CompileConfig
 static = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}

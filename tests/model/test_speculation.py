@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
-from blt_hf.model.generation_blt import AutoSpeculation, Drafts, DraftSource, SelfSpeculation, choose
+from blt_hf.auto_speculation import AutoSpeculation
+from blt_hf.model.generation_blt import Drafts, DraftSource, SelfSpeculation, choose
 from blt_hf.model.step_blt import StepRunner
 from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.checks import assert_samples_follow_the_model, cases

@@ -1,16 +1,14 @@
-"""What `generate` needs of a BLT: rows that grow by different numbers, drafts, and the hooks of transformers.
+"""The loops of `generate` for a BLT: rows that grow by different numbers, drafts, and the hooks of transformers.
 
-[`RaggedText`] keeps what `generate` promises of each row while it is written. *Drafting*: a source proposes bytes for each
-row, one pass of the whole model verifies them, and each row accepts its own number. Self-speculation (BLT-S, arXiv
+[`RaggedText`] keeps the promises of `generate` for each row while it is written. *Drafting*: a source proposes bytes for
+each row, one pass of the whole model verifies them, and each row accepts its own number. Self-speculation (BLT-S, arXiv
 2605.08044) is the first source: encoder and decoder draft alone. Greedy text is that of decoding byte by byte; sampling
 keeps its distribution. The mixin makes the cache and hands the model its next bytes; all else is transformers'.
 """
 
-import time
 from abc import ABC, abstractmethod
 from contextlib import closing
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -41,12 +39,12 @@ def _classes(names: str) -> set[type]:
     return {getattr(generation, name) for name in names.split()}
 
 
-# These look at one distribution alone, so that those of several bytes may go through them at once.
+# Processors that look at one distribution alone, so that those of several bytes may go through them at once.
 _WITHOUT_CONTEXT = _classes(
     "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper TypicalLogitsWarper "
     "SuppressTokensLogitsProcessor"
 )
-# These look at the text that they are given, and remember nothing of it.
+# Processors that look at the text that they are given, and remember nothing of it.
 _WITHOUT_STATE = _WITHOUT_CONTEXT | _classes(
     "EpsilonLogitsWarper EtaLogitsWarper ExponentialDecayLengthPenalty ForcedBOSTokenLogitsProcessor "
     "ForcedEOSTokenLogitsProcessor InfNanRemoveLogitsProcessor LogitNormalization MinLengthLogitsProcessor "
@@ -57,9 +55,9 @@ _WITHOUT_STATE = _WITHOUT_CONTEXT | _classes(
 
 
 def may_keep_state(processor) -> bool:
-    """Whether a logits processor may remember the text of its last call, so that it must see each byte once and in order.
+    """Tells whether a logits processor may remember its last text, so that it must see each byte once and in order.
 
-    One of a user's is asked for an attribute `keeps_state`. Without it, one that has attributes may, and any function may.
+    A user's processor says so by an attribute `keeps_state`. Without it, any function may, and any object with attributes.
     """
     if type(processor) in _WITHOUT_STATE:
         return False
@@ -88,7 +86,7 @@ def check_processors(processors: LogitsProcessorList, generation_config, num_row
 
 
 class RaggedText:
-    """Rows of bytes that may grow by different numbers.
+    """Holds rows of bytes that may grow by different numbers.
 
     Args:
         input_ids: int64 `(B, N)`, the prompts, all of `N` columns.
@@ -166,7 +164,7 @@ class RaggedText:
         return None not in self.stops if self.waits else not any(self.active)
 
     def last_ids(self) -> Tensor:
-        """The last byte of each row, int64 `(B, 1)`."""
+        """Returns the last byte of each row, int64 `(B, 1)`."""
         return torch.tensor([ids[-1:] for ids in self._new_ids], device=self.device)
 
     def put_drafts(self, ids: Tensor) -> None:
@@ -204,7 +202,7 @@ class RaggedText:
 
         Args:
             ids: a tensor, or lists.
-            logits, scores: fp32 `(B, n, V)`, what the ids were chosen from, kept if `generate` is to return them.
+            logits, scores: fp32 `(B, n, V)`, from which the ids were chosen, kept if `generate` is to return them.
         Returns:
             how many were added to each row.
         """
@@ -264,7 +262,7 @@ class RaggedText:
         return max(self.lengths) if None in self.stops else max(self.stops)
 
     def finish(self, cache):
-        """What `generate` returns; rows that ended before others are padded."""
+        """Makes the result of `generate`; rows that ended before others are padded."""
         end = self.end
         for row, length in enumerate(self.lengths):
             if length < end:
@@ -284,7 +282,7 @@ class RaggedText:
 
 @dataclass
 class Drafts:
-    """Proposed bytes.
+    """Holds proposed bytes.
 
     Attributes:
         ids: int64 `(B, k)`.
@@ -331,7 +329,7 @@ class NextByte:
             self._has_stopped = stopped if self._has_stopped is None else self._has_stopped.copy_(stopped)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids `(B, 1)` and processed scores `(B, 1, V)` from fp32 logits `(B, 1, V)`."""
+        """Chooses ids `(B, 1)` from fp32 logits `(B, 1, V)`; returns processed scores `(B, 1, V)` with them."""
         text = self.text
         if self._processors is None:
             self._processors = LogitsProcessorList(
@@ -352,7 +350,7 @@ class NextByte:
         return ids, scores
 
     def _draw(self, scores: Tensor, index: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Ids `(B, 1)` and, where they are drawn, the probabilities of all `(B, V)`."""
+        """Chooses ids `(B, 1)`; where they are drawn, returns the probabilities of all `(B, V)` with them."""
         if not self.do_sample:
             return scores.argmax(dim=-1), None
         probs = scores[:, 0].softmax(dim=-1)
@@ -370,7 +368,7 @@ class DraftedByte(NextByte):
         self.is_on_device, self._ids = text.is_in_order or not text.has_context, []
 
     def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """Ids `(B, 1)` and, where they are drawn, the probabilities of all `(B, V)`."""
+        """Chooses ids `(B, 1)`; where they are drawn, returns the probabilities of all `(B, V)` with them."""
         text, self._ids = self.text, self._ids if step else []
         if step and text.has_context:
             text.put_drafts(torch.cat(self._ids, dim=1))
@@ -380,7 +378,7 @@ class DraftedByte(NextByte):
 
 
 def draw(probs: Tensor, noise: Tensor) -> Tensor:
-    """What `torch.multinomial` draws from `probs` `(B, V)`, int64 `(B, 1)`, with noise that was made outside of a graph.
+    """Draws from `probs` `(B, V)` as `torch.multinomial` does, int64 `(B, 1)`, with noise made outside of a graph.
 
     `noise`: `torch.empty_like(probs).exponential_()`, which is all that `multinomial` takes from a generator.
     """
@@ -417,10 +415,10 @@ class DraftSource(ABC):
 
     @abstractmethod
     def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
-        """Drafts for each row, at most `limits[b]`.
+        """Makes drafts for each row, at most `limits[b]`.
 
-        The cache has read all bytes of `text` but the last one of each row, and must be left as it was: what is written
-        to it is taken back with `crop_rows`.
+        The cache has read all bytes of `text` but the last one of each row, and must be left as it was: `crop_rows` takes
+        back other bytes.
         """
 
     def update(self, drafted: list[int], accepted: list[int]) -> None:
@@ -429,7 +427,7 @@ class DraftSource(ABC):
 
 
 class SelfSpeculation(DraftSource):
-    """BLT-S: encoder and decoder draft by themselves, on the last closed patch, as if no patch ended.
+    """Drafts as BLT-S does: by encoder and decoder alone, on the last closed patch, as if no patch ended.
 
     Args:
         runner: a [`StepRunner`] that gives logits.
@@ -437,7 +435,7 @@ class SelfSpeculation(DraftSource):
         window: bytes to draft.
         is_adaptive: each row's window grows by two bytes after all of its drafts were accepted and shrinks by one
             otherwise; the batch drafts the mean of its rows' windows.
-        do_sample: draw the drafts, from what the logits processors make of them.
+        do_sample: draw the drafts from processed logits.
     """
 
     def __init__(self, runner: StepRunner, num_rows: int, window: int, is_adaptive: bool, do_sample: bool):
@@ -468,68 +466,9 @@ class SelfSpeculation(DraftSource):
             ]
 
 
-class AutoSpeculation(SelfSpeculation):
-    """Self-speculation whose window follows what drafts cost here and how many are accepted; 0 where they do not pay.
-
-    A round with window `w` writes `1 + a + ... + a^w` bytes if each draft is accepted with probability `a`. Its time is
-    measured in the first rounds of a process, for each model and kind of step, and the window with the most bytes a second
-    is taken. `a` is that of the last rounds, over all rows; a window of 0 is left for one round in 64 to ask again.
-
-    Args:
-        runner, num_rows, do_sample: as in [`SelfSpeculation`].
-    """
-
-    _costs: "WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[int, float]]]" = WeakKeyDictionary()
-    _MEASURED = (0, 7, 2)  # windows whose rounds are timed, and how often at least
-    _TIMES = 3
-    _PROBE = 64
-
-    def __init__(self, runner: StepRunner, num_rows: int, do_sample: bool):
-        super().__init__(runner, num_rows, 0, is_adaptive=False, do_sample=do_sample)
-        kind = (num_rows, runner.compiles, runner.graphs is None, runner.packed is None, torch.get_num_threads())
-        self.costs = self._costs.setdefault(runner.model, {}).setdefault(kind, {})
-        # Steps of other lengths would be compiled as well.
-        self.candidates = (0, 3, 7) if runner.compiles else (0, 2, 4, 7, 15)
-        self.pending = [w for w in self._MEASURED if w not in self.costs for _ in range(self._TIMES)]
-        self.accepted, self.tried, self.idle = 0.9, 1.0, 0
-        self.window, self.started = 0, 0.0
-
-    def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
-        self.window = self.pending[0] if self.pending else self.best_window()
-        if self.window == 0 and not self.pending:
-            self.idle += 1
-            if self.idle % self._PROBE == 0:
-                self.window = 2
-        self.windows = [self.window] * len(limits)
-        self.started = time.perf_counter()
-        return super().propose(text, cache, limits)
-
-    def update(self, drafted: list[int], accepted: list[int]) -> None:
-        elapsed = time.perf_counter() - self.started
-        if max(drafted, default=0) == self.window and self.pending and self.pending[0] == self.window:
-            # The least, as the first rounds also compile, and other programs take their share of any.
-            self.costs[self.window] = min(elapsed, self.costs.get(self.window, elapsed))
-            self.pending.pop(0)
-        if any(drafted):
-            forget = 0.9
-            self.accepted = forget * self.accepted + sum(accepted)
-            self.tried = forget * self.tried + sum(a + (a < d) for a, d in zip(accepted, drafted))
-
-    def best_window(self) -> int:
-        """The window with the most bytes a second."""
-        rate = min(self.accepted / self.tried, 0.995)
-        slope = (self.costs[7] - self.costs[2]) / 5
-
-        def bytes_per_second(window: int) -> float:
-            cost = self.costs[0] if window == 0 else self.costs[2] + slope * (window - 2)
-            return (1 - rate ** (window + 1)) / (1 - rate) / max(cost, 1e-9)
-
-        return max(self.candidates, key=bytes_per_second)
-
-
 @torch.no_grad()
 def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool):
-    """One pass of the whole model over the last byte of each row and its drafts.
+    """Runs the whole model over the last byte of each row and its drafts, and accepts some of them.
 
     Each row accepts drafts up to the first that the model would not have written (greedy), or by speculative sampling
     (arXiv 2211.17192, algorithm 1), and gets one byte of the model's own behind them. The cache has read all of these but
@@ -564,14 +503,14 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
 
 
 def choose_next(scores: Tensor, do_sample: bool) -> Tensor:
-    """The next byte of each row `(B, 1)`, from processed scores `(B, 1, V)`."""
+    """Chooses the next byte of each row `(B, 1)`, from processed scores `(B, 1, V)`."""
     if do_sample:
         return torch.multinomial(scores[:, 0].softmax(dim=-1), num_samples=1)
     return scores.argmax(dim=-1)
 
 
 def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Tensor]:
-    """Ids `(B, k + 1)` and how many drafts are accepted `(B,)`, from processed scores `(B, k + 1, V)`."""
+    """Chooses ids `(B, k + 1)` and how many drafts are accepted `(B,)`, from processed scores `(B, k + 1, V)`."""
     rows, num_drafts = drafts.ids.shape
     lengths = torch.tensor(drafts.lengths, device=scores.device)
     exists = torch.arange(num_drafts, device=scores.device) < lengths[:, None]
@@ -587,7 +526,7 @@ def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Ten
     of_draft = proposed.gather(2, drafts.ids[..., None])[..., 0]
     is_accepted = (torch.rand_like(of_model) * of_draft < of_model) & exists
     accepted = is_accepted.long().cumprod(dim=1).sum(dim=1)
-    # After a refused draft, the next byte comes from what the model says beyond the draft; else from the model.
+    # After a refused draft, the next byte comes from the excess of the model over the draft; else from the model.
     proposed = torch.cat([proposed * exists[..., None], torch.zeros_like(probs[:, :1])], dim=1)
     at = accepted[:, None, None].expand(-1, 1, probs.shape[-1])
     model_probs, draft_probs = probs.gather(1, at)[:, 0], proposed.gather(1, at)[:, 0]
@@ -602,7 +541,7 @@ def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Ten
 def choose_in_order(
     text: RaggedText, logits: Tensor, drafts: Drafts, do_sample: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[`choose`] for one row whose logits processors see a draft only when it is accepted; the scores come third."""
+    """Does the same for one row whose logits processors see a draft only when it is accepted; returns scores, too."""
     ids, scores, count = [], logits.clone(), 0
     for step in range(drafts.lengths[0] + 1):
         scores[:, step] = text.process(logits[:, step, None], ahead=step)[:, 0]
@@ -624,8 +563,8 @@ def choose_in_order(
 def decode_drafted(runner: StepRunner, source: DraftSource, text: RaggedText, do_sample: bool) -> None:
     """Writes texts to their ends. The cache has read all bytes but the last one of each row, before and after.
 
-    A streamer that has a method `put_drafts` is told, after the bytes of each verification, what was verified: the drafts
-    `(B, k)`, how many of them counted in each row, and how many were accepted.
+    A streamer that has a method `put_drafts` gets, after the bytes of each verification, the drafts `(B, k)`, how many of
+    them counted in each row, and how many were accepted.
     """
     cache = runner.cache
     while not text.is_done:
@@ -646,7 +585,7 @@ def decode_drafted(runner: StepRunner, source: DraftSource, text: RaggedText, do
 
 
 def finish_rows(runner: StepRunner, text: RaggedText) -> None:
-    """Makes the cache one that has read all bytes but the last of each row of what `generate` returns."""
+    """Makes the cache hold all bytes of the result of `generate` but the last of each row."""
     # Rows that ended before others have one byte that the next turn would not read; others may have gone too far.
     cache = runner.cache
     cache.crop_rows([max(length - text.end, 0) for length in text.lengths])
@@ -674,14 +613,16 @@ class BltGenerationMixin(GenerationMixin):
 
         self_speculation_window (default None): bytes that the local models draft before the whole model verifies
             them. The text is that of normal decoding; sampling keeps its distribution. `"auto"`: as many as pay here,
-            by what steps cost and drafts are accepted; one seed then does not give the same sampled text again.
-        self_speculation_schedule (default `"constant"`): `"heuristic"` adapts the window of each row to what it accepts.
+            by the cost of steps and the share of accepted drafts; one seed then gives another sampled text each time.
+        self_speculation_schedule (default `"constant"`): `"heuristic"` adapts the window of each row to the number of
+            drafts that it accepts.
 
-    And five for a model that was trained with `config.diffusion_block_size` (`blt_hf.fast_blt.blocks` says what happens):
+    Five fields for a model that was trained with `config.diffusion_block_size` (`blt_hf.fast_blt.blocks` explains them):
 
-        diffusion_block_size (default None): bytes of a block, the first of which is chosen by the whole model and the
-            others by the decoder. At least 2; what the model was trained with is the most that it does well.
-        unmasking (default `"confidence"`): which bytes of a block are kept each time it was read; or `"entropy"`.
+        diffusion_block_size (default None): bytes of a block, at least 2. The whole model chooses the first, the decoder
+            the others. Larger blocks than those of training make the text worse.
+        unmasking (default `"confidence"`): the rule by which bytes of a block are kept each time it was read; or
+            `"entropy"`.
         confidence_threshold (default 0.6): probability from which a byte is kept. Above 1: one byte at a time.
         entropy_budget (default 0.9): nats that the bytes kept at a time may have in sum.
         verify (default False): read each block once and let the whole model verify it: greedy text is that of normal
@@ -795,7 +736,7 @@ class BltGenerationMixin(GenerationMixin):
         return import_from_package("fast_blt.blocks", "`generate` with `diffusion_block_size`")
 
     def _decodes_itself(self, generation_config, model_kwargs: dict) -> bool:
-        """Whether a loop that looks at nothing but logits gives what transformers' loop gives."""
+        """Tells whether a loop that looks at nothing but logits gives the result of transformers' loop."""
         config, cache = generation_config, model_kwargs.get(CACHE_NAME)
         wants_states = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
         has_own_inputs = "prepare_inputs_for_generation" in vars(self) or (
@@ -813,7 +754,7 @@ class BltGenerationMixin(GenerationMixin):
     def make_runner(
         self, cache: BltCache, packs: bool = True, records: bool = True, is_watched: bool = False
     ) -> StepRunner:
-        """What runs steps on a cache that holds some text, with the weights that the model has now.
+        """Makes the runner of steps on a cache that holds some text, with the weights that the model has now.
 
         `packs`: on packed weights, where the modules allow it. `records`, `is_watched`: as in [`StepRunner`].
         """
@@ -821,7 +762,7 @@ class BltGenerationMixin(GenerationMixin):
         return StepRunner(self.model, cache, self.lm_head, packed, records, is_watched)
 
     def _draft_source(self, generation_config, runner: StepRunner, num_rows: int) -> DraftSource | None:
-        """Who drafts in this call of `generate`; None: nobody."""
+        """Chooses the source of drafts in this call of `generate`; None: there are none."""
         cache = runner.cache
         window = getattr(generation_config, "self_speculation_window", None)
         size = getattr(generation_config, "diffusion_block_size", None)
@@ -835,7 +776,8 @@ class BltGenerationMixin(GenerationMixin):
             return None
         if window == "auto":
             cache.reserve_slack(round_up_bytes(16))
-            return AutoSpeculation(runner, num_rows, generation_config.do_sample)
+            auto = import_from_package("auto_speculation", "`self_speculation_window='auto'`")
+            return auto.AutoSpeculation(runner, num_rows, generation_config.do_sample)
         is_adaptive = getattr(generation_config, "self_speculation_schedule", "constant") == "heuristic"
         cache.reserve_slack(round_up_bytes(max(window, 32 if is_adaptive else 0) + 1))
         return SelfSpeculation(runner, num_rows, window, is_adaptive, generation_config.do_sample)
@@ -856,7 +798,7 @@ class BltGenerationMixin(GenerationMixin):
         return records_by_default(self.device)
 
     def make_cache(self, **kwargs) -> BltCache:
-        """An empty cache for this model; arguments as [`BltCache`]."""
+        """Makes an empty cache for this model; arguments as [`BltCache`]."""
         return BltCache(self.config, **kwargs)
 
     def _prepare_cache_for_generation(
@@ -900,7 +842,7 @@ class BltGenerationMixin(GenerationMixin):
     ):
         if is_first_iteration and num_cached_columns is not None and next_sequence_length is None:
             next_sequence_length = input_ids.shape[1] - num_cached_columns
-        # New bytes always continue their rows, so neither mask nor positions need to be read again at each step.
+        # New bytes always continue their rows, so mask and positions are not read again at each step.
         continues = past_key_values is not None and past_key_values.get_seq_length() > 0
         if continues and next_sequence_length is not None and not is_first_iteration:
             attention_mask = position_ids = None
@@ -920,7 +862,7 @@ class BltGenerationMixin(GenerationMixin):
         return model_inputs
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
-        """A manager that requests join and leave while others run; see `blt_hf.serving.continuous`.
+        """Makes a manager that requests join and leave while others run; see `blt_hf.serving.continuous`.
 
         Args:
             generation_config: settings of all requests; None: the model's.
@@ -948,29 +890,12 @@ class BltGenerationMixin(GenerationMixin):
         self.fill_special_token_ids()
 
     def fill_special_token_ids(self) -> None:
-        """Real files carry no special ids; a BLT's are always the same."""
+        """Sets special ids, which real files lack and which are the same in all BLTs."""
         generation_config = getattr(self, "generation_config", None)
         if generation_config is None:
             return
         for name, token_id in _SPECIAL_TOKEN_IDS.items():
             if getattr(generation_config, name, None) is None:
                 setattr(generation_config, name, token_id)
-        # It says more than the model's configuration now; else its own fields would be lost in files.
+        # Marked as edited. Else `save_pretrained` would derive it from the model's configuration again, without the ids.
         generation_config._from_model_config = None
-
-
-__all__ = [
-    "AutoSpeculation",
-    "BltGenerationMixin",
-    "DraftSource",
-    "Drafts",
-    "RaggedText",
-    "SelfSpeculation",
-    "check_processors",
-    "choose",
-    "choose_in_order",
-    "decode_drafted",
-    "finish_rows",
-    "may_keep_state",
-    "verify",
-]

@@ -46,7 +46,7 @@ class StepRunner:
     Args:
         model: a [`BltModel`].
         cache: holds some text.
-        head: what gives logits; None: results are states.
+        head: computes logits; None: results are states.
         packed: a [`PackedStacks`] of the model, made for this call; None: the modules run.
         records: capture CUDA graphs, if `cache.is_fixed` and [`CudaGraphs.of`] allows it.
         is_watched: code that may change the model runs between the steps, so look for changes before each.
@@ -59,7 +59,7 @@ class StepRunner:
         self.settings = ForwardSettings.of(model.config)
         self.all_rows = len(cache.row_bytes) == 1 or counts_rows(model)
         self.compiles = is_compiled(model, cache)
-        # torch does not ask compiled code whether a hook was added since.
+        # Compiled code has no guards for hooks.
         self.hooks = hooks_of(model, head) if self.compiles else None
         self.graphs = CudaGraphs.of(model, head, cache) if records and cache.is_fixed else None
         self.is_watched = is_watched and self.graphs is not None
@@ -68,7 +68,7 @@ class StepRunner:
 
     @torch.no_grad()
     def step(self, input_ids: Tensor, lengths: list[int] | None = None) -> Tensor:
-        """States `(B, S, W)`, or with a head fp32 logits `(B, S, V)`, after a few more bytes of each row.
+        """Computes states `(B, S, W)`, or with a head fp32 logits `(B, S, V)`, after a few more bytes of each row.
 
         Args:
             input_ids: int64 `(B, S)`, at most `cache.slack` bytes a row.
@@ -138,7 +138,7 @@ class StepRunner:
 
     @torch.no_grad()
     def draft(self, input_ids: Tensor, count: int = 1, choose: Callable | None = None) -> Tensor | tuple:
-        """What the local models alone say of the next bytes: they read the last closed patch, and close none.
+        """Runs the local models alone on the next bytes: they read the last closed patch, and close none.
 
         Args:
             input_ids: int64 `(B, S)`, the next bytes.
@@ -174,7 +174,7 @@ class StepRunner:
 
     @torch.no_grad()
     def read_last(self, input_ids: Tensor) -> Tensor:
-        """Encoder states `(B, 1, W)` of one more byte of each row `(B, 1)`, which the cache does not count."""
+        """Computes encoder states `(B, 1, W)` of one more byte of each row `(B, 1)`, which the cache does not count."""
         return self._kept(self._read(input_ids, is_draft=True).byte_states[-1])
 
     @property
@@ -251,7 +251,7 @@ class StepRunner:
         return self.model.compiled_steps.find(function, (columns, self.hooks), self.cache)
 
     def _kept(self, result: Tensor) -> Tensor:
-        """A result for the caller: what a captured stage gave is written over by the next step."""
+        """Copies a result for the caller: the next step overwrites that of a captured stage."""
         return result if self.graphs is None else result.clone()
 
 
@@ -274,23 +274,23 @@ def read_next(
 
 
 def round_up_bytes(count: int) -> int:
-    """Bytes of a compiled step that reads `count` of one row."""
+    """Rounds up the bytes of a compiled step that reads `count` of one row."""
     return 1 if count == 1 else -(-count // _STEP_BYTES) * _STEP_BYTES
 
 
 def is_spread(model) -> bool:
-    """Whether accelerate has spread a model over devices."""
+    """Tells whether accelerate has spread a model over devices."""
     return any(hasattr(part, "_hf_hook") for part in (model, *model.children()))
 
 
 def is_compiled(model, cache) -> bool:
-    """Whether steps of one row are compiled."""
+    """Tells whether steps of one row are compiled."""
     attention = model.config._attn_implementation
     return cache.compile_config is not None and attention in ("eager", "sdpa") and not is_spread(model)
 
 
 def hooks_of(*roots: nn.Module | None) -> tuple:
-    """Modules that do more than their class says, and how many hooks they have: compiled code does not ask for hooks."""
+    """Lists modules with hooks or another `forward`, and counts their hooks, for which compiled code has no guards."""
     modules = [module for root in roots if root is not None for module in root.modules()]
     counts = ((id(m), len(m._forward_hooks), len(m._forward_pre_hooks), id(vars(m).get("forward"))) for m in modules)
     plain = id(None)
@@ -298,11 +298,11 @@ def hooks_of(*roots: nn.Module | None) -> tuple:
 
 
 class CompiledSteps(dict):
-    """What a model has compiled, by function and settings; a copy of the model starts anew.
+    """Holds the compiled stages of a model, by function and settings; a copy of the model starts anew.
 
-    Compiled is what one row runs: for a byte, or for a verification that is filled up to one of a few lengths, each stage
-    is one graph in which no shape varies but the number of patches so far. Several rows come in many shapes; a graph for
-    all of them takes minutes to compile, and the work of each byte outweighs there what compiling saves.
+    The steps of one row are compiled: for a byte, or for a verification that is filled up to one of a few lengths, each
+    stage is one graph in which no shape varies but the number of patches so far. Several rows come in many shapes: a
+    graph for all of them takes minutes to compile, and saves little beside the work of each byte.
     """
 
     def __deepcopy__(self, memo) -> "CompiledSteps":
@@ -312,7 +312,7 @@ class CompiledSteps(dict):
         return CompiledSteps, ()
 
     def find(self, function: Callable, key: tuple, cache) -> Callable:
-        """`function`, compiled as `cache` says; `key`: what else tells its compiled forms apart."""
+        """Returns `function`, compiled as `cache` says; `key`: further settings that its compiled forms depend on."""
         key = (function.__name__, cache.compile_key, *key)
         if key not in self:
             self[key] = _compile(function, cache.compile_settings)
@@ -329,7 +329,7 @@ def _compile(function: Callable, settings: dict) -> Callable:
 
 
 def _copy_function(function: Callable) -> Callable:
-    """A function with code of its own: compiled code, and the limit of how often, hang on the code."""
+    """Copies a function with its code object, to which torch attaches compiled code and the limit of recompilations."""
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
 
 
@@ -337,7 +337,7 @@ def _copy_function(function: Callable) -> Callable:
 
 
 class ModuleState:
-    """State of a model's modules that a CUDA graph has baked in: addresses of weights, dtypes, hooks, training mode.
+    """Holds the state of modules that a CUDA graph has baked in: addresses of weights, dtypes, hooks, training mode.
 
     Args:
         roots: these and all modules below them.
@@ -364,11 +364,11 @@ class ModuleState:
         )
 
     def holds(self) -> bool:
-        """Whether nothing has changed."""
+        """Tells whether nothing has changed."""
         return self._known == self._read()
 
     def tensors(self) -> list[Tensor]:
-        """Weights and buffers, as they are now: what stands in their place later is not among them."""
+        """Lists weights and buffers as they are now, not those that replace them later."""
         return [tensor.detach() for held in self._tensors for tensor in held.values() if type(tensor) in _WITH_ADDRESS]
 
     def _read(self) -> tuple:
@@ -398,12 +398,12 @@ def _versions(tensors: list[Tensor]) -> list[int]:
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether a device has CUDA graphs."""
+    """Tells whether a device has CUDA graphs."""
     return device.type == "cuda"
 
 
 def records_by_default(device: torch.device) -> bool:
-    """Whether `generate` captures CUDA graphs unless it is told otherwise."""
+    """Tells whether `generate` captures CUDA graphs by default."""
     return RECORDS_BY_DEFAULT and can_capture(device)
 
 
@@ -502,7 +502,7 @@ class CudaGraphs:
         self._held.clear()
 
     def hold(self, read: BytesRead, *key) -> BytesRead:
-        """What was read, in tensors that are the same for each step."""
+        """Copies the bytes that were read to tensors that are the same for each step."""
         key, chunk, patches = (read.chunk.num_columns, *key), read.chunk, read.patches
         made = {**vars(chunk), **vars(patches), "entropies": read.entropies, "byte_states": read.byte_states[-1]}
         history = self.cache.history
@@ -553,18 +553,3 @@ class CudaGraphs:
                 held.copy_(tensor)
         replay()
         return result
-
-
-__all__ = [
-    "CompiledSteps",
-    "CudaGraphs",
-    "ModuleState",
-    "StepRunner",
-    "can_capture",
-    "capture",
-    "hooks_of",
-    "is_compiled",
-    "is_spread",
-    "records_by_default",
-    "round_up_bytes",
-]
