@@ -136,3 +136,8 @@ def model_for(rule: str) -> BltForCausalLM:
 
 def greedy(**settings) -> GenerationConfig:
     return GenerationConfig(**{"do_sample": False, "pad_token_id": 0, "eos_token_id": 2, **settings})
+
+
+def step_logits(model, input_ids, cache, lengths=None):
+    """fp32 logits `(B, S, V)` of a few more bytes of each row, by the modules as they are."""
+    return model.make_runner(cache, packs=False, records=False).step(input_ids, lengths)

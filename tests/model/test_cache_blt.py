@@ -13,7 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from blt_hf import BltForCausalLM
 from blt_hf.model.cache_blt import BltCache, SlotIndex, Slots, SlotTensor
 from helpers.checks import alone, assert_same
-from helpers.models import DEVICE, make_model, model_for, rules, tiny_config
+from helpers.models import DEVICE, make_model, model_for, rules, step_logits, tiny_config
 from helpers.texts import TEXT, encode, text_ids, texts
 
 
@@ -384,7 +384,7 @@ def test_rows_leave_and_join_while_others_go_on(model, ids):
         if not any(rows):
             continue
         new = torch.tensor([[text[step + 5 * row]] for row in range(3)])
-        logits = model.step_logits(new, cache, [int(row is not None) for row in rows])
+        logits = step_logits(model, new, cache, [int(row is not None) for row in rows])
         for row in range(3):
             if rows[row] is not None:
                 rows[row] = [*rows[row], int(new[row])]
@@ -431,7 +431,7 @@ def test_any_sequence_of_operations(rule, rows, plan):
             lengths = [min(number, size) for number in numbers[: len(rows)]]
             new = torch.tensor([source[index * 3 : index * 3 + size] for index in range(len(rows))])
             if any(map(len, rows)):
-                model.step_logits(new, cache, lengths)
+                step_logits(model, new, cache, lengths)
                 rows = [row + line[:n] for row, line, n in zip(rows, new.tolist(), lengths)]
         elif name == "crop":
             counts = [min(n, len(row)) for n, row in zip(numbers, rows)]

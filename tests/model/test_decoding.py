@@ -12,7 +12,7 @@ from blt_hf.model import cache_blt
 from blt_hf.model.cache_blt import BltCache
 from blt_hf.model.step_blt import ModuleState
 from helpers.checks import Received, alone, assert_same
-from helpers.models import RULES, make_model, model_for, tiny_config
+from helpers.models import RULES, make_model, model_for, step_logits, tiny_config
 from helpers.texts import encode, pad, rows_of
 
 
@@ -77,7 +77,7 @@ def test_lengths_leave_rows_alone(rule="entropy"):
     for step in range(12):
         lengths = [step % 4, 3, (step + 2) % 4]
         new = torch.tensor([row[i : i + 3] for row, i in zip(rows, at)])
-        logits = model.step_logits(new, cache, lengths)
+        logits = step_logits(model, new, cache, lengths)
         for row, i, count, row_logits in zip(rows, at, lengths, logits):
             if count:
                 assert_same(row_logits[:count], alone(model, row[: i + count])[i:])

@@ -18,7 +18,7 @@ from transformers import (
 from blt_hf import BltConfig, BltForCausalLM
 from blt_hf.model.cache_blt import BltCache
 from blt_hf.tokenizer.tokenization import BltTokenizer
-from helpers.models import make_model, tiny_config
+from helpers.models import make_model, step_logits, tiny_config
 from helpers.texts import encode
 
 
@@ -497,5 +497,5 @@ def test_generation_with_the_forward_of_mixed_precision(attention, settings, bat
     read = model(ids, attention_mask=mask, use_cache=True)
     kept = [tensor.values for slots in read.past_key_values._kinds() for tensor in slots.tensors]
     assert {t.dtype for t in kept if t is not None and t.is_floating_point()} == {torch.float32}
-    following = model.step_logits(ids[:, -1:], read.past_key_values)
+    following = step_logits(model, ids[:, -1:], read.past_key_values)
     assert following.shape == (3, 1, 260) and torch.isfinite(following).all()

@@ -13,7 +13,7 @@ from blt_hf.model import step_blt
 from blt_hf.model.step_blt import CudaGraphs, ModuleState, StepRunner
 from helpers.checks import assert_same
 from helpers.diffusion import diffusion_model
-from helpers.models import RULES, greedy, make_model, model_for, tiny_config
+from helpers.models import RULES, greedy, make_model, model_for, step_logits, tiny_config
 from helpers.tape import Tape, record_on_tapes
 from helpers.texts import TEXTS, encode, pad, rows_of, text_ids
 
@@ -145,7 +145,7 @@ def test_what_is_not_recorded_in_between(tapes):
             if index % 3:
                 found.append(runner.step(byte))
             elif index % 2:
-                found.append(model.step_logits(byte, cache))
+                found.append(step_logits(model, byte, cache))
             else:
                 found.append(model(byte, past_key_values=cache).logits)
             drafts = runner.draft(byte), StepRunner(model.model, cache, model.lm_head).draft(byte)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
 from blt_hf.auto_speculation import AutoSpeculation
-from blt_hf.model.generation_blt import Drafts, DraftSource, SelfSpeculation, choose
+from blt_hf.model.generation_blt import Drafts, DraftSource, SelfSpeculation, accept
 from blt_hf.model.step_blt import StepRunner
 from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.checks import assert_samples_follow_the_model, cases
@@ -299,7 +299,7 @@ def test_choosing_keeps_the_distribution(drawn):
         drafts = Drafts(ids, [2] * samples, probs)
     else:
         drafts = Drafts(torch.tensor([[1, 2]]).expand(samples, -1), [2] * samples)
-    ids, accepted = choose(scores, drafts, do_sample=True)
+    ids, accepted = accept(scores, drafts, do_sample=True)
     for place in range(3):
         reached = ids[accepted >= place, place]
         expected = scores[0, place].softmax(dim=-1) * len(reached)

@@ -31,7 +31,6 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
 from .names_blt import CACHE_NAME, import_from_package, import_serving, takes_cache
-from .packed_blt import PackedStacks
 from .step_blt import StepRunner, records_by_default, round_up_bytes
 
 
@@ -491,10 +490,10 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
     if text.has_context:
         text.put_drafts(drafts.ids)
     if text.is_in_order:
-        ids, accepted, scores = choose_in_order(text, logits, drafts, do_sample)
+        ids, accepted, scores = accept_in_order(text, logits, drafts, do_sample)
     else:
         scores = text.process(logits)
-        ids, accepted = choose(scores, drafts, do_sample)
+        ids, accepted = accept(scores, drafts, do_sample)
     accepted, ids = zip(*((row[0], row[1:]) for row in torch.cat([accepted[:, None], ids], dim=1).tolist()))
     kept = map(min, accepted, drafts.lengths)
     counts = [count + 1 if active else 0 for count, active in zip(kept, is_active)]
@@ -509,7 +508,7 @@ def choose_next(scores: Tensor, do_sample: bool) -> Tensor:
     return scores.argmax(dim=-1)
 
 
-def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Tensor]:
+def accept(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Tensor]:
     """Chooses ids `(B, k + 1)` and how many drafts are accepted `(B,)`, from processed scores `(B, k + 1, V)`."""
     rows, num_drafts = drafts.ids.shape
     lengths = torch.tensor(drafts.lengths, device=scores.device)
@@ -538,7 +537,7 @@ def choose(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Ten
     return torch.where(is_own, own, ids), accepted
 
 
-def choose_in_order(
+def accept_in_order(
     text: RaggedText, logits: Tensor, drafts: Drafts, do_sample: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Does the same for one row whose logits processors see a draft only when it is accepted; returns scores, too."""
@@ -550,7 +549,7 @@ def choose_in_order(
         probs = None if drafts.probs is None else drafts.probs[:, here]
         # The second of the two scores is what would follow the draft, which is not known yet.
         pair = scores[:, [step] * (1 + is_draft)]
-        chosen, accepted = choose(pair, Drafts(drafts.ids[:, here], [int(is_draft)], probs), do_sample)
+        chosen, accepted = accept(pair, Drafts(drafts.ids[:, here], [int(is_draft)], probs), do_sample)
         ids.append(chosen[:, :1])
         if not int(accepted) or int(chosen[0, 0]) in text.eos_token_ids:
             break
@@ -669,7 +668,7 @@ class BltGenerationMixin(GenerationMixin):
                     f"`{field}` drafts for greedy decoding and sampling; got generation mode "
                     f"'{getattr(generation_mode, 'value', generation_mode)}'. Leave out one of the two."
                 )
-            if not hasattr(self, "step_logits"):
+            if not hasattr(self, "make_runner"):
                 raise ValueError(f"`{field}` needs a BltForCausalLM; got {type(self).__name__}.")
             if generation_config.use_cache is False:
                 raise ValueError(f"`{field}` needs `use_cache=True`; got False.")
@@ -747,19 +746,9 @@ class BltGenerationMixin(GenerationMixin):
             isinstance(cache, BltCache)
             and bool(model_kwargs.get("use_cache"))
             and not (wants_states or has_own_inputs or config.is_assistant)
-            and hasattr(self, "step_logits")
+            and hasattr(self, "make_runner")
             and set(model_kwargs) <= plain
         )
-
-    def make_runner(
-        self, cache: BltCache, packs: bool = True, records: bool = True, is_watched: bool = False
-    ) -> StepRunner:
-        """Makes the runner of steps on a cache that holds some text, with the weights that the model has now.
-
-        `packs`: on packed weights, where the modules allow it. `records`, `is_watched`: as in [`StepRunner`].
-        """
-        packed = PackedStacks(self.model, cache) if packs else None
-        return StepRunner(self.model, cache, self.lm_head, packed, records, is_watched)
 
     def _draft_source(self, generation_config, runner: StepRunner, num_rows: int) -> DraftSource | None:
         """Chooses the source of drafts in this call of `generate`; None: there are none."""
@@ -876,7 +865,7 @@ class BltGenerationMixin(GenerationMixin):
         manager = getattr(self, "_cached_continuous_batching_manager", None)
         if isinstance(manager, manager_class):
             return manager
-        if not hasattr(self, "step_logits"):
+        if not hasattr(self, "make_runner"):
             raise ValueError(f"continuous batching needs a BltForCausalLM; got {type(self).__name__}.")
         return manager_class(
             self,

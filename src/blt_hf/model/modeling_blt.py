@@ -22,6 +22,7 @@ from .modeling_base_blt import (
     keep_positions,
 )
 from .names_blt import CACHE_NAME, check_patcher, import_from_package, takes_cache
+from .packed_blt import PackedStacks
 from .patching_blt import VOCAB_SIZE, patch_ends_from_lengths, patch_lengths_from_ends
 from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder, BltPatcher
 from .step_blt import CompiledSteps, StepRunner
@@ -277,9 +278,15 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
         )
         self.post_init()
 
-    def step_logits(self, input_ids: Tensor, cache: BltCache, lengths: list[int] | None = None) -> Tensor:
-        """Computes fp32 logits `(B, S, vocabulary)` by [`StepRunner.step`], with the modules as they are."""
-        return StepRunner(self.model, cache, self.lm_head).step(input_ids, lengths)
+    def make_runner(
+        self, cache: BltCache, packs: bool = True, records: bool = True, is_watched: bool = False
+    ) -> StepRunner:
+        """Makes the runner of steps on a cache that holds some text, with the weights that the model has now.
+
+        `packs`: on packed weights, where the modules allow it. `records`, `is_watched`: as in [`StepRunner`].
+        """
+        packed = PackedStacks(self.model, cache) if packs else None
+        return StepRunner(self.model, cache, self.lm_head, packed, records, is_watched)
 
     @takes_cache
     @can_return_tuple
