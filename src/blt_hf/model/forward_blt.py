@@ -381,22 +381,3 @@ def reserve_closing(cache: BltCache, num_columns: int, counts: HostPatchCounts) 
 def sees_all(counts: HostPatchCounts) -> bool:
     """Tells whether one patch of one row was closed, which sees all patches of its text."""
     return len(counts.new) == 1 and counts.max_new == 1
-
-
-__all__ = [
-    "DRAFT",
-    "PLAIN",
-    "STEP_PATCHES",
-    "BytesRead",
-    "ForwardInputs",
-    "ForwardSettings",
-    "close_patches",
-    "closing_inputs",
-    "counts_rows",
-    "embed_bytes",
-    "predict_bytes",
-    "read_bytes",
-    "reserve_closing",
-    "run_chunk",
-    "sees_all",
-]
