@@ -495,10 +495,8 @@ def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> Patc
     return PatchAssignment(ends, closes, torch.stack(fields, dim=-1), read, counts)
 
 
-def first_visible_patches(chunk: ByteChunk, patches: PatchAssignment, new: Tensor) -> Tensor | None:
-    """Finds the first patch of its row that each of the `new` patches `0 .. P - 1` may see, int64 `(B, P)`; None: 0."""
-    if chunk.document_start is None:
-        return None
+def first_visible_patches(patches: PatchAssignment, new: Tensor) -> Tensor:
+    """Finds the first patch of its row that each of the `new` patches `0 .. P - 1` may see, int64 `(B, P)`."""
     num_new = new.shape[0]
     column = torch.where(patches.closes, patches.closes.long().cumsum(dim=1) - 1, num_new).clamp_max(num_new)
     first = torch.zeros(column.shape[0], num_new + 1, dtype=torch.int64, device=column.device)

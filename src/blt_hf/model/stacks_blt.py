@@ -111,23 +111,23 @@ class BltLocalEncoder(BltPreTrainedModel):
 
         `byte_offsets`: int64 `(T,)`, `-T .. -1`.
         """
-
-        def chosen(tensor: Tensor) -> Tensor:
-            return tensor if rows is None else tensor.index_select(0, rows)
-
-        counts = chosen(counts)[:, None]
-        positions = counts + byte_offsets
+        num_patches = chunk.previous.num_patches
+        if rows is not None:
+            counts, num_patches = counts.index_select(0, rows), num_patches.index_select(0, rows)
+        positions = counts[:, None] + byte_offsets
         index = cache.recent_slots.find(positions, rows)
         held = RowState(*cache.history.entries.read(index).unbind(-1))
         # The slot is valid unless the byte lies before the text, or this chunk wrote padding there.
         is_held = (held.num_bytes == positions + 1) & (positions >= 0)
         if chunk.is_partial or chunk.layout is not None:
-            before = 0 if chunk.cached_bytes is None else chosen(chunk.cached_bytes)
-            is_held = is_held & (positions < (before + chosen(chunk.num_bytes))[:, None])
+            end = chunk.cached_bytes + chunk.num_bytes
+            end = end if rows is None else end.index_select(0, rows)
+            is_held = is_held & (positions < end[:, None])
         if chunk.text_starts is not None:  # a text that begins here leaves the open patch unread
-            begins = chosen(chunk.text_starts[:, :1]) & (positions < chosen(chunk.cached_bytes)[:, None])
-            is_held = is_held & ~begins
-        segment = held.byte_patch - chosen(chunk.previous.num_patches)[:, None]
+            first = torch.where(chunk.text_starts[:, 0], chunk.cached_bytes, 0)
+            first = first if rows is None else first.index_select(0, rows)
+            is_held = is_held & (positions >= first[:, None])
+        segment = held.byte_patch - num_patches[:, None]
         states = [kept.read(index.to(kept.values.device)) for kept in cache.byte_states]
         return states, torch.where(is_held, segment, NO_PATCH)
 
@@ -214,10 +214,11 @@ class BltGlobalTransformer(BltPreTrainedModel):
             rows: int64 `(R,)`, rows that take part; None: all.
             sees_all: there is one new patch of one row, which may see all `cache_columns`.
         """
-        first_patch, before = first_visible_patches(chunk, patches, new_patches), chunk.previous.num_patches
-        if rows is not None:
-            first_patch = None if first_patch is None else first_patch.index_select(0, rows)
-            before = before.index_select(0, rows)
+        before, first_patch = chunk.previous.num_patches, None
+        if chunk.document_start is not None:
+            first_patch = first_visible_patches(patches, new_patches)
+            first_patch = first_patch if rows is None else first_patch.index_select(0, rows)
+        before = before if rows is None else before.index_select(0, rows)
         positions = before[:, None] + new_patches
         implementation = self.config._attn_implementation
         slot_index = None
