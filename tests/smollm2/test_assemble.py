@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from blt_hf.conversion import smollm2
 from blt_hf.conversion.smollm2 import assemble_smollm2, check_sha256, find_gguf_file
+from blt_hf.evaluation import measure_bits_per_byte
 from blt_hf.training.byteify import byteify
 from helpers.cli import run
 
@@ -162,7 +163,7 @@ def gguf_file(tmp_path_factory) -> Path:
 
 
 def test_the_real_wheel(gguf_file, tmp_path):
-    """The folder from the file of the package index and from what was learned: it loads, and its chats have an end."""
+    """The folder from the file of the package index and from what was learned: it loads, reads English and writes."""
     recipe = Path(__file__).parents[2] / "examples" / "smollm2"
     if not (recipe / "learned.safetensors").is_file():
         pytest.skip("nothing was learned yet")
@@ -171,8 +172,9 @@ def test_the_real_wheel(gguf_file, tmp_path):
     assert GenerationConfig.from_pretrained(out).eos_token_id == [2, 262]
     assert model.config.global_config.num_hidden_layers == 30 and model.dtype == torch.float32
     assert smollm2.SHA256 in (out / "README.md").read_text()
+    text = "The people of the town were very happy when the new school was opened in the spring of the next year."
+    assert measure_bits_per_byte(model, [text]).bits_per_byte < 4  # all bytes alike: 8
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-    answer = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert answer.isascii() and answer.strip()
+    ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    assert tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).isascii()
