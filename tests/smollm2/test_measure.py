@@ -11,6 +11,7 @@ import measure
 import noise
 import pytest
 import scoring
+import speed
 import torch
 
 from blt_hf.evaluation import measure_bits_per_byte
@@ -73,6 +74,14 @@ def test_sampled_answers_are_text_and_the_same_each_time(pair):
     assert chats == measure.sample_chats(*pair["teacher"], questions, 8)
     assert 3 < len(chats) <= 16 and len({chat["answer"] for chat in chats}) > 3
     assert all(chat["answer"] and "\ufffd" not in chat["answer"] for chat in chats)
+
+
+def test_memory_is_that_of_the_measured_process_alone(folder):
+    """A process that starts it may be larger."""
+    ballast = torch.ones(300, 2**20)  # 1.2 GB
+    found = speed.measure_memory(str(folder), "What?", 4)
+    assert found["peak_mb"] < ballast.nbytes / 2**20
+    assert found["weights_mb"] < 1
 
 
 def test_words_to_spell_are_not_those_trained_on():
