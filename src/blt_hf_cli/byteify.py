@@ -330,11 +330,14 @@ def joint(
     lora: Annotated[int, typer.Option(min=0, help="Rank of adapters on the layers; 0: none.")] = 0,
     state_weight: Annotated[float, typer.Option(min=0, help="Weight of the error of patch states.")] = 0.1,
     early_layer: Annotated[int | None, typer.Option(help="Also compare states behind so many layers.")] = None,
+    byte_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the byte that came in the loss; the rest is the token model's.")
+    ] = 0.5,
 ) -> None:
     """Stage 3: bytes in, bytes out, through all layers."""
     from blt_hf.training.distillation import JointStage
 
-    run.run(lambda model, token_model: JointStage(model, state_weight, early_layer), lora=lora)
+    run.run(lambda model, token_model: JointStage(model, state_weight, early_layer, byte_share), lora=lora)
 
 
 @app.command()

@@ -256,6 +256,17 @@ def test_each_stage_learns_and_merged_adapters_give_the_same_logits(token_model,
     assert torch.equal(layers[0].mlp.up_proj.base_layer.weight, original[0].mlp.up_proj.weight)
 
 
+def test_the_byte_that_came_and_the_distribution_share_the_loss(token_model, folder):
+    batch = collate_teacher_rows([TeacherData([folder])[0]])
+    losses = {}
+    for share in (0.0, 0.25, 1.0):
+        stage = JointStage(make_blt(token_model), state_weight=0.0, byte_share=share)
+        losses[share] = float(stage(**batch)["loss"])
+        bits = stage.take_figures()["bits_per_byte"]
+    assert losses[1.0] == pytest.approx(bits * math.log(2), rel=1e-4)
+    assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-4)
+
+
 def test_a_byteified_model_learns_faster_than_one_with_random_layers(token_model, folder, tmp_path):
     rows, bits = TeacherData([folder]), {}
     for name in ("pretrained", "random"):

@@ -106,9 +106,17 @@ class Stage(nn.Module):
         return predict_bytes(base, ForwardSettings.of(self.model.config), None, read, latents, self.model.lm_head)
 
     def byte_loss(
-        self, logits: Tensor, labels: Tensor, target_ids: Tensor | None, target_probs: Tensor | None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        target_ids: Tensor | None,
+        target_probs: Tensor | None,
+        byte_share: float = 0.0,
     ) -> Tensor:
-        """Cross entropy with the teacher's distribution of the next byte, or with the byte itself; notes its bits."""
+        """Cross entropy with the teacher's distribution of the next byte, or with the byte itself; notes its bits.
+
+        `byte_share`: of the byte itself, where there are both.
+        """
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         right = labels[:, 1:]
         is_known = right != IGNORED_LABEL
@@ -117,7 +125,8 @@ class Stage(nn.Module):
         if target_ids is None:
             return hard.mean()
         soft = -(log_probs.gather(-1, target_ids) * target_probs).sum(dim=-1)
-        return soft.sum() / target_probs.sum().clamp_min(1e-9)
+        soft = soft.sum() / target_probs.sum().clamp_min(1e-9)
+        return soft + byte_share * (hard.mean() - soft) if byte_share else soft
 
 
 class _Whitening(nn.Module):
@@ -264,6 +273,7 @@ class JointStage(Stage):
 
     Args:
         model: a byteified model.
+        byte_share: of the byte that came in the loss; the rest is the token model's distribution of it.
         state_weight: of the error of patch states behind the last layer, against the token model's.
         early_layer: the layer behind which rows hold `early_states`; their error has the same weight. None: unused.
     """
@@ -271,9 +281,15 @@ class JointStage(Stage):
     name = "joint"
     trained = (*EncoderStage.trained, *DecoderStage.trained, "lora")
 
-    def __init__(self, model: BltForCausalLM, state_weight: float = 0.1, early_layer: int | None = None):
+    def __init__(
+        self,
+        model: BltForCausalLM,
+        state_weight: float = 0.1,
+        early_layer: int | None = None,
+        byte_share: float = 0.5,
+    ):
         super().__init__(model)
-        self.state_weight, self.early_layer = state_weight, early_layer
+        self.state_weight, self.early_layer, self.byte_share = state_weight, early_layer, byte_share
 
     def forward(
         self, input_ids, attention_mask, labels, states=None, early_states=None, target_ids=None, target_probs=None,
@@ -286,7 +302,7 @@ class JointStage(Stage):
         made = self.model.model.global_transformer(
             inputs, read.chunk, read.patches, new_patches, new_patches[:0], None, None, collector
         )
-        loss = self.byte_loss(self.predict(read, made), labels, target_ids, target_probs)
+        loss = self.byte_loss(self.predict(read, made), labels, target_ids, target_probs, self.byte_share)
         pairs = [("state_error", made, states)]
         if self.early_layer is not None:
             pairs.append(("early_state_error", collector.hidden_states[self.early_layer], early_states))
