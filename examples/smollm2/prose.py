@@ -11,7 +11,6 @@ from measure import read_held_out
 from scoring import text_bits_per_byte
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import blt_hf
 from blt_hf.training.token_models import load_token_model
 
 
@@ -34,7 +33,6 @@ def main() -> None:
         "blt-5m": _load(SMALL),
     }.items():
         figures[name] = round(text_bits_per_byte(model.eval(), tokenizer, texts), 4)
-    figures["version"] = blt_hf.__version__
     print(json.dumps(figures, indent=1))
     arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
 
