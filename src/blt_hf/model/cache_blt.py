@@ -134,8 +134,18 @@ class SlotTensor:
 
     def __init__(self, slots: Slots, by_head: bool = False):
         self.slots, self.by_head = slots, by_head
-        self.values: Tensor | None = None
+        self.stored: Tensor | None = (
+            None  # as it lies in memory, for compiled code writes in place to what is contiguous
+        )
         slots.tensors.append(self)
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.stored if self.stored is None or not self.by_head else self.stored.permute(_BY_HEAD)
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self.stored = values if values is None or not self.by_head else values.permute(_BY_HEAD).contiguous()
 
     def prepare(self, num_rows: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Returns the tensor; makes it first for entries of `shape`, of the dtype and device of `like`."""
@@ -152,13 +162,10 @@ class SlotTensor:
         return self.values
 
     def _set(self, values: Tensor) -> None:
-        self.values = self._lay_out(values)
+        self.values = values
         self.slots.moves += 1
         if self.slots.is_static and self.slots.keep is None:
-            torch._dynamo.maybe_mark_dynamic(values, 1)
-
-    def _lay_out(self, values: Tensor) -> Tensor:
-        return values.permute(_BY_HEAD).contiguous().permute(_BY_HEAD) if self.by_head else values
+            torch._dynamo.maybe_mark_dynamic(self.stored, 3 if self.by_head else 1)
 
     def write(self, new: Tensor, slot_index: SlotIndex, num_rows: int | None = None) -> None:
         """Writes `new` `(R, S, ...)`."""
@@ -171,11 +178,11 @@ class SlotTensor:
             if self.slots.is_static:
                 stored.copy_(torch.where(is_new, taken, stored))
             else:
-                self.values = self._lay_out(torch.where(is_new, taken, stored))
+                self.values = torch.where(is_new, taken, stored)
         elif torch.is_grad_enabled() and (new.requires_grad or stored.requires_grad):
             # Autograd may hold the old values: write to a copy.
             written = stored.flatten(0, 1).index_copy(0, slot_index.index, new.flatten(0, 1))
-            self.values = self._lay_out(written.view(stored.shape))
+            self.values = written.view(stored.shape)
         else:
             stored.view(-1, *stored.shape[2:]).index_copy_(0, slot_index.index, new.flatten(0, 1))
 
@@ -272,21 +279,20 @@ class BltCacheLayer(CacheLayerMixin):
 
     def slot_views(self, seen: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Views the slots of all rows `(2*H_kv, B*size, D)`, and keys and values `(B, H_kv, T, D)` in the first `seen`."""
-        states = self.states.values
+        stored = self.states.stored
         if torch.compiler.is_compiling():
-            views = self._make_views(states)
+            views = self._make_views(stored)
         else:
-            if self._views is None or self._views[0] is not states:
-                self._views = self._make_views(states)
+            if self._views is None or self._views[0] is not stored:
+                self._views = self._make_views(stored)
             views = self._views
         _, slots, keys, values = views
         return (slots, keys, values) if seen is None else (slots, keys[:, :, :seen], values[:, :, :seen])
 
     @staticmethod
-    def _make_views(states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        keys, values = states.permute(2, 0, 3, 1, 4).unbind()
-        by_head = states.permute(_BY_HEAD)
-        return states, by_head.view(-1, states.shape[0] * states.shape[1], states.shape[-1]), keys, values
+    def _make_views(stored: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        keys, values = stored.transpose(1, 2).unbind()  # (B, H_kv, size, D) each
+        return stored, stored.flatten(2, 3).flatten(0, 1), keys, values
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_views": None}
