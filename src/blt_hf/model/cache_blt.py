@@ -134,9 +134,7 @@ class SlotTensor:
 
     def __init__(self, slots: Slots, by_head: bool = False):
         self.slots, self.by_head = slots, by_head
-        self.stored: Tensor | None = (
-            None  # as it lies in memory, for compiled code writes in place to what is contiguous
-        )
+        self.stored: Tensor | None = None  # contiguous: compiled code writes in place to such tensors alone
         slots.tensors.append(self)
 
     @property
