@@ -13,7 +13,7 @@ class Name(str, Enum):
 
 
 def get(
-    name: Annotated[Name, typer.Argument(help="smollm2: blt-smollm2-135m, which answers questions in English.")],
+    name: Annotated[Name, typer.Argument(help="smollm2: blt-smollm2-135m, a BLT for chats that is in training.")],
     out: Annotated[str, typer.Argument(help="Folder to make; it appears when it is complete.")] = "blt-smollm2-135m",
     source: Annotated[
         str | None,
