@@ -1,15 +1,13 @@
 """`blt-hf byteify`: a BLT around the layers of a token model, which learns from that model."""
 
 import dataclasses
-import functools
-import inspect
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import Quiet, TextColumn, Texts, plain_messages, print_rows
+from .common import Quiet, TextColumn, Texts, command_with, plain_messages, print_rows
 
 
 app = typer.Typer(
@@ -263,25 +261,8 @@ def _say_size(stage, rows, steps: int, batch_size: int) -> None:
     )
 
 
-def _command(function):
-    """Makes a command of a function whose first argument is a [`_Run`]."""
-    shared = inspect.signature(_Run).parameters.values()
-    _, *own = inspect.signature(function).parameters.values()
-    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-
-    @functools.wraps(function)
-    def command(**options):
-        with plain_messages():
-            run = _Run(**{option.name: options.pop(option.name) for option in shared})
-            function(run, **options)
-
-    # typer reads both.
-    command.__signature__ = inspect.Signature([*shared, *own])
-    command.__annotations__ = {option.name: option.annotation for option in (*shared, *own)}
-    return app.command()(command)
-
-
-@_command
+@app.command()
+@command_with(_Run)
 def encoder(
     run: _Run,
     layers: Annotated[int, typer.Option(min=0, help="Layers that run, and behind which states are compared.")] = 0,
@@ -316,7 +297,8 @@ def encoder(
     run.run(make_stage, collate, make_rows=make_rows if is_text else None)
 
 
-@_command
+@app.command()
+@command_with(_Run)
 def decoder(run: _Run) -> None:
     """Stage 2: the decoder learns to spell what the token model's states say."""
     from blt_hf.training.distillation import DecoderStage
@@ -324,7 +306,8 @@ def decoder(run: _Run) -> None:
     run.run(lambda model, token_model: DecoderStage(model))
 
 
-@_command
+@app.command()
+@command_with(_Run)
 def joint(
     run: _Run,
     lora: Annotated[int, typer.Option(min=0, help="Rank of adapters on the layers; 0: none.")] = 0,

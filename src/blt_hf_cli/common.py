@@ -1,5 +1,7 @@
 """Options, one-line messages and loading of models, for all commands."""
 
+import functools
+import inspect
 import os
 import sys
 import warnings
@@ -155,3 +157,32 @@ def read_input(texts: list[str] | None) -> list[str | bytes]:
             raise ValueError("no text: give one as an argument, or pipe one in.")
         texts = ["-"]
     return [sys.stdin.buffer.read() if text == "-" else to_bytes(text) for text in texts]
+
+
+def command_with(shared_class: type, num_first: int | None = None, **defaults) -> Callable[[Callable], Callable]:
+    """Makes a command of a function whose first argument is a `shared_class`, made of options that commands share.
+
+    Args:
+        num_first: shared options that stand before those of the command. None: all.
+        defaults: defaults of shared options for this command.
+    """
+    shared = inspect.signature(shared_class).parameters.values()
+    shared = [option.replace(default=defaults.get(option.name, option.default)) for option in shared]
+
+    def make(function: Callable) -> Callable:
+        _, *own = inspect.signature(function).parameters.values()
+        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+
+        @functools.wraps(function)
+        def command(**options):
+            with plain_messages():
+                run = shared_class(**{option.name: options.pop(option.name) for option in shared})
+                function(run, **options)
+
+        # typer reads both.
+        first = len(shared) if num_first is None else num_first
+        command.__signature__ = inspect.Signature([*shared[:first], *own, *shared[first:]])
+        command.__annotations__ = {option.name: option.annotation for option in (*shared, *own)}
+        return command
+
+    return make

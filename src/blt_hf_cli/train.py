@@ -1,8 +1,6 @@
 """`blt-hf train entropy`, `blt-hf train blt` and `blt-hf train lora`: a thin front to `Trainer` of transformers."""
 
 import dataclasses
-import functools
-import inspect
 import json
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +13,7 @@ from .common import (
     Quiet,
     TextColumn,
     Texts,
+    command_with,
     load,
     load_model,
     need_byte_model,
@@ -239,30 +238,8 @@ def _shape(size: str, sizes: dict) -> tuple[int, ...]:
     return sizes[size]
 
 
-def _command(**defaults):
-    """Makes a command of a function whose first argument is a [`_Run`]; `defaults` are of the options of that."""
-    shared = inspect.signature(_Run).parameters.values()
-    shared = [option.replace(default=defaults.get(option.name, option.default)) for option in shared]
-
-    def register(function):
-        _, *own = inspect.signature(function).parameters.values()
-        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-
-        @functools.wraps(function)
-        def command(**options):
-            with plain_messages():
-                run = _Run(**{option.name: options.pop(option.name) for option in shared})
-                function(run, **options)
-
-        # typer reads both: the options of one command stand behind texts, output and config
-        command.__signature__ = inspect.Signature([*shared[:3], *own, *shared[3:]])
-        command.__annotations__ = {option.name: option.annotation for option in (*shared, *own)}
-        return app.command()(command)
-
-    return register
-
-
-@_command(output="entropy-model", steps=500, batch_size=16, context=512, learning_rate=4e-3)
+@app.command()
+@command_with(_Run, 3, output="entropy-model", steps=500, batch_size=16, context=512, learning_rate=4e-3)
 def entropy(
     run: _Run,
     size: Annotated[str, typer.Option(help=f"One of {', '.join(ENTROPY_SIZES)}.")] = "small",
@@ -299,7 +276,8 @@ def entropy(
     run.finish(patcher, kept, {"threshold": found.threshold, "bytes_per_patch": found.mean_patch_size})
 
 
-@_command(output="my-blt", steps=1000)
+@app.command()
+@command_with(_Run, 3, output="my-blt", steps=1000)
 def blt(
     run: _Run,
     patcher: Annotated[
@@ -359,7 +337,8 @@ def _new_blt(shape: tuple[int, ...], patcher_name: str | None):
     return model
 
 
-@_command(output="my-adapter", steps=200)
+@app.command()
+@command_with(_Run, 3, output="my-adapter", steps=200)
 def lora(
     run: _Run,
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the BLT to adapt.")],
