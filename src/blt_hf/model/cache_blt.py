@@ -97,7 +97,7 @@ class Slots:
         return entries % self.size + (rows * self.size)[:, None]
 
     def needed(self, total: int, slack: int) -> int:
-        """How many slots rows of up to `total` entries need, `slack` of which may be taken back."""
+        """Counts the slots that rows of up to `total` entries need, `slack` of which may be taken back."""
         return max(total if self.keep is None else min(total, self.keep + slack), self.least)
 
     def reserve(self, total: int, slack: int, counts: Tensor | None) -> None:
@@ -139,11 +139,12 @@ class SlotTensor:
 
     @property
     def values(self) -> Tensor | None:
-        return self.stored if self.stored is None or not self.by_head else self.stored.permute(_BY_HEAD)
+        return self.stored.permute(_BY_HEAD) if self.by_head and self.stored is not None else self.stored
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
-        self.stored = values if values is None or not self.by_head else values.permute(_BY_HEAD).contiguous()
+        values = values.permute(_BY_HEAD) if self.by_head and values is not None else values
+        self.stored = None if values is None else values.contiguous()
 
     def prepare(self, num_rows: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Returns the tensor; makes it first for entries of `shape`, of the dtype and device of `like`."""
@@ -153,10 +154,7 @@ class SlotTensor:
             is_narrowed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
             dtype = torch.float32 if is_narrowed and like.is_floating_point() else like.dtype
             # Zeros: a masked value still takes part in the sum of attention, times 0.
-            slots = (num_rows, self.slots.size)
-            shape = (*shape[:-1], *slots, shape[-1]) if self.by_head else (*slots, *shape)
-            zeros = like.new_zeros(shape, dtype=dtype)
-            self._set(zeros.permute(_BY_HEAD) if self.by_head else zeros)
+            self._set(like.new_zeros(1, dtype=dtype).expand(num_rows, self.slots.size, *shape))
         return self.values
 
     def _set(self, values: Tensor) -> None:
@@ -202,10 +200,10 @@ class SlotTensor:
 
     def _take(self, entries: Tensor, index: Tensor) -> Tensor:
         """Takes the places `index` `(B, T)` of `entries` `(B', S, ...)`, laid out as the tensor is."""
-        if not self.by_head:
-            return entries.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *entries.shape[2:])
-        taken = entries.permute(_BY_HEAD).flatten(2, 3).index_select(2, index.flatten())
-        return taken.unflatten(2, index.shape).permute(_BY_HEAD)
+        dim, entries = (2, entries.permute(_BY_HEAD)) if self.by_head else (0, entries)
+        taken = entries.flatten(dim, dim + 1).index_select(dim, index.flatten())
+        taken = taken.view(*taken.shape[:dim], *index.shape, *taken.shape[dim + 1 :])
+        return taken.permute(_BY_HEAD) if self.by_head else taken
 
     def rearrange(self, index: Tensor, is_held: Tensor) -> None:
         """Fills slot `s` of each row from slot `index` `(B, size)` among those of all rows, or with 0."""
@@ -351,8 +349,8 @@ class ByteHistory:
     Attributes:
         entries: int64 `(B, size, F)` in slots, a [`RowState`] after each byte.
         entropies: fp32 `(B, size, 1)` in slots, nats.
-        last: int64 `(B, F)`, entry of the last byte, where forwards read it; `state`: its fields, views of it `(B,)`.
-        last_ids: int64 `(B, H)`, ids of the last `H` bytes, the newest last; 0 before their text.
+        last: int64 `(B, H or 1, F)`, entries of the last bytes, the newest last, where forwards read them.
+        state: fields `(B,)` of the newest of them, and `last_ids` `(B, H)`, their ids, 0 before their text; views.
         last_entropies: fp32 `(B, E)`, entropies after the last `E` bytes.
 
     Args:
@@ -365,20 +363,21 @@ class ByteHistory:
         self.clear()
 
     def clear(self) -> None:
+        self.state: RowState | None = None
         self.last: Tensor | None = None
         self.last_ids: Tensor | None = None
         self.last_entropies: Tensor | None = None
-        self.state: RowState | None = None
 
     def start(self, num_rows: int, device: torch.device | str) -> None:
         """Makes `num_rows` rows without text."""
-        last = torch.zeros(num_rows, len(RowState._fields), dtype=torch.int64, device=device)
-        entropies = torch.zeros(num_rows, self.num_entropies, device=device)
-        self._set(last, last.new_zeros(num_rows, self.num_ids), entropies)
+        shape = (num_rows, max(self.num_ids, 1), len(RowState._fields))
+        last = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._set(last, torch.zeros(num_rows, self.num_entropies, device=device))
 
-    def _set(self, last: Tensor, last_ids: Tensor, last_entropies: Tensor) -> None:
-        self.last, self.last_ids, self.last_entropies = last, last_ids, last_entropies
-        self.state = RowState(*last.unbind(-1))
+    def _set(self, last: Tensor, last_entropies: Tensor) -> None:
+        self.last, self.last_entropies = last, last_entropies
+        self.state = RowState(*last[:, -1].unbind(-1))
+        self.last_ids = last[:, last.shape[1] - self.num_ids :, 0]
 
     def write(self, entries: Tensor, entropies: Tensor | None, slot_index: SlotIndex) -> None:
         """Writes entries `(B, S, F)` and entropies `(B, S)` (None: no entropy model, zeros) to their slots."""
@@ -388,7 +387,7 @@ class ByteHistory:
             self.entropies.write(entropies[..., None], slot_index)
 
     def advance(self, entries: Tensor, entropies: Tensor | None, num_bytes: Tensor | None, restarts: bool) -> None:
-        """Moves `last`, `last_ids` and `last_entropies` past new bytes.
+        """Moves `last` and `last_entropies` past new bytes.
 
         Args:
             entries: `(B, S, F)`, those of the new bytes.
@@ -396,10 +395,8 @@ class ByteHistory:
             num_bytes: int64 `(B,)`, how many of them count in each row; None: all.
             restarts: a text may begin among them.
         """
-        if self.num_ids:
-            self.last_ids.copy_(_newest(self.last_ids, entries[..., 0], num_bytes))
-        self.last.copy_(_newest(self.last[:, None], entries, num_bytes)[:, 0])
-        if self.num_ids and restarts:
+        self.last.copy_(_newest(self.last, entries, num_bytes))
+        if restarts:
             self._hide_other_texts()
         if entropies is not None:
             self.last_entropies.copy_(_newest(self.last_entropies, entropies, num_bytes))
@@ -410,37 +407,34 @@ class ByteHistory:
 
     def take_back(self, num_bytes: Tensor, restarts: bool) -> None:
         """Returns to rows of `num_bytes` bytes `(B,)`, from the slots. `restarts`: rows may hold several texts."""
-        length = max(self.num_ids, self.num_entropies, 1)
+        length = max(self.last.shape[1], self.num_entropies)
         positions = num_bytes[:, None] + torch.arange(-length, 0, device=num_bytes.device)
-        index, exists = self.slots.find(positions), positions >= 0
-        entries = self.entries.read(index) * exists[..., None]
-        self.last.copy_(entries[:, -1])
-        if self.num_ids:
-            self.last_ids.copy_(entries[:, -self.num_ids :, 0])
-            if restarts:
-                self._hide_other_texts()
-        entropies = self.entropies.read(index)[..., 0] * exists
-        self.last_entropies.copy_(entropies[:, -self.num_entropies :])
+        index, exists = self.slots.find(positions), (positions >= 0)[..., None]
+        for tensor, last in ((self.entries, self.last), (self.entropies, self.last_entropies[..., None])):
+            last.copy_((tensor.read(index) * exists)[:, -last.shape[1] :])
+        if restarts:
+            self._hide_other_texts()
 
     def select_rows(self, index: Tensor) -> None:
         index = index.to(self.last.device)
-        self._set(*(tensor.index_select(0, index) for tensor in (self.last, self.last_ids, self.last_entropies)))
+        self._set(self.last.index_select(0, index), self.last_entropies.index_select(0, index))
 
     def write_rows(self, index: Tensor, other: "ByteHistory") -> None:
         """Makes rows `index` those of `other`."""
-        for name in ("last", "last_ids", "last_entropies"):
-            getattr(self, name).index_copy_(0, index, getattr(other, name).to(index.device))
+        self.last.index_copy_(0, index, other.last.to(index.device))
+        self.last_entropies.index_copy_(0, index, other.last_entropies.to(index.device))
 
     def reset_row(self, row: int) -> None:
-        for tensor in (self.last, self.last_ids, self.last_entropies):
-            tensor[row] = 0
+        self.last[row] = self.last_entropies[row] = 0
 
     def __getstate__(self) -> dict:
         # For pickles and deep copies, in which views would become tensors of their own.
-        return {name: value for name, value in vars(self).items() if name != "state"}
+        return {**vars(self), "state": None, "last_ids": None}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, state=None if state["last"] is None else RowState(*state["last"].unbind(-1)))
+        vars(self).update(state)
+        if self.last is not None:
+            self._set(self.last, self.last_entropies)
 
 
 def _newest(old: Tensor, new: Tensor, counts: Tensor | None) -> Tensor:
@@ -670,7 +664,7 @@ class BltCache(Cache):
             self._reserve_recent(self.max_open_bytes + num_columns, num_columns)
 
     def has_room(self, num_columns: int) -> bool:
-        """Whether [`begin`] for a small chunk of so many columns moves no tensor."""
+        """Tells whether [`begin`] for a small chunk of so many columns moves no tensor."""
         if self.record_past:
             return False
         self.recent_slots.keep = self._needed_history(self.max_open_bytes + num_columns)
