@@ -47,8 +47,15 @@ _MODEL_DEFAULTS = {
     "full_logging_n_layers": 4,
 }  # fmt: skip
 
-# The first accepted value is the one that an export writes.
-_MODEL_CHECKED = {
+# Keys with one accepted value.
+_MODEL_FIXED = {
+    "use_local_encoder_transformer": True, "attn_to_keep": "all", "weight_tying": False,
+    "tie_local_encoder_decoder": False, "tie_local_encoder_decoder_logits": False, "non_linearity": "swiglu",
+    "use_rope": True, "norm_type": "rmsnorm", "norm_affine": True, "pre_norm": True, "alpha_depth": "disabled",
+    "architecture": "vanilla", "conv_kernel_size": None, "global_local_decoder_residual_layer": None,
+}  # fmt: skip
+# Accepted values, of which an export writes the first, and why there are no others.
+_MODEL_CHECKED = {key: ((value,), "") for key, value in _MODEL_FIXED.items()} | {
     "vocab_size": ((260,), "256 bytes and 4 special ids."),
     "eos_id": ((2,), "Documents end at id 2."),
     "pm_size": ((0,), "Parameter mixing adds ids."),
@@ -56,28 +63,14 @@ _MODEL_CHECKED = {
     "cross_attn_encoder": ((True,), "Cross attention off is another architecture."),
     "cross_attn_decoder": ((True,), "Cross attention off is another architecture."),
     "cross_attn_init_by_pooling": ((True,), "Without it the reference has no first patch states."),
-    "use_local_encoder_transformer": ((True,), ""),
     # The reference concatenates the pools of a combination, which its own patch projection then rejects.
     "downsampling_by_pooling": (("max", "mean", "avg", "min"), "Combinations do not run in the reference either."),
     # The other kernels leave out the windows, the document masks or both.
     "attn_impl": (("xformers",), "If the model was trained with windows and document masks, set it so in the file."),
     "attn_bias_type": (("block_causal", "causal", None), ""),
-    "attn_to_keep": (("all",), ""),
-    "weight_tying": ((False,), ""),
-    "tie_local_encoder_decoder": ((False,), ""),
-    "tie_local_encoder_decoder_logits": ((False,), ""),
     "encoder_enable_byte_ngrams": ((False,), "N-gram tables are not supported."),
     "entropy_model_is_ngram_model": ((False,), "The entropy model must be a transformer."),
     "tokenize_with_bpe_delimiter": ((False,), "There is no delimiter tokenizer here."),
-    "non_linearity": (("swiglu",), ""),
-    "use_rope": ((True,), ""),
-    "norm_type": (("rmsnorm",), ""),
-    "norm_affine": ((True,), ""),
-    "pre_norm": ((True,), ""),
-    "alpha_depth": (("disabled",), ""),
-    "architecture": (("vanilla",), ""),
-    "conv_kernel_size": ((None,), ""),
-    "global_local_decoder_residual_layer": ((None,), ""),
     "patching_thresholds_str": ((None,), "One threshold, in nats."),
 }
 
@@ -108,18 +101,11 @@ _ENTROPY_DEFAULTS = {
     "rope_use_fp32_in_outer_product": False,
 }  # fmt: skip
 _ENTROPY_FIXED = {
-    "multiple_of": 256,
-    "norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "attn_impl": "xformers",
+    "multiple_of": 256, "norm_eps": 1e-5, "rope_theta": 10000.0, "attn_impl": "xformers",
     "attn_bias_type": "local_block_causal",
-}
-_ENTROPY_CHECKED = {
-    "vocab_size": ((260,), "256 bytes and 4 special ids."),
-    "eos_id": ((2,), "Documents end at id 2."),
-    "weight_tying": ((False,), ""),
-    "attn_impl": (("xformers",), ""),
-    "attn_bias_type": (("local_block_causal",), ""),
+}  # fmt: skip
+_ENTROPY_CHECKED = {key: _MODEL_CHECKED[key] for key in ("vocab_size", "eos_id", "weight_tying", "attn_impl")} | {
+    "attn_bias_type": (("local_block_causal",), "")
 }
 _ENTROPY_IGNORED = "seed init_base_std init_std_factor rope_use_fp32_in_outer_product init_device init_dtype"
 _PATCHER_DEFAULTS = {
