@@ -121,11 +121,14 @@ def load_model(name: str, dtype: Dtype = Dtype.auto, device: str | None = None, 
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def need_byte_model(model, name: str, kinds: tuple[str, ...] = ("blt",)) -> None:
-    kind = getattr(model.config, "model_type", None)
+def load_byte_model(name: str, dtype: Dtype, device: str | None, kinds: tuple[str, ...] = ("blt", "blt_patcher")):
+    """Loads a BLT or an entropy model; another model, or one that is not of `kinds`, is an error."""
+    model = load_model(name, dtype, device)
+    kind = model.config.model_type
     if kind not in kinds:
         wanted = " or ".join({"blt": "a BLT", "blt_patcher": "an entropy model"}[kind] for kind in kinds)
         raise ValueError(f"{name} is of type {kind!r}; {wanted} is needed.")
+    return model
 
 
 def print_rows(rows: list[tuple[str, str]], title: str | None = None) -> None:

@@ -15,9 +15,8 @@ from .common import (
     Model,
     Weights,
     load,
-    load_model,
+    load_byte_model,
     model_or_default,
-    need_byte_model,
     plain_messages,
     read_input,
 )
@@ -131,8 +130,7 @@ class _Writer:
     def __init__(self, name: str, dtype: Dtype, device: str | None, options: dict, stop: list[str], seed: int):
         from transformers import AutoTokenizer, set_seed
 
-        self.model = load_model(name, dtype, device)
-        need_byte_model(self.model, name, ("blt", "blt_patcher"))
+        self.model = load_byte_model(name, dtype, device)
         self.tokenizer = load(AutoTokenizer.from_pretrained, name)
         self.options = options | ({"stop_strings": stop, "tokenizer": self.tokenizer} if stop else {})
         set_seed(seed)

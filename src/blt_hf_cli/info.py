@@ -1,6 +1,7 @@
 """`blt-hf info`."""
 
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -84,9 +85,7 @@ def info(
 
 
 def _find_patches(name: str, texts: list[str], text_column: str, device: str | None) -> dict:
-    from rich.console import Console
-    from rich.progress import track
-
+    from blt_hf.conversion.files import progress_bar
     from blt_hf.training.data import read_texts
 
     found_texts = read_texts(texts, text_column)
@@ -94,12 +93,13 @@ def _find_patches(name: str, texts: list[str], text_column: str, device: str | N
     pieces = [text[start : start + 8192] for text in found_texts for start in range(0, len(text), 8192)]
     num_bytes = num_patches = 0
     histogram: dict[int, int] = {}
-    console = Console(stderr=True)
-    for piece in track(pieces, "Patches", console=console, transient=True, disable=not console.is_terminal):
-        row = loaded.get_patches(piece)
-        num_bytes, num_patches = num_bytes + row.num_bytes, num_patches + row.num_patches
-        for length in row.patch_lengths[1:]:
-            histogram[length] = histogram.get(length, 0) + 1
+    with progress_bar(sum(map(len, pieces)), "Patches", sys.stderr.isatty()) as advance:
+        for piece in pieces:
+            row = loaded.get_patches(piece)
+            num_bytes, num_patches = num_bytes + row.num_bytes, num_patches + row.num_patches
+            for length in row.patch_lengths[1:]:
+                histogram[length] = histogram.get(length, 0) + 1
+            advance(len(piece))
     return {
         "num_bytes": num_bytes,
         "num_patches": num_patches,

@@ -16,9 +16,8 @@ from .common import (
     Quiet,
     TextColumn,
     Weights,
-    load_model,
+    load_byte_model,
     model_or_default,
-    need_byte_model,
     need_extra,
     plain_messages,
     print_rows,
@@ -89,8 +88,7 @@ def patches(
         if svg or png:
             need_extra("matplotlib", "plot")
         name = model_or_default(model)
-        loaded = load_model(name, dtype, device)
-        need_byte_model(loaded, name, ("blt", "blt_patcher"))
+        loaded = load_byte_model(name, dtype, device)
         found = loaded.get_patches(found_texts)
         if threshold is not None:
             if found and found[0].rule.mode != "entropy":
@@ -130,8 +128,7 @@ def _write_corpus(
     from blt_hf.training.corpus import write_patches
     from blt_hf.training.data import find_files
 
-    loaded = load_model(name, dtype, device)
-    need_byte_model(loaded, name, ("blt", "blt_patcher"))
+    loaded = load_byte_model(name, dtype, device)
     rule = PatchFinder.of(loaded).rule
     if loaded.config.model_type == "blt_patcher" and threshold is None:
         raise ValueError(f"{name} is an entropy model, which has no threshold of its own; give --threshold.")

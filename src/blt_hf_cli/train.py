@@ -15,8 +15,7 @@ from .common import (
     Texts,
     command_with,
     load,
-    load_model,
-    need_byte_model,
+    load_byte_model,
     need_extra,
     plain_messages,
     print_rows,
@@ -214,22 +213,16 @@ def _read(texts: list[str], held_out: list[str] | None, column: str) -> tuple[li
 def _with_patches(model, rows: list[dict], run: _Run) -> list[dict]:
     """Finds the patches of all rows once, before training, with the frozen entropy model."""
     import torch
-    from rich.console import Console
-    from rich.progress import track
 
+    from blt_hf.conversion.files import progress_bar
     from blt_hf.training.data import PrecomputePatches
 
-    find = PrecomputePatches(model, device="cuda" if torch.cuda.is_available() and not run.cpu else None)
-    console = Console(stderr=True)
-    is_hidden = not run.shows_progress or not console.is_terminal
-    rows = track(rows, "Patches", console=console, transient=True, disable=is_hidden)
-    return [{**row, **find(row)} for row in rows]
-
-
-def _load(name: str, kind: str, dtype: Dtype = Dtype.float32):
-    model = load_model(name, dtype, "cpu")
-    need_byte_model(model, name, (kind,))
-    return model
+    find, found = PrecomputePatches(model, device="cuda" if torch.cuda.is_available() and not run.cpu else None), []
+    with progress_bar(sum(len(row["input_ids"]) for row in rows), "Patches", run.shows_progress) as advance:
+        for row in rows:
+            found.append({**row, **find(row)})
+            advance(len(row["input_ids"]))
+    return found
 
 
 def _shape(size: str, sizes: dict) -> tuple[int, ...]:
@@ -261,7 +254,7 @@ def entropy(
     width, layers = _shape(size, ENTROPY_SIZES)
     rows, kept = run.read()
     if model is not None:
-        patcher = _load(model, "blt_patcher")
+        patcher = load_byte_model(model, Dtype.float32, "cpu", ("blt_patcher",))
     else:
         patcher = BltPatcher(
             BltPatcherConfig(
@@ -300,7 +293,7 @@ def blt(
     if model is not None and patcher is not None:
         raise ValueError("--model has an entropy model of its own; leave out --patcher.")
     rows, kept = run.read()
-    trained = _new_blt(shape, patcher) if model is None else _load(model, "blt")
+    trained = _new_blt(shape, patcher) if model is None else load_byte_model(model, Dtype.float32, "cpu", ("blt",))
     run.fit(trained, _with_patches(trained, rows, run))
     run.save(trained, BltTokenizer())
     run.finish(trained, kept, {})
@@ -312,7 +305,7 @@ def _new_blt(shape: tuple[int, ...], patcher_name: str | None):
     width, decoder_layers, global_width, global_layers, hash_rows = shape
     rule, patcher = {"patching_mode": "space"}, None
     if patcher_name is not None:
-        patcher = _load(patcher_name, "blt_patcher")
+        patcher = load_byte_model(patcher_name, Dtype.float32, "cpu", ("blt_patcher",))
         calibration = Path(patcher_name, "calibration.json")
         rule = json.loads(calibration.read_text()) if calibration.is_file() else {"patching_mode": "entropy"}
     local = {
@@ -360,7 +353,7 @@ def lora(
     from transformers import AutoTokenizer
 
     rows, kept = run.read()
-    base = _load(model, "blt", Dtype.auto)
+    base = load_byte_model(model, Dtype.auto, "cpu", ("blt",))
     rows = _with_patches(base, rows, run)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha or 2 * rank, target_modules="all-linear")
     trained = get_peft_model(base, adapter)

@@ -275,10 +275,11 @@ def check_space(folder: Path, total: int) -> None:
 
 @contextmanager
 def progress_bar(total: int, label: str, show: bool):
-    """Shows progress over `total` bytes; yields the function `advance(num_bytes)` that moves it on."""
+    """Shows progress over `total` bytes on stderr; yields the function `advance(num_bytes)` that moves it on."""
     if not show:
         yield lambda num_bytes: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
@@ -288,7 +289,7 @@ def progress_bar(total: int, label: str, show: bool):
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total)
         yield lambda num_bytes: progress.advance(task, num_bytes)
 
