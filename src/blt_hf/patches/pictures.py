@@ -74,7 +74,7 @@ def patches_text(
 
 
 def _joined(spans: list[Span]) -> list[Span]:
-    """Neighbours of one style as one, which a terminal is told once."""
+    """Joins neighbours of one style, which a terminal is told once."""
     joined: list[Span] = []
     for span in spans:
         if joined and joined[-1].style == span.style and joined[-1].end == span.start:
@@ -161,7 +161,7 @@ def plot_patches(
 
 
 def _rows(patches: BltPatches, bytes_per_row: int, show_special: bool) -> Iterator[tuple[int, int]]:
-    """Spans of positions, one a row; no glyph is cut."""
+    """Splits positions into spans, one a row; no glyph is cut."""
     glyphs = split_glyphs(patches.input_ids)
     while not show_special and len(glyphs) > 1 and glyphs[0].kind == "special":
         glyphs = glyphs[1:]
