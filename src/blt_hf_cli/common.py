@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import os
 import sys
 import warnings
@@ -160,6 +161,35 @@ def read_input(texts: list[str] | None) -> list[str | bytes]:
             raise ValueError("no text: give one as an argument, or pipe one in.")
         texts = ["-"]
     return [sys.stdin.buffer.read() if text == "-" else to_bytes(text) for text in texts]
+
+
+def read_config(context: typer.Context, path: str | None) -> str | None:
+    """Makes the values of a YAML file the defaults of the options."""
+    if path is None or context.resilient_parsing:
+        return path
+    import yaml
+
+    with plain_messages():
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ValueError(f"--config: {path} cannot be read: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"--config: {path} holds a {type(values).__name__}; options with values are needed.")
+        # A key is the long name of an option.
+        named = {max(p.opts, key=len).lstrip("-").replace("-", "_"): p.name for p in context.command.params}
+        values = {str(name).replace("-", "_"): value for name, value in values.items()}
+        known = sorted(named.keys() - {"config", "help"})
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"--config: {path} sets {', '.join(unknown)}; there are {', '.join(known)}.")
+        if isinstance(values.get("set"), dict):
+            values["set"] = [f"{name}={json.dumps(value)}" for name, value in values["set"].items()]
+        if isinstance(values.get("texts"), str):
+            values["texts"] = [values["texts"]]
+        context.default_map = {named[name]: value for name, value in values.items()}
+    return path
 
 
 def command_with(shared_class: type, num_first: int | None = None, **defaults) -> Callable[[Callable], Callable]:

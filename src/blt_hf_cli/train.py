@@ -17,8 +17,8 @@ from .common import (
     load,
     load_byte_model,
     need_extra,
-    plain_messages,
     print_rows,
+    read_config,
 )
 
 
@@ -49,35 +49,6 @@ def _train() -> None:
     """
 
 
-def _read_config(context: typer.Context, path: str | None) -> str | None:
-    """Makes the values of a YAML file the defaults of the options."""
-    if path is None or context.resilient_parsing:
-        return path
-    import yaml
-
-    with plain_messages():
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ValueError(f"--config: {path} cannot be read: {error.strerror}.") from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"--config: {path} holds a {type(values).__name__}; options with values are needed.")
-        # A key is the long name of an option.
-        named = {max(p.opts, key=len).lstrip("-").replace("-", "_"): p.name for p in context.command.params}
-        values = {str(name).replace("-", "_"): value for name, value in values.items()}
-        known = sorted(named.keys() - {"config", "help"})
-        if unknown := sorted(values.keys() - known):
-            raise ValueError(f"--config: {path} sets {', '.join(unknown)}; there are {', '.join(known)}.")
-        if isinstance(values.get("set"), dict):
-            values["set"] = [f"{name}={json.dumps(value)}" for name, value in values["set"].items()]
-        if isinstance(values.get("texts"), str):
-            values["texts"] = [values["texts"]]
-        context.default_map = {named[name]: value for name, value in values.items()}
-    return path
-
-
 @dataclasses.dataclass(kw_only=True)
 class _Run:
     """Holds the options that all three commands have, in the order of their help, and does their common work."""
@@ -86,7 +57,7 @@ class _Run:
     output: Annotated[str, typer.Option("--output", "-o", help="Folder that gets the model and its tokenizer.")]
     config: Annotated[
         str | None,
-        typer.Option("--config", "-c", is_eager=True, callback=_read_config, help="YAML file with options."),
+        typer.Option("--config", "-c", is_eager=True, callback=read_config, help="YAML file with options."),
     ] = None
     held_out: Annotated[
         list[str] | None, typer.Option(help="File or folder to measure on; else some of TEXTS are kept back.")
