@@ -25,8 +25,7 @@ from transformers import (
     pipeline,
 )
 
-from blt_hf import BltForCausalLM, BltTokenizer
-from blt_hf.model import step_blt
+from blt_hf import BltForCausalLM, BltTokenizer, cuda_graphs
 from blt_hf.model.generation_blt import draw
 from blt_hf.training.data import BltDataCollator
 from helpers.diffusion import diffusion_model
@@ -195,13 +194,13 @@ DRAWN = {**GREEDY, "do_sample": True, "max_new_tokens": 48}
 @pytest.fixture
 def captures(monkeypatch) -> list:
     """What was captured; a warning that something cannot be is an error."""
-    made, capture = [], step_blt.capture
+    made, capture = [], cuda_graphs.capture
 
     def count(*arguments):
         made.append(capture(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(step_blt, "capture", count)
+    monkeypatch.setattr(cuda_graphs, "capture", count)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot be captured.*")
         yield made

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from blt_hf import cuda_graphs
 from blt_hf.model import step_blt
 
 
@@ -62,5 +63,5 @@ def record_on_tapes() -> Iterator[list[Tape]]:
         made.append(tape)
         return result, tape.replay
 
-    with patch.object(step_blt, "capture", capture), patch.object(step_blt, "can_capture", lambda device: True):
+    with patch.object(cuda_graphs, "capture", capture), patch.object(step_blt, "can_capture", lambda device: True):
         yield made

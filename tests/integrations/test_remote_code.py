@@ -246,6 +246,30 @@ print(json.dumps(seen))
 """
 
 
+GRAPHS = """
+import warnings
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(folder / "lm", trust_remote_code=True).eval()
+home = type(model).__module__.rpartition(".")[0]
+sys.modules[f"{home}.step_blt"].can_capture = lambda device: True  # a CPU that is asked for a graph refuses
+settings = {"do_sample": False, "eos_token_id": None, "cache_implementation": "static", "disable_compile": True}
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    text = model.generate(ids, max_new_tokens=10, **settings)
+told = [str(warning.message) for warning in told if "CUDA graphs" in str(warning.message)]
+print(json.dumps({"text": text[0].tolist(), "told": told}))
+"""
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_cuda_graphs_need_the_package_installed_and_not_imported(folder, is_installed):
+    """Without it steps run as they are."""
+    seen = run_elsewhere((INSTALLED if is_installed else "") + GRAPHS, folder)
+    assert seen["text"] == torch.load(folder / "expected.pt")["text"][0].tolist()
+    assert len(seen["told"]) == is_installed
+
+
 def test_continuous_batching_needs_the_package_installed_and_not_imported(folder):
     """It serves the classes of the checkpoint, and the process keeps the in-tree names."""
     seen = run_elsewhere(INSTALLED + SERVE, folder)

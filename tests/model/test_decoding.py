@@ -8,9 +8,9 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import CompileConfig, GenerationMixin, StoppingCriteria
 
+from blt_hf.cuda_graphs import ModuleState
 from blt_hf.model import cache_blt
 from blt_hf.model.cache_blt import BltCache
-from blt_hf.model.step_blt import ModuleState
 from helpers.checks import Received, alone, assert_same
 from helpers.models import RULES, make_model, model_for, step_logits, tiny_config
 from helpers.texts import encode, pad, rows_of

@@ -9,8 +9,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import ContinuousBatchingConfig, LogitsProcessor, StoppingCriteria
 
 from blt_hf import BltCache, register_patching_rule
+from blt_hf.cuda_graphs import CudaGraphs, ModuleState
 from blt_hf.model import step_blt
-from blt_hf.model.step_blt import CudaGraphs, ModuleState, StepRunner
+from blt_hf.model.step_blt import StepRunner
 from helpers.checks import assert_same
 from helpers.diffusion import diffusion_model
 from helpers.models import RULES, greedy, make_model, model_for, step_logits, tiny_config

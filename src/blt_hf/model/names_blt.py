@@ -162,30 +162,39 @@ def import_from_package(name: str, feature: str) -> ModuleType:
 
 
 @functools.cache
-def import_serving() -> ModuleType:
-    """Imports `blt_hf.serving.continuous`, which takes all classes from the model that it serves.
+def import_where_installed(name: str) -> ModuleType | None:
+    """Imports `blt_hf.<name>`, which takes all classes from the model that it is given. None: no package is installed.
 
     Where nobody has imported `blt_hf`, that file alone is run, since the package takes over the in-tree names.
-
-    Raises:
-        ImportError: the package is not installed.
     """
-    name = "blt_hf.serving.continuous"
+    full_name = f"blt_hf.{name}"
     if sys.modules.get("blt_hf") is not None:
-        return importlib.import_module(name)
+        return importlib.import_module(full_name)
     try:
         package = importlib.util.find_spec("blt_hf")
     except ImportError:
         package = None
     if package is None:
+        return None
+    path = os.path.join(next(iter(package.submodule_search_locations)), *name.split(".")) + ".py"
+    spec = importlib.util.spec_from_file_location(full_name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def import_serving() -> ModuleType:
+    """Imports `blt_hf.serving.continuous`.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    module = import_where_installed("serving.continuous")
+    if module is None:
         raise ImportError(
             "continuous batching is not part of the code that comes with a checkpoint: `pip install blt-hf`; it need "
             "not be imported."
         )
-    path = os.path.join(next(iter(package.submodule_search_locations)), "serving", "continuous.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     return module
 
 

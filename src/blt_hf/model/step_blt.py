@@ -4,16 +4,13 @@ A byte takes hundreds of small kernels, and Python needs longer to start them th
 fuses them; a CUDA graph starts all kernels of a stage at once, compiled or not.
 """
 
-import threading
-import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import _global_forward_hooks
 
 from .cache_blt import BltCache
 from .chunk_blt import HostPatchCounts, next_bytes
@@ -31,10 +28,10 @@ from .forward_blt import (
     reserve_closing,
     sees_all,
 )
+from .names_blt import import_where_installed
 
 
 RECORDS_BY_DEFAULT = False
-_WITH_ADDRESS = (torch.Tensor, nn.Parameter)  # subclasses may keep their values anywhere
 _STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so that few shapes are compiled
 
 
@@ -48,7 +45,7 @@ class StepRunner:
         cache: holds some text.
         head: computes logits; None: results are states.
         packed: a [`PackedStacks`] of the model, made for this call; None: the modules run.
-        records: capture CUDA graphs, if `cache.is_fixed` and [`CudaGraphs.of`] allows it.
+        records: capture CUDA graphs, if `cache.is_fixed` and [`make_graphs`] allows it.
         is_watched: code that may change the model runs between the steps, so look for changes before each.
     """
 
@@ -61,7 +58,7 @@ class StepRunner:
         self.compiles = is_compiled(model, cache)
         # Compiled code has no guards for hooks.
         self.hooks = hooks_of(model, head) if self.compiles else None
-        self.graphs = CudaGraphs.of(model, head, cache) if records and cache.is_fixed else None
+        self.graphs = make_graphs(model, head, cache) if records and cache.is_fixed else None
         self.is_watched = is_watched and self.graphs is not None
         self.is_compiled = False
         self._pending: tuple[BytesRead, HostPatchCounts] | None = None
@@ -333,68 +330,7 @@ def _copy_function(function: Callable) -> Callable:
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
 
 
-# CUDA graphs.
-
-
-class ModuleState:
-    """Holds the state of modules that a CUDA graph has baked in: addresses of weights, dtypes, hooks, training mode.
-
-    Args:
-        roots: these and all modules below them.
-
-    Attributes:
-        is_whole: this state is all that their forwards depend on. Modules of other libraries (adapters, quantized layers)
-            have settings of their own, and some rotary embeddings change with the length.
-        is_hooked: somebody has added hooks, or another `forward`.
-    """
-
-    def __init__(self, *roots: nn.Module):
-        self.modules = [module for root in roots for module in root.modules()]
-        # A module keeps its dictionaries for life, and reading these takes a third of the time of `getattr`.
-        self._fields = [vars(module) for module in self.modules]
-        self._hooks = [f[name] for f in self._fields for name in ("_forward_hooks", "_forward_pre_hooks")]
-        self._children, self._tensors = (
-            [f[name] for f in self._fields for name in names if f[name]]
-            for names in (("_modules",), ("_parameters", "_buffers"))
-        )
-        self._known = self._read()
-        self.is_whole = all(_is_known(module) for module in self.modules)
-        self.is_hooked = bool(
-            self._known[0] or any(self._known[1]) or any("forward" in fields for fields in self._fields)
-        )
-
-    def holds(self) -> bool:
-        """Tells whether nothing has changed."""
-        return self._known == self._read()
-
-    def tensors(self) -> list[Tensor]:
-        """Lists weights and buffers as they are now, not those that replace them later."""
-        return [tensor.detach() for held in self._tensors for tensor in held.values() if type(tensor) in _WITH_ADDRESS]
-
-    def _read(self) -> tuple:
-        tensors = [tensor for held in self._tensors for tensor in held.values()]
-        plain = [tensor for tensor in tensors if type(tensor) in _WITH_ADDRESS]
-        return (
-            len(_global_forward_hooks) + len(_global_forward_pre_hooks),
-            list(map(len, self._hooks)),
-            [fields["training"] for fields in self._fields],
-            [id(child) for children in self._children for child in children.values()],
-            list(map(id, tensors)),
-            [tensor.dtype for tensor in plain],
-            [tensor.data_ptr() for tensor in plain],
-        )
-
-
-def _is_known(module: nn.Module) -> bool:
-    name = type(module).__module__
-    is_ours = name.rpartition(".")[0] == __name__.rpartition(".")[0]
-    rope_type = getattr(module, "rope_type", "default")
-    is_fixed = not isinstance(rope_type, str) or not ("dynamic" in rope_type or "longrope" in rope_type)
-    return is_fixed and (is_ours or name.partition(".")[0] in ("torch", "transformers"))
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+# CUDA graphs, which `blt_hf.cuda_graphs` captures.
 
 
 def can_capture(device: torch.device) -> bool:
@@ -407,149 +343,12 @@ def records_by_default(device: torch.device) -> bool:
     return RECORDS_BY_DEFAULT and can_capture(device)
 
 
-_POOLS: dict[torch.device, tuple] = {}  # memory and stream of all captures on a device, and a graph that keeps them
+def make_graphs(model, head: nn.Module | None, cache: BltCache):
+    """Makes the `blt_hf.cuda_graphs.CudaGraphs` of the steps of a model on a cache; None: these run as they are.
 
-
-def capture(function: Callable, device: torch.device) -> tuple[object, Callable[[], None]]:
-    """Captures `function()` as a CUDA graph.
-
-    Returns:
-        the result of `function`, in tensors that each replay fills anew; and the replay.
-    Raises:
-        RuntimeError: `function` asks the device for a value, or does something else that cannot be captured.
+    They do where the package is not installed, and where accelerate has spread the model over devices.
     """
-    if device not in _POOLS:
-        pool = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-        # A pool lives as long as one of its graphs. What dead graphs leave in it is used again.
-        _POOLS[device] = (*pool, _capture(lambda: torch.zeros(1, device=device), *pool)[1])
-    result, graph = _capture(function, *_POOLS[device][:2])
-    return result, graph.replay
-
-
-def _capture(function: Callable, memory, stream) -> tuple[object, "torch.cuda.CUDAGraph"]:
-    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[stream.device.index]
-    # Not `torch.cuda.graph`, which waits for the device and empties torch's pools first.
-    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-        # While a graph is captured, torch refuses random numbers of the generator's state to all threads, and after a
-        # failure for ever. So the graph, which draws none, gets a state of its own.
-        state = generator.graphsafe_get_state()
-        generator.graphsafe_set_state(generator.clone_state())
-        try:
-            graph.capture_begin(pool=memory, capture_error_mode="thread_local")
-        finally:
-            generator.graphsafe_set_state(state)
-        try:
-            result = function()
-        finally:
-            try:
-                graph.capture_end()
-            except RuntimeError:
-                torch._C._cuda_endAllocateToPool(
-                    stream.device.index, memory
-                )  # torch leaves this undone after a failure
-                raise
-    return result, graph
-
-
-class CudaGraphs:
-    """The captured stages of the steps of one call of `generate`, or of one running batch.
-
-    A stage runs as it is the first time, is captured the second time, and is replayed from then on. Stages hand on what
-    was read in tensors that stay where they are. When tensors of the cache move, its stages are discarded. A stage that
-    cannot be captured runs as it is.
-
-    All graphs of a process share a pool of memory, so one call captures at a time; others run as they are meanwhile.
-    """
-
-    _lock = threading.Lock()
-
-    def __init__(self, cache: BltCache, modules: ModuleState):
-        self.cache, self.modules = cache, modules
-        self._tensors = modules.tensors()  # a graph reads addresses, which must stay taken
-        self._versions = _versions(self._tensors)
-        self._stages: dict[tuple, tuple | None] = {}  # static inputs, result, replay; None: ran once
-        self._held: dict[tuple, tuple[BytesRead, dict[str, Tensor]]] = {}
-        self._version, self._is_refused = cache.version, False
-        self._release = weakref.finalize(self, CudaGraphs._lock.release)
-
-    @classmethod
-    def of(cls, model, head: nn.Module | None, cache: BltCache) -> "CudaGraphs | None":
-        """Graphs for the steps of a model on a cache; None if these run as they are.
-
-        They do where something in or around the model wants to see each byte (training, hooks, accelerate, gradients,
-        autocast, modules of other libraries), and while another call captures.
-        """
-        device, roots = cache.num_bytes.device, [root for root in (model, head) if root is not None]
-        if not can_capture(device) or model.training or is_spread(model) or torch.is_grad_enabled():
-            return None
-        modules = ModuleState(*roots)
-        is_whole = modules.is_whole and not modules.is_hooked and not torch.is_autocast_enabled(device.type)
-        return cls(cache, modules) if is_whole and cls._lock.acquire(blocking=False) else None
-
-    @property
-    def is_current(self) -> bool:
-        """Whether modules and weights are what they were."""
-        return self.modules.holds() and self._versions == _versions(self._tensors)
-
-    def close(self) -> None:
-        """Discards all graphs, and lets another call capture."""
-        self._discard()
-        self._is_refused = True
-        self._release()
-
-    def _discard(self) -> None:
-        self._stages.clear()
-        self._held.clear()
-
-    def hold(self, read: BytesRead, *key) -> BytesRead:
-        """Copies the bytes that were read to tensors that are the same for each step."""
-        key, chunk, patches = (read.chunk.num_columns, *key), read.chunk, read.patches
-        made = {**vars(chunk), **vars(patches), "entropies": read.entropies, "byte_states": read.byte_states[-1]}
-        history = self.cache.history
-        kept = {t.untyped_storage().data_ptr() for t in (history.last, history.last_ids, history.last_entropies)}
-        made = {name: value for name, value in made.items() if isinstance(value, Tensor)}
-        made = {name: value for name, value in made.items() if value.untyped_storage().data_ptr() not in kept}
-        if key not in self._held:
-            made = {name: value.clone() for name, value in made.items()}
-            chunk, patches = (
-                replace(part, **{name: made[name] for name in vars(part) if name in made}) for part in (chunk, patches)
-            )
-            held = BytesRead(replace(chunk, spans={}), patches, [made["byte_states"]], None, made.get("entropies"))
-            self._held[key] = held, made
-        else:
-            for name, value in self._held[key][1].items():
-                value.copy_(made[name])
-        return self._held[key][0]
-
-    def run(self, key: tuple, function: Callable, *inputs: Tensor | None):
-        """Runs `function(*inputs)`: replays its graph, or captures it the second time it is called.
-
-        Args:
-            key: tells this stage from others; the shapes of its inputs need not be part of it.
-        """
-        version = self.cache.version
-        if version[:-1] != self._version[:-1]:
-            self._discard()
-        elif version != self._version:  # slots of patches, which nothing else reads
-            self._stages = {name: stage for name, stage in self._stages.items() if name[0] != "close"}
-        self._version = version
-        key = (*key, *(None if tensor is None else tuple(tensor.shape) for tensor in inputs))
-        if self._is_refused or key not in self._stages:
-            self._stages[key] = None  # the first run makes tensors and loads kernels
-            return function(*inputs)
-        if self._stages[key] is None:
-            static = [None if tensor is None else tensor.clone() for tensor in inputs]
-            try:
-                self._stages[key] = static, *capture(lambda: function(*static), self.cache.num_bytes.device)
-            except RuntimeError as error:
-                warnings.warn(
-                    f"this model's steps cannot be captured as CUDA graphs and run as they are: {error}", stacklevel=2
-                )
-                self._is_refused = True
-                return function(*inputs)
-        static, result, replay = self._stages[key]
-        for held, tensor in zip(static, inputs):
-            if held is not None:
-                held.copy_(tensor)
-        replay()
-        return result
+    if not can_capture(cache.num_bytes.device) or is_spread(model):
+        return None
+    module = import_where_installed("cuda_graphs")
+    return None if module is None else module.CudaGraphs.of(model, head, cache)

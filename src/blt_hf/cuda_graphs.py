@@ -1,0 +1,229 @@
+"""The stages of steps, captured as CUDA graphs: one call starts all kernels of a stage, which Python starts one by one.
+
+Nothing of a model is imported here, so that a model whose code came with a checkpoint finds this file, too.
+"""
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+
+_WITH_ADDRESS = (torch.Tensor, nn.Parameter)  # subclasses may keep their values anywhere
+
+
+class ModuleState:
+    """Holds the state of modules that a CUDA graph has baked in: addresses of weights, dtypes, hooks, training mode.
+
+    Args:
+        roots: these and all modules below them.
+
+    Attributes:
+        is_whole: this state is all that their forwards depend on. Modules of other libraries (adapters, quantized layers)
+            have settings of their own, and some rotary embeddings change with the length.
+        is_hooked: somebody has added hooks, or another `forward`.
+    """
+
+    def __init__(self, *roots: nn.Module):
+        self.modules = [module for root in roots for module in root.modules()]
+        # A module keeps its dictionaries for life, and reading these takes a third of the time of `getattr`.
+        self._fields = [vars(module) for module in self.modules]
+        self._hooks = [f[name] for f in self._fields for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self._children, self._tensors = (
+            [f[name] for f in self._fields for name in names if f[name]]
+            for names in (("_modules",), ("_parameters", "_buffers"))
+        )
+        self._known = self._read()
+        home = type(roots[0]).__module__.rpartition(".")[0]
+        self.is_whole = all(_is_known(module, home) for module in self.modules)
+        self.is_hooked = bool(
+            self._known[0] or any(self._known[1]) or any("forward" in fields for fields in self._fields)
+        )
+
+    def holds(self) -> bool:
+        """Tells whether nothing has changed."""
+        return self._known == self._read()
+
+    def tensors(self) -> list[Tensor]:
+        """Lists weights and buffers as they are now, not those that replace them later."""
+        return [tensor.detach() for held in self._tensors for tensor in held.values() if type(tensor) in _WITH_ADDRESS]
+
+    def _read(self) -> tuple:
+        tensors = [tensor for held in self._tensors for tensor in held.values()]
+        plain = [tensor for tensor in tensors if type(tensor) in _WITH_ADDRESS]
+        return (
+            len(_global_forward_hooks) + len(_global_forward_pre_hooks),
+            list(map(len, self._hooks)),
+            [fields["training"] for fields in self._fields],
+            [id(child) for children in self._children for child in children.values()],
+            list(map(id, tensors)),
+            [tensor.dtype for tensor in plain],
+            [tensor.data_ptr() for tensor in plain],
+        )
+
+
+def _is_known(module: nn.Module, home: str) -> bool:
+    """Tells whether a class is of torch, transformers, or the package `home` of the model's own."""
+    name = type(module).__module__
+    is_ours = name.rpartition(".")[0] == home
+    rope_type = getattr(module, "rope_type", "default")
+    is_fixed = not isinstance(rope_type, str) or not ("dynamic" in rope_type or "longrope" in rope_type)
+    return is_fixed and (is_ours or name.partition(".")[0] in ("torch", "transformers"))
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+_POOLS: dict[torch.device, tuple] = {}  # memory and stream of all captures on a device, and a graph that keeps them
+
+
+def capture(function: Callable, device: torch.device) -> tuple[object, Callable[[], None]]:
+    """Captures `function()` as a CUDA graph.
+
+    Returns:
+        the result of `function`, in tensors that each replay fills anew; and the replay.
+    Raises:
+        RuntimeError: `function` asks the device for a value, or does something else that cannot be captured.
+    """
+    if device not in _POOLS:
+        pool = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        # A pool lives as long as one of its graphs. What dead graphs leave in it is used again.
+        _POOLS[device] = (*pool, _capture(lambda: torch.zeros(1, device=device), *pool)[1])
+    result, graph = _capture(function, *_POOLS[device][:2])
+    return result, graph.replay
+
+
+def _capture(function: Callable, memory, stream) -> tuple[object, "torch.cuda.CUDAGraph"]:
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[stream.device.index]
+    # Not `torch.cuda.graph`, which waits for the device and empties torch's pools first.
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        # While a graph is captured, torch refuses random numbers of the generator's state to all threads, and after a
+        # failure for ever. So the graph, which draws none, gets a state of its own.
+        state = generator.graphsafe_get_state()
+        generator.graphsafe_set_state(generator.clone_state())
+        try:
+            graph.capture_begin(pool=memory, capture_error_mode="thread_local")
+        finally:
+            generator.graphsafe_set_state(state)
+        try:
+            result = function()
+        finally:
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                torch._C._cuda_endAllocateToPool(
+                    stream.device.index, memory
+                )  # torch leaves this undone after a failure
+                raise
+    return result, graph
+
+
+class CudaGraphs:
+    """The captured stages of the steps of one call of `generate`, or of one running batch.
+
+    A stage runs as it is the first time, is captured the second time, and is replayed from then on. Stages hand on what
+    was read in tensors that stay where they are. When tensors of the cache move, its stages are discarded. A stage that
+    cannot be captured runs as it is.
+
+    All graphs of a process share a pool of memory, so one call captures at a time; others run as they are meanwhile.
+    """
+
+    _lock = threading.Lock()
+
+    def __init__(self, cache, modules: ModuleState):
+        self.cache, self.modules = cache, modules
+        self._tensors = modules.tensors()  # a graph reads addresses, which must stay taken
+        self._versions = _versions(self._tensors)
+        self._stages: dict[tuple, tuple | None] = {}  # static inputs, result, replay; None: ran once
+        self._held: dict[tuple, tuple] = {}  # a `BytesRead`, and its tensors by name
+        self._version, self._is_refused = cache.version, False
+        self._release = weakref.finalize(self, CudaGraphs._lock.release)
+
+    @classmethod
+    def of(cls, model, head: nn.Module | None, cache) -> "CudaGraphs | None":
+        """Makes graphs for the steps of a model on a cache; None: these run as they are.
+
+        They do where something in or around the model wants to see each byte (training, hooks, gradients, autocast,
+        modules of other libraries), and while another call captures.
+        """
+        device, roots = cache.num_bytes.device, [root for root in (model, head) if root is not None]
+        if model.training or torch.is_grad_enabled():
+            return None
+        modules = ModuleState(*roots)
+        is_whole = modules.is_whole and not modules.is_hooked and not torch.is_autocast_enabled(device.type)
+        return cls(cache, modules) if is_whole and cls._lock.acquire(blocking=False) else None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether modules and weights are what they were."""
+        return self.modules.holds() and self._versions == _versions(self._tensors)
+
+    def close(self) -> None:
+        """Discards all graphs, and lets another call capture."""
+        self._discard()
+        self._is_refused = True
+        self._release()
+
+    def _discard(self) -> None:
+        self._stages.clear()
+        self._held.clear()
+
+    def hold(self, read, *key):
+        """Copies what was read, a `BytesRead`, to tensors that are the same for each step."""
+        key, chunk, patches = (read.chunk.num_columns, *key), read.chunk, read.patches
+        made = {**vars(chunk), **vars(patches), "entropies": read.entropies, "byte_states": read.byte_states[-1]}
+        history = self.cache.history
+        kept = {t.untyped_storage().data_ptr() for t in (history.last, history.last_ids, history.last_entropies)}
+        made = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        made = {name: value for name, value in made.items() if value.untyped_storage().data_ptr() not in kept}
+        if key not in self._held:
+            made = {name: value.clone() for name, value in made.items()}
+            chunk, patches = (
+                replace(part, **{name: made[name] for name in vars(part) if name in made}) for part in (chunk, patches)
+            )
+            fields = {"chunk": replace(chunk, spans={}), "patches": patches, "byte_states": [made["byte_states"]]}
+            held = replace(read, **fields, span=None, entropies=made.get("entropies"))
+            self._held[key] = held, made
+        else:
+            for name, value in self._held[key][1].items():
+                value.copy_(made[name])
+        return self._held[key][0]
+
+    def run(self, key: tuple, function: Callable, *inputs: Tensor | None):
+        """Runs `function(*inputs)`: replays its graph, or captures it the second time it is called.
+
+        Args:
+            key: tells this stage from others; the shapes of its inputs need not be part of it.
+        """
+        version = self.cache.version
+        if version[:-1] != self._version[:-1]:
+            self._discard()
+        elif version != self._version:  # slots of patches, which nothing else reads
+            self._stages = {name: stage for name, stage in self._stages.items() if name[0] != "close"}
+        self._version = version
+        key = (*key, *(None if tensor is None else tuple(tensor.shape) for tensor in inputs))
+        if self._is_refused or key not in self._stages:
+            self._stages[key] = None  # the first run makes tensors and loads kernels
+            return function(*inputs)
+        if self._stages[key] is None:
+            static = [None if tensor is None else tensor.clone() for tensor in inputs]
+            try:
+                self._stages[key] = static, *capture(lambda: function(*static), self.cache.num_bytes.device)
+            except RuntimeError as error:
+                warnings.warn(
+                    f"this model's steps cannot be captured as CUDA graphs and run as they are: {error}", stacklevel=2
+                )
+                self._is_refused = True
+                return function(*inputs)
+        static, result, replay = self._stages[key]
+        for held, tensor in zip(static, inputs):
+            if held is not None:
+                held.copy_(tensor)
+        replay()
+        return result
