@@ -155,19 +155,22 @@ class ByteChunk:
     def span(
         self,
         cache: BltCache | None,
-        slots: Slots | None,
         window: int | None,
-        start: Tensor | None,
         implementation: str,
-        wants_weights: bool = False,
+        collector=None,
+        of_patcher: bool = False,
     ) -> AttentionSpan:
-        """Says which keys each byte sees.
+        """Says which keys each byte sees in encoder and decoder, or in the entropy model.
 
         Args:
-            cache, slots: where keys are kept; None: nowhere.
+            cache: where keys are kept; None: nowhere.
             window: bytes that a byte sees, itself included; None: no limit.
-            start: `document_start`, `context_start` or None.
+            implementation: name in transformers' attention interface.
+            collector: an [`OutputCollector`], which may keep attention weights; None: there is none.
         """
+        start, slots = self.context_start if of_patcher else self.document_start, None
+        if cache is not None:
+            slots = cache.patcher_slots if of_patcher else cache.local_slots
         if self.is_small:
             # Stacks of equal windows share a mask. torch 2.11 does not compile `id(None)`.
             key = slots.size, window, None if start is None else id(start), implementation
@@ -181,6 +184,7 @@ class ByteChunk:
             num_past = longest if window is None else min(longest, window - 1)
             slot_index = self.slot_index(slots, num_past)
         first_key = self._first_key(start, num_past, 0 if cache is None else min(cache.row_bytes))
+        wants_weights = collector is not None and collector.attentions is not None
         return AttentionSpan(num_past, self.num_columns, window, first_key, implementation, wants_weights, slot_index)
 
     def _first_key(self, start: Tensor | None, num_past: int, min_cached_bytes: int) -> Tensor | None:

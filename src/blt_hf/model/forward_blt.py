@@ -112,14 +112,7 @@ def read_bytes(
         entropies, ends = find_patches(model, settings.rule, chunk, cache, inputs.given_ends)
     patches = assign_patches(chunk, ends, settings.documents)
     collector = inputs.collectors[0]
-    span = chunk.span(
-        cache,
-        None if cache is None else cache.local_slots,
-        settings.local_window,
-        chunk.document_start,
-        settings.attention,
-        collector is not None and collector.attentions is not None,
-    )
+    span = chunk.span(cache, settings.local_window, settings.attention, collector)
     embeds = embed_bytes(model, settings, chunk, inputs.embeds) if inputs.byte_embeds is None else inputs.byte_embeds
     if collector is not None:
         collector.add(embeds)

@@ -360,14 +360,8 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         """Runs the layers and the norm on byte embeddings `(B, S, W)`."""
         if collector is not None:
             collector.add(hidden_states)
-        span = chunk.span(
-            cache,
-            None if cache is None else cache.patcher_slots,
-            self.config.sliding_window,
-            chunk.context_start,
-            self.config._attn_implementation,
-            collector is not None and collector.attentions is not None,
-        )
+        attention = self.config._attn_implementation
+        span = chunk.span(cache, self.config.sliding_window, attention, collector, of_patcher=True)
         if chunk.packed is not None and chunk.packed.patcher is not None:
             return chunk.packed.patcher.run(hidden_states, chunk.row_positions, span, cache.patcher)
         position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions)

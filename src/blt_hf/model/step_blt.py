@@ -236,8 +236,7 @@ class StepRunner:
         settings, chunk = self.settings, read.chunk
         if read.span is None:  # held: what hangs on it would be that of the first byte
             chunk = replace(chunk, spans={})
-            slots = self.cache.local_slots
-            span = chunk.span(self.cache, slots, settings.local_window, chunk.document_start, settings.attention)
+            span = chunk.span(self.cache, settings.local_window, settings.attention)
             read = replace(read, chunk=chunk, span=span)
         stage = self._stage(predict_bytes, chunk.num_columns)
         return stage(self.model, settings, self.cache, read, None, self.head)
