@@ -211,29 +211,17 @@ class LatentIndex:
 class BltByteCrossAttention(_BltCrossAttention):
     """Decoder: each byte reads the `K` latents of one patch (and of `window - 1` patches before it)."""
 
-    def forward(
-        self,
-        hidden_states: Tensor | None = None,
-        keys: Tensor | None = None,
-        values: Tensor | None = None,
-        latent_index: LatentIndex | None = None,
-        latents: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attends to patches; or, with `latents` alone, projects these to keys and values.
+    def forward(self, *inputs, latents: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Runs `attend(*inputs)`, or `project(latents)`: FSDP gathers a module's weights when it is called."""
+        return self.attend(*inputs) if latents is None else self.project(latents)
 
-        Both are calls of the module, because FSDP gathers a module's weights when it is called.
+    def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Projects latents `(B, P, K, W)` of patches to keys and values `(B, P, K*H_kv*D)`."""
+        normed = self.k_norm(latents).flatten(1, 2)
+        return tuple(proj(normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
 
-        Args:
-            hidden_states: `(B, S, W)`, queries.
-            keys, values: `(B, P, K*H_kv*D)` of patches, results of an earlier call with `latents`.
-            latent_index: patches that each byte reads, among these.
-            latents: `(B, P, K, W)` of patches.
-        Returns:
-            `(B, S, W)`; with `latents`, keys and values.
-        """
-        if latents is not None:
-            normed = self.k_norm(latents).flatten(1, 2)
-            return tuple(proj(normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
+    def attend(self, hidden_states: Tensor, keys: Tensor, values: Tensor, latent_index: LatentIndex) -> Tensor:
+        """Attends from bytes `(B, S, W)` to those of the patches that each byte reads, `(B, S, W)`."""
         query = self._split(self.q_proj(self.q_norm(hidden_states)))
         shape = (*keys.shape[:2], self.num_latents, -1, self.head_dim)
         index, hidden = latent_index.on(query.device)
