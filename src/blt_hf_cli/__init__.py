@@ -19,7 +19,7 @@ app = typer.Typer(
 
 @app.callback()
 def _blt_hf() -> None:
-    """Byte Latent Transformers on the Hugging Face stack."""
+    """Run, train and measure Byte Latent Transformers on the Hugging Face stack."""
 
 
 app.command()(patches.patches)

@@ -271,7 +271,7 @@ def encoder(
     end_token: EndToken = None,
     text_column: TextColumn = "text",
 ) -> None:
-    """Stage 1: the encoder learns to make what the layers take for tokens.
+    """Train stage 1: the encoder learns to make what the layers take for tokens.
 
     DATA may be texts: then the token model's first layers run beside the encoder, and nothing needs to be kept on disk.
     """
@@ -300,7 +300,7 @@ def encoder(
 @app.command()
 @command_with(_Run)
 def decoder(run: _Run) -> None:
-    """Stage 2: the decoder learns to spell what the token model's states say."""
+    """Train stage 2: the decoder learns to spell what the token model's states say."""
     from blt_hf.training.distillation import DecoderStage
 
     run.run(lambda model, token_model: DecoderStage(model))
@@ -317,7 +317,7 @@ def joint(
         float, typer.Option(min=0, max=1, help="Of the byte that came in the loss; the rest is the token model's.")
     ] = 0.5,
 ) -> None:
-    """Stage 3: bytes in, bytes out, through all layers."""
+    """Train stage 3: bytes in, bytes out, through all layers."""
     from blt_hf.training.distillation import JointStage
 
     run.run(lambda model, token_model: JointStage(model, state_weight, early_layer, byte_share), lora=lora)

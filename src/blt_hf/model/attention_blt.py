@@ -164,7 +164,7 @@ class AttentionSpan:
         return create_block_mask(visible, rows, None, self.num_queries, num_keys, device=device)
 
     def _attend_in_blocks(self, module, query, key, value, dropout):
-        """Blocks of queries become rows of a batch; each takes its own keys and the `window - 1` before them."""
+        """Makes blocks of queries rows of a batch; each takes its own keys and the `window - 1` before them."""
         block, history = self.block, self.window - 1
         if self.first_key is not None:
             mask = self._mask("blocks", query, self._build_blocks_mask)
@@ -187,7 +187,7 @@ class AttentionSpan:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _run_blocks(self, module, query, key, value, missing: int, mask, dropout) -> Tensor:
-        """Queries `(B, H, S, D)` over keys that begin `window - 1` before them, `missing` of which do not exist."""
+        """Attends from queries `(B, H, S, D)` to keys that begin `window - 1` before, `missing` of which do not exist."""
         rows, heads, length, size = query.shape
         block, history = self.block, self.window - 1
         num_blocks = self._count_blocks(length)
@@ -202,7 +202,7 @@ class AttentionSpan:
         return take_columns(output.reshape(rows, num_blocks * block, heads, size), 0, length)
 
     def _count_blocks(self, length: int) -> int:
-        """Blocks of queries; one of them alone is a case of its own in torch, which an exported program does not know."""
+        """Counts blocks of queries: two or more in an exported program, as torch makes a size of 1 a case of its own."""
         num_blocks = (length + self.block - 1) // self.block  # ONNX divides negative numbers otherwise
         return torch.sym_max(num_blocks, 2) if is_exporting() else num_blocks
 
@@ -280,7 +280,7 @@ class SlotSpan(AttentionSpan):
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, segment: Tensor, weight_mask: Tensor, scaling: float
 ) -> Tensor:
-    """Cross attention in which each key is read by the queries of one patch: a softmax over each patch's bytes.
+    """Attends from the queries of each patch to its own keys: a softmax over each patch's bytes.
 
     Linear in bytes: scores exist for the pairs (byte, its patch's `K` queries) alone.
 
@@ -320,7 +320,7 @@ def segment_attention(
 def gathered_attention(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor, hidden: Tensor | None, scaling: float
 ) -> Tensor:
-    """Cross attention in which each byte reads the latents of a few patches.
+    """Attends from each byte to the latents of a few patches.
 
     Args:
         query: `(B, S, H, D)`.

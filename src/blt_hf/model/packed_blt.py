@@ -48,7 +48,7 @@ _FORWARDS = {
 
 
 class PackedLayer(NamedTuple):
-    """Weights of a transformer layer, `(in, out)` each; those of norms are None where they are part of a product.
+    """Holds weights of a transformer layer, `(in, out)` each; those of norms are None where they are part of a product.
 
     Without copies, query, key and value are a tuple of three, and gate and up one of two.
     """
@@ -62,7 +62,7 @@ class PackedLayer(NamedTuple):
 
 
 class PackedCross(NamedTuple):
-    """The same of a cross attention of the decoder."""
+    """Holds the same of a cross attention of the decoder."""
 
     query: Tensor
     output: Tensor
@@ -70,17 +70,17 @@ class PackedCross(NamedTuple):
 
 
 def _multiply_one_row(states: Tensor, weight: Tensor) -> Tensor:
-    """`torch.mm` of one row `(1, in)`, as a sum that the compiler fuses with what stands before and behind it."""
+    """Computes `torch.mm` of one row `(1, in)` as a sum, which the compiler fuses with its neighbours."""
     return (states * weight.t()).sum(dim=-1)[None]
 
 
 def _add_one_row(other: Tensor, states: Tensor, weight: Tensor, beta: int = 1) -> Tensor:
-    """`torch.addmm` of one row."""
+    """Computes `torch.addmm` of one row in the same way."""
     return beta * other + _multiply_one_row(states, weight)
 
 
 class PackedStack:
-    """The layers of a stack.
+    """Runs the layers of a stack on packed weights.
 
     Args:
         layers: [`BltTransformerLayer`]s for which [`is_plain`] holds.
@@ -147,7 +147,7 @@ class PackedStack:
         return norm.detach() * self.root if self.is_exact else norm.detach()
 
     def _join(self, linears: list[nn.Linear], norm: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """One matrix `(in, out)` for several products of a normed state."""
+        """Joins the weights of several products of a normed state to one matrix `(in, out)`."""
         weights = tuple(linear.weight.detach() for linear in linears)
         if not self.copies:
             return tuple(weight.t() for weight in weights)
@@ -245,14 +245,14 @@ class PackedStack:
         return addmm(states, attended.view(states.shape[0], -1), cross.output, beta=2)
 
     def project_latents(self, latents: Tensor) -> Tensor:
-        """Keys and values `(B, P, L, 2, F)` of latents `(B, P, K, W)`, for all cross attentions."""
+        """Projects latents `(B, P, K, W)` to keys and values `(B, P, L, 2, F)`, for all cross attentions."""
         rows, num_patches, num_latents, width = latents.shape
         states = torch.mm(self._normed(latents.reshape(-1, width), None), self.keys_values)
         states = states.view(rows, num_patches, num_latents, len(self.cross_layers), 2, -1)
         return states.permute(0, 1, 3, 4, 2, 5).flatten(-2)
 
     def _gather(self, latents: Tensor, latent_index: LatentIndex, states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Keys and values that each byte reads `(N, window, L, 2, F)`, of all cross attentions, and a mask over them."""
+        """Takes keys and values that each byte reads `(N, window, L, 2, F)`, of all cross attentions; a mask over them."""
         rows, size = latents.shape[:2]
         index = latent_index.index
         if rows > 1:
@@ -265,7 +265,7 @@ class PackedStack:
         return taken.view(states.shape[0], -1, *latents.shape[2:]), mask
 
     def _rotation(self, positions: Tensor, states: Tensor, span: AttentionSpan) -> Tensor:
-        """Factors of queries and keys: complex `(N, 1, D/2)`, or cosines and sines `(2, B, S, 1, D)`."""
+        """Computes the rotation of queries and keys: complex `(N, 1, D/2)`, or cosines and sines `(2, B, S, 1, D)`."""
         known = span.rotations.get(self.rotation_key)
         if known is None:
             known = self._make_rotation(positions, states)
@@ -286,7 +286,7 @@ class PackedStack:
 
 
 class PackedStacks:
-    """The stacks of a model; None in the place of one whose modules run.
+    """Holds the packed stacks of a model; None in the place of one whose modules run.
 
     Args:
         model: a [`BltModel`].
@@ -315,7 +315,7 @@ class PackedStacks:
 
 
 def _can_pack(stack: nn.Module, cache_layers: list, *parts: nn.Module) -> bool:
-    """Whether the layers of a stack and other `parts` are plain, and what the cache holds continues in their dtype."""
+    """Tells whether the layers of a stack and other `parts` are plain, and the cache holds their dtype."""
     weight = getattr(stack.layers[0].self_attn.q_proj, "weight", None)
     rope_type = getattr(stack.rotary_emb, "rope_type", "default")
     if stack.config._attn_implementation != "sdpa" or weight is None or weight.is_meta or type(rope_type) is not str:
@@ -332,7 +332,7 @@ def _can_pack(stack: nn.Module, cache_layers: list, *parts: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, like: Tensor) -> bool:
-    """Whether calling a module, and each below it, does what its weights say and nothing else.
+    """Tells whether calling a module, and each below it, does what its weights say and nothing else.
 
     Args:
         like: a weight whose dtype and device all others have.

@@ -335,7 +335,7 @@ class RaggedBlt:
         return states
 
     def _over_bytes(self, name: str, module: nn.Module, states: Tensor, found: _Bytes, attention: RowAttention):
-        """Rotations and keys of a stack over bytes `(1, T, W)`."""
+        """Computes rotations and keys of a stack over bytes `(1, T, W)`."""
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attention.attend_bytes(name, layer, query, key, value)
@@ -388,7 +388,7 @@ class RaggedBlt:
 
     @staticmethod
     def _count_in_row(ends: Tensor, found: _Bytes) -> Tensor:
-        """Ends up to and with each byte, in its text alone; int64 `(T,)`."""
+        """Counts the ends up to and with each byte, in its text alone; int64 `(T,)`."""
         counts = ends.long().cumsum(0)
         start = found.rows.starts[found.row]
         return counts - torch.where(start > 0, counts[(start - 1).clamp_min(0)], 0)

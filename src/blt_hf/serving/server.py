@@ -87,7 +87,7 @@ class TextServer:
             raise RuntimeError(f"the generation thread is dead: {reason}")
 
     def stop(self) -> None:
-        """Ends the thread; requests that run fail."""
+        """Stops the thread; requests that run fail."""
         self._is_stopped = True
         self._manager.stop(block=True)
 

@@ -80,7 +80,7 @@ class Stage(nn.Module):
         entry[1] += float(count)
 
     def take_figures(self) -> dict[str, float]:
-        """Means since the last call."""
+        """Returns means since the last call."""
         figures = {name: total / max(count, 1e-9) for name, (total, count) in self.sums.items()}
         self.sums.clear()
         return figures
@@ -93,14 +93,14 @@ class Stage(nn.Module):
         return read_bytes(base, settings, chunk, None)
 
     def patch_inputs(self, read: BytesRead) -> Tensor:
-        """What enters the layers of the global transformer, `(B, P, W)`."""
+        """Computes the input of the layers of the global transformer, `(B, P, W)`."""
         base = self.model.model
         states, segment = base.local_encoder.patch_bytes(read.chunk, read.patches, read.byte_states, None)
         latents = base.local_encoder.make_latents(states, segment, HostPatchCounts.of(read.patches).max_new)
         return latents.flatten(2)
 
     def predict(self, read: BytesRead, states: Tensor) -> Tensor:
-        """Logits `(B, S, V)` from the states `(B, P, W)` of patches."""
+        """Computes logits `(B, S, V)` from the states `(B, P, W)` of patches."""
         base = self.model.model
         latents = base.local_decoder.project_latents(states)
         return predict_bytes(base, ForwardSettings.of(self.model.config), None, read, latents, self.model.lm_head)
@@ -113,7 +113,7 @@ class Stage(nn.Module):
         target_probs: Tensor | None,
         byte_share: float = 0.0,
     ) -> Tensor:
-        """Cross entropy with the teacher's distribution of the next byte, or with the byte itself; notes its bits.
+        """Computes cross entropy with the teacher's distribution of the next byte, or the byte itself; notes its bits.
 
         `byte_share`: of the byte itself, where there are both.
         """
@@ -148,7 +148,7 @@ class _Whitening(nn.Module):
 
 
 def normalised_error(states: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error over energy, channel by channel, so that a few large channels do not hide the others.
+    """Computes the squared error over the energy, channel by channel, so that a few large channels do not hide the others.
 
     Args:
         states, targets: `(B, P, W)`. weights: `(B, P)`.
@@ -242,7 +242,7 @@ class EncoderStage(Stage):
 
 
 def _first_layers(token_model: nn.Module, layers: int) -> nn.Module:
-    """A frozen copy of the first layers of a token model, in the dtype of the weights that a stage keeps frozen."""
+    """Copies the first layers of a token model, frozen, in the dtype of the weights that a stage keeps frozen."""
     base = _base_model(token_model)
     every = base.layers
     try:
@@ -484,7 +484,7 @@ def _last_checkpoint(output: Path) -> str | None:
 
 
 def embeddings_of(token_model: nn.Module) -> Tensor:
-    """Token embeddings `(V, W)` of a token model."""
+    """Returns token embeddings `(V, W)` of a token model."""
     return _base_model(token_model).embed_tokens.weight
 
 

@@ -71,7 +71,7 @@ def next_byte_targets(
 
 
 def token_of_patches(ends: Tensor, token_ends: Tensor) -> Tensor:
-    """Index of the last token that has ended where each patch ends, int64 `(P,)`.
+    """Finds the last token that has ended where each patch ends, an index int64 `(P,)`.
 
     Args:
         ends: bool `(N,)`, whether each id ends its patch.
@@ -81,7 +81,7 @@ def token_of_patches(ends: Tensor, token_ends: Tensor) -> Tensor:
 
 
 def tokens_of_patches(last: Tensor, tokens: Tensor) -> Tensor:
-    """First token that ends in each patch (-1: none does), and how many do; int32 `(P, 2)`.
+    """Finds the first token that ends in each patch (-1: none does), and how many do; int32 `(P, 2)`.
 
     Args:
         last: int64 `(P,)` as [`token_of_patches`] gives it.
@@ -133,7 +133,7 @@ class TeacherWriter:
         self.table = alphabet.table(min(_LONGEST_TOKEN, max(map(len, alphabet.ids))))
 
     def estimate(self, num_bytes: int) -> dict[str, float]:
-        """Bytes on disk and operations for `num_bytes` bytes of text, with patches of 5 bytes and tokens of 4."""
+        """Counts bytes on disk and operations for `num_bytes` bytes of text, with patches of 5 bytes and tokens of 4."""
         config = self.token_model.config
         states = config.hidden_size * 2 * (1 if self.early_layer is None else 2) / 5
         weights = sum(parameter.numel() for parameter in self.token_model.parameters())
@@ -169,7 +169,7 @@ class TeacherWriter:
         return align(self.alphabet, self.tokenizer, text, is_whole)
 
     def _run(self, rows: list[AlignedRow]) -> dict[str, Tensor]:
-        """All tensors of a shard."""
+        """Reads all tensors of a shard."""
         parts: list[dict[str, Tensor]] = []
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
         for start in range(0, len(order), self.batch_size):
@@ -214,7 +214,7 @@ class TeacherWriter:
         return head(base.norm(states))
 
     def _fit(self, ids: Tensor, probs: Tensor, row: AlignedRow) -> tuple[Tensor, Tensor]:
-        """Targets `(N, 8)` of the ids after each of the `N` ids of a row; the last has none (probabilities 0)."""
+        """Returns targets `(N, 8)` of the ids after each of the `N` ids of a row; the last has none (probabilities 0)."""
         lengths = [len(self.alphabet.ids[token]) for token in row.tokens[1:]]
         missing = torch.zeros(1, KEPT_TARGETS)
         if max(lengths, default=0) <= self.table.shape[1]:
@@ -236,7 +236,7 @@ class TeacherWriter:
 def teacher_states(
     token_model: nn.Module, tokens: Tensor, early_layer: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """States `(B, T, W)` behind the last layer, before the norm, and those behind `early_layer` layers.
+    """Computes states `(B, T, W)` behind the last layer, before the norm, and those behind `early_layer` layers.
 
     `tokens`: int64 `(B, T)`, padded on the right.
     """

@@ -87,7 +87,7 @@ class TokenAlphabet:
         return [index for token in tokens for index in self.ids[token]]
 
     def table(self, longest: int) -> Tensor:
-        """int16 `(V, longest)`, the first ids of each token, padded with -1."""
+        """Lists the first ids of each token, int16 `(V, longest)`, padded with -1."""
         table = torch.full((len(self.ids), longest), -1, dtype=torch.int16)
         for token, ids in enumerate(self.ids):
             table[token, : len(ids)] = torch.tensor(ids[:longest], dtype=torch.int16)
@@ -155,7 +155,7 @@ def cut_texts(texts: Iterable[str | bytes], max_bytes: int) -> Iterable[tuple[st
 
 
 def base_of(token_model: nn.Module) -> nn.Module:
-    """The layers of a token model without its head."""
+    """Returns the layers of a token model without its head."""
     return getattr(token_model, "base_model", token_model)
 
 

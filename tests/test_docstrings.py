@@ -1,0 +1,41 @@
+"""A docstring says first what a function does: it begins with a verb, and in the help of a command with its imperative."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+SOURCE = Path(__file__).parents[1] / "src"
+VERBS = """
+Adds Applies Asks Attends Bisects Bounds Builds Calls Captures Changes Checkpoints Checks Chooses Classifies Closes
+Computes Continues Converts Copies Corrupts Counts Crosses Cuts Decides Discards Divides Does Draws Drops Empties
+Fills Finds Fine-tunes Flattens Freezes Gives Hands Hides Imports Inverts Is Joins Keeps Lays Learns Lets Lists Loads
+Makes Measures Moves Multiplies Names Numbers Opens Pads Pools Predicts Prepares Prints Projects Puts Raises Reads
+Refuses Renews Reorders Repeats Replaces Returns Rotates Rounds Runs Saves Says Sees Sets Shows Splits Starts Stops Sums
+Swaps Takes Teaches Tells Tokenizes Trains Translates Turns Views Warns Wraps Writes Yields
+"""
+
+
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """Those that do something; a property is described as the value that it is."""
+    for node in ast.walk(tree):
+        decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ())]
+        if isinstance(node, ast.FunctionDef) and not any("property" in name for name in decorators):
+            yield node
+
+
+@pytest.mark.parametrize("folder", ["blt_hf", "blt_hf_cli"])
+def test_docstrings_of_functions_begin_with_a_verb(folder):
+    """A new verb is added to the list above; any other word is a fault."""
+    verbs = {*VERBS.split(), "See"}
+    if folder == "blt_hf_cli":
+        verbs |= {verb.removesuffix("s") for verb in verbs}
+    wrong = []
+    for path in sorted((SOURCE / folder).rglob("*.py")):
+        for function in functions(ast.parse(path.read_text())):
+            docstring = ast.get_docstring(function)
+            if docstring is not None and docstring.split()[0].rstrip(".,:;") not in verbs:
+                wrong.append(f"{path.relative_to(SOURCE)}:{function.lineno}: {docstring.splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)
