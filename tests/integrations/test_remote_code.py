@@ -77,7 +77,7 @@ assert load("lm").generate(ids, **greedy, self_speculation_window=3).tolist() ==
     'self-speculation that chooses its window (`"auto"`)': """
 assert load("lm").generate(ids, **greedy, self_speculation_window="auto").tolist() == expected["text"].tolist()
 """,
-    'compiled and recorded steps (`cache_implementation="static"`)': """
+    'compiled steps, CUDA graphs (`cache_implementation="static"`)': """
 from transformers import CompileConfig
 static = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
 assert load("lm").generate(ids, **greedy, **static).tolist() == expected["text"].tolist()
