@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.attention_blt import AttentionSpan
-from ..model.chunk_blt import ByteChunk, PatchAssignment
+from ..model.chunk_blt import ByteChunk
 from ..model.layers_blt import LatentIndex
 from ..model.names_blt import is_compiling, largest_count
 from ..model.patching_blt import IGNORED_LABEL
@@ -48,41 +48,40 @@ class BlockNoise:
         block_size: `K`.
         mask_embedding: `(W,)`, from which the decoder starts at a masked byte.
         generator: draws the noise; None: torch's own generator.
-        blocks: the corrupted blocks, once the model has found the patches.
     """
 
     labels: Tensor
     block_size: int
     mask_embedding: Tensor
     generator: torch.Generator | None = None
-    blocks: "CorruptedBlocks | None" = None
 
-    def join(
-        self,
-        model,
-        chunk: ByteChunk,
-        patches: PatchAssignment,
-        byte_states: Tensor,
-        latent_index: LatentIndex,
-        wants_weights: bool,
-    ) -> tuple[Tensor, Tensor, LatentIndex, "TwoStreamSpan"]:
-        """Corrupts blocks and joins them to the text: the decoder's states, positions, latents and keys.
+    def corrupt(self, chunk: ByteChunk, ends: Tensor) -> "CorruptedBlocks":
+        """Makes the blocks of a text whose patches end at `ends` `(B, S)`, and masks some of the bytes."""
+        labels = chunk.pack(self.labels)
+        if chunk.is_text is not None:
+            labels = labels.masked_fill(~chunk.is_text, IGNORED_LABEL)
+        starts = find_block_starts(chunk, ends, labels, self.block_size)
+        is_block, starts = starts >= 0, starts.clamp_min(0)
+        positions = starts[..., None] + torch.arange(self.block_size, device=starts.device)
+        inside = positions.clamp_max(chunk.num_columns - 1).flatten(1)
 
-        Args:
-            chunk, patches: the text and its patches.
-            byte_states: `(B, S, W)`, of the encoder.
-            latent_index: patches whose latents each clean byte reads.
-            wants_weights: the decoder returns attention weights.
-        """
-        self.blocks, config = corrupt_blocks(chunk, patches.ends, self), model.config
-        states, positions, latent_index = self.blocks.join(
-            byte_states, chunk.row_positions, latent_index, model.local_encoder.embed_tokens, self.mask_embedding
+        def at_positions(values: Tensor) -> Tensor:
+            return values.gather(1, inside).view(positions.shape)
+
+        exists = (positions < chunk.num_bytes[:, None, None]) & is_block[..., None]
+        if chunk.document_start is not None:
+            document = at_positions(chunk.document_start)
+            exists = exists & (document == document[..., :1])
+        probability, level = self.draw(*starts.shape, starts.device)
+        return CorruptedBlocks(
+            starts=starts,
+            ids=at_positions(chunk.input_ids),
+            labels=at_positions(labels).masked_fill(~exists, IGNORED_LABEL),
+            exists=exists,
+            is_masked=level < probability[..., None],
+            probability=probability,
+            mask_embedding=self.mask_embedding,
         )
-        span = TwoStreamSpan(
-            self.blocks, chunk.document_start, chunk.num_columns, config.local_attention_window_len,
-            config._attn_implementation, wants_weights,
-        )  # fmt: skip
-        return states, positions, latent_index, span
 
     def draw(self, num_rows: int, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Draws a mask probability for each block, uniform `(B, N)`, then a uniform number for each byte `(B, N, K)`."""
@@ -106,6 +105,7 @@ class CorruptedBlocks:
         exists: bool `(B, N, K)`, False past the end of the text, in another document, and in an empty block.
         is_masked: bool `(B, N, K)`.
         probability: `(B, N)`, chance with which the bytes of each block were masked.
+        mask_embedding: `(W,)`, from which the decoder starts at a masked byte.
         states: `(B, N, K, W)`, decoder states that predict the bytes, once the decoder has run.
     """
 
@@ -115,6 +115,7 @@ class CorruptedBlocks:
     exists: Tensor
     is_masked: Tensor
     probability: Tensor
+    mask_embedding: Tensor
     states: Tensor | None = None
 
     @property
@@ -123,22 +124,19 @@ class CorruptedBlocks:
         return self.starts[..., None] + torch.arange(self.ids.shape[-1], device=self.starts.device)
 
     def join(
-        self,
-        byte_states: Tensor,
-        positions: Tensor,
-        latent_index: LatentIndex,
-        embed_tokens: nn.Embedding,
-        mask: Tensor,
-    ) -> tuple[Tensor, Tensor, LatentIndex]:
-        """Joins both streams, `[bytes | blocks]`: states, positions, and the latents that each byte reads.
+        self, model, chunk: ByteChunk, byte_states: Tensor, latent_index: LatentIndex, wants_weights: bool
+    ) -> tuple[Tensor, Tensor, LatentIndex, "TwoStreamSpan"]:
+        """Joins both streams, `[bytes | blocks]`: the decoder's states, positions, latents and keys.
 
         Args:
+            chunk: the clean bytes.
             byte_states: `(B, S, W)`, of the encoder.
-            positions, latent_index: of the clean bytes.
-            mask: `(W,)`, the mask embedding.
+            latent_index: patches whose latents each clean byte reads.
+            wants_weights: the decoder returns attention weights.
         """
-        size = self.ids.shape[-1]
-        embeds = torch.where(self.is_masked[..., None], mask, embed_tokens(self.ids)).flatten(1, 2)
+        size, config = self.ids.shape[-1], model.config
+        embeds = model.local_encoder.embed_tokens(self.ids)
+        embeds = torch.where(self.is_masked[..., None], self.mask_embedding, embeds).flatten(1, 2)
         before = (self.starts - 1).clamp_min(0).repeat_interleave(size, dim=1)[..., None]
 
         def with_blocks(values: Tensor) -> Tensor:
@@ -150,7 +148,12 @@ class CorruptedBlocks:
             hidden=None if latent_index.hidden is None else with_blocks(latent_index.hidden),
         )
         states = torch.cat([byte_states, embeds.to(byte_states.dtype)], dim=1)
-        return states, torch.cat([positions, self.positions.flatten(1)], dim=1), latent_index
+        positions = torch.cat([chunk.row_positions, self.positions.flatten(1)], dim=1)
+        span = TwoStreamSpan(
+            self, chunk.document_start, chunk.num_columns, config.local_attention_window_len,
+            config._attn_implementation, wants_weights,
+        )  # fmt: skip
+        return states, positions, latent_index, span
 
     def take_states(self, hidden_states: Tensor, num_bytes: int) -> Tensor:
         """Splits states of `[bytes | blocks]`: keeps those that predict the blocks, returns those of the bytes.
@@ -210,34 +213,6 @@ def find_block_starts(chunk: ByteChunk, ends: Tensor, labels: Tensor, block_size
     num_blocks = largest_count(counts, 2 if chunk.is_symbolic else 1)
     order = order.index_select(1, torch.arange(num_blocks, device=order.device).clamp_max(order.shape[1] - 1))
     return torch.where(torch.arange(order.shape[1], device=order.device) < counts[:, None], order, -1)
-
-
-def corrupt_blocks(chunk: ByteChunk, ends: Tensor, noise: BlockNoise) -> CorruptedBlocks:
-    """Makes the blocks of a text whose patches end at `ends` `(B, S)`, and masks bytes by `noise`."""
-    labels = chunk.pack(noise.labels)
-    if chunk.is_text is not None:
-        labels = labels.masked_fill(~chunk.is_text, IGNORED_LABEL)
-    starts = find_block_starts(chunk, ends, labels, noise.block_size)
-    is_block, starts = starts >= 0, starts.clamp_min(0)
-    positions = starts[..., None] + torch.arange(noise.block_size, device=starts.device)
-    inside = positions.clamp_max(chunk.num_columns - 1).flatten(1)
-
-    def at_positions(values: Tensor) -> Tensor:
-        return values.gather(1, inside).view(positions.shape)
-
-    exists = (positions < chunk.num_bytes[:, None, None]) & is_block[..., None]
-    if chunk.document_start is not None:
-        document = at_positions(chunk.document_start)
-        exists = exists & (document == document[..., :1])
-    probability, level = noise.draw(*starts.shape, starts.device)
-    return CorruptedBlocks(
-        starts=starts,
-        ids=at_positions(chunk.input_ids),
-        labels=at_positions(labels).masked_fill(~exists, IGNORED_LABEL),
-        exists=exists,
-        is_masked=level < probability[..., None],
-        probability=probability,
-    )
 
 
 class TwoStreamSpan(AttentionSpan):
@@ -420,7 +395,6 @@ __all__ = [
     "BlockNoise",
     "CorruptedBlocks",
     "TwoStreamSpan",
-    "corrupt_blocks",
     "find_block_starts",
     "make_noise",
     "masked_loss",

@@ -90,13 +90,17 @@ PLAIN, DRAFT = ForwardInputs(), ForwardInputs(is_draft=True)
 
 @dataclass
 class BytesRead:
-    """Holds the results of reading bytes for later stages: patches, encoder states `(B, S, W)`, keys to see, entropies."""
+    """Holds the results of reading bytes for later stages: patches, encoder states `(B, S, W)`, keys to see, entropies.
+
+    `blocks`: the corrupted blocks that the decoder reads beside the bytes. None: there are none.
+    """
 
     chunk: ByteChunk
     patches: PatchAssignment
     byte_states: list[Tensor]
     span: AttentionSpan
     entropies: Tensor | None
+    blocks: Any = None
 
 
 # The stages.
@@ -189,11 +193,9 @@ def predict_bytes(
     latents, latent_index = find_latents(settings, chunk, read.patches, cache, latents)
     states, span, positions = read.byte_states[-1], read.span, None
     collector = inputs.collectors[2]
-    if inputs.block_noise is not None:
+    if read.blocks is not None:
         wants_weights = collector is not None and collector.attentions is not None
-        states, positions, latent_index, span = inputs.block_noise.join(
-            model, chunk, read.patches, states, latent_index, wants_weights
-        )
+        states, positions, latent_index, span = read.blocks.join(model, chunk, states, latent_index, wants_weights)
     hidden_states = model.local_decoder(states, latents, chunk, latent_index, span, cache, collector, positions)
     if head is not None:
         hidden_states = head(hidden_states).float()
@@ -331,7 +333,11 @@ def run_chunk(
         # Only now, because the open patches of before are read from the slots that are written over here.
         cache.reserve_open(counts.max_open_bytes, chunk.num_columns)
         keep_bytes(chunk, read.patches, read.byte_states, read.entropies, cache)
+    if inputs.block_noise is not None:
+        read.blocks = inputs.block_noise.corrupt(chunk, read.patches.ends)
     hidden_states = predict_bytes(model, settings, cache, read, latents, None, inputs)
+    if read.blocks is not None:
+        hidden_states = read.blocks.take_states(hidden_states, chunk.num_columns)
     if cache is not None:
         cache.advance_chunk_on_host(chunk, counts)
     return hidden_states, read

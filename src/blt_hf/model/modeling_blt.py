@@ -172,11 +172,7 @@ class BltModel(BltPreTrainedModel):
             block_noise=block_noise,
         )
         hidden_states, read = run_chunk(self, settings, chunk, cache, inputs)
-        if block_noise is not None:
-            hidden_states = block_noise.blocks.take_states(hidden_states, chunk.num_columns)
-        output = self._make_output(read, hidden_states, cache, inputs.collectors, output_patches)
-        output.blocks = None if block_noise is None else block_noise.blocks
-        return output
+        return self._make_output(read, hidden_states, cache, inputs.collectors, output_patches)
 
     @takes_cache
     def embed_bytes(
@@ -242,6 +238,7 @@ class BltModel(BltPreTrainedModel):
             global_attentions=of_global.attentions or None,
             entropies=entropies,
             patch_lengths=patch_lengths,
+            blocks=read.blocks,
         )
 
 
