@@ -59,16 +59,22 @@ def draw_prompt(generator: random.Random) -> list[int]:
     return encode("".join(generator.choices(WORDS, k=generator.randrange(0, 30))))
 
 
-def least_memory(folder: str, options: dict) -> int:
-    """Memory for one request of the greatest length and little more: several start, and are put off when they grow."""
+def tight_memory(folder: str, options: dict) -> int:
+    """Memory that a few requests fill when they start, so that one of them is put off as soon as another grows.
+
+    vLLM asks for what one request of the greatest length needs, so that many start.
+    """
     values = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
     plan = MemoryPlan.of(EngineArgs(model=folder, **values, **options).create_engine_config())
-    length = options["max_model_len"]
-    pages = 1
+    short = long = 1  # page of state
     for name, shape in plan.stacks.items():
-        ratio = plan.bytes_per_slot if shape.window is None else 1
-        longest = length if shape.window is None else shape.window + options["max_num_batched_tokens"]
-        pages += -(-min(length, longest) // (plan.slots[name] * ratio)) + 2
+        short += 1
+        if shape.window is None:
+            long += -(-options["max_model_len"] // (plan.slots[name] * plan.bytes_per_slot))
+        else:  # bytes that are seen and bytes of one step, and a page that they begin in the middle of
+            held = min(options["max_model_len"], shape.window - 1 + options["max_num_batched_tokens"])
+            long += -(-held // plan.slots[name]) + 1
+    pages = -(-long // short) * short + 1  # vLLM keeps one
     return pages * plan.page_size
 
 
@@ -137,7 +143,7 @@ def test_random_requests(saved, mode, name):
     options = dict(ENGINES[name])
     if "preempted" in name:  # by requests that begin short and grow
         requests = [(prompt[:20], max(20, count)) for prompt, count in requests]
-        options["kv_cache_memory_bytes"] = least_memory(folder, options)
+        options["kv_cache_memory_bytes"] = tight_memory(folder, options)
     with engine(folder, disable_log_stats=False, **options) as llm:
         found = serve(llm, requests, generator)
         names = ("num_preemptions", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
