@@ -1,5 +1,6 @@
 """The forward over ragged rows gives the logits of the model's own, whatever an engine does with its rows."""
 
+import copy
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from blt_hf import BltConfig, register_patching_rule
 from blt_hf.serving.ragged import RaggedBlt, RaggedRows, StateLayout, bytes_per_patch, largest_patch
+from blt_hf.serving.row_layers import RowKernels
 from helpers.models import RULES, make_model, tiny_config
 from helpers.texts import encode
 
@@ -128,6 +130,59 @@ def test_logits_are_those_of_the_model(rule, drafts):
     assert ragged.num_merged == ragged.num_split == 0
     for ids, logits in zip(texts, found):
         torch.testing.assert_close(logits, model(torch.tensor([ids])).logits[0], atol=2e-5, rtol=1e-4)
+
+
+def test_an_engine_may_bring_its_operations():
+    """And lay joined weights out as it likes: the model's own are not needed once products are made."""
+    model, released = model_for(**RULES["entropy"]), model_for(**RULES["entropy"])
+    joined, normed = [], []
+
+    class Kernels(RowKernels):
+        def make_product(self, weights):
+            weight = torch.cat([weight.detach() for weight in weights]).t().contiguous()
+            joined.append(len(weights))
+            for own in weights:
+                own.data = torch.empty(0)
+            return lambda states: states @ weight
+
+        def norm(self, states, weight, eps):
+            normed.append(len(states))
+            return super().norm(states, weight, eps)
+
+    texts = [encode(text) for text in SENTENCES]
+    _, found = run(released, texts, random.Random(0), 3, max_patch=100, kernels=Kernels())
+    for ids, logits in zip(texts, found):
+        torch.testing.assert_close(logits, model(torch.tensor([ids])).logits[0], atol=2e-5, rtol=1e-4)
+    config = model.config
+    stacks = config.encoder_config, config.global_config, config.decoder_config, config.patcher_config
+    num_layers = sum(stack.num_hidden_layers for stack in stacks)
+    num_cross = len(model.model.local_decoder.cross_attn_layers)
+    assert [joined.count(number) for number in (3, 2, 1)] == [
+        num_layers,
+        num_layers + num_cross,
+        2 * num_layers + 2 * num_cross,
+    ]
+    assert len(normed) > 2 * num_layers
+
+
+def test_a_model_in_float64():
+    model = model_for(**RULES["entropy"]).double()
+    texts = [encode(text) for text in SENTENCES]
+    for ids, logits in zip(texts, run(model, texts, random.Random(0), max_patch=100)[1]):
+        torch.testing.assert_close(logits.float(), model(torch.tensor([ids])).logits[0], atol=1e-6, rtol=1e-5)
+
+
+def test_modules_that_do_more_than_their_weights_say_are_refused():
+    model = model_for(**RULES["entropy"])
+    for change in (
+        lambda layer: layer.mlp.down_proj.register_forward_hook(lambda *given: None),
+        lambda layer: layer.train(),
+        lambda layer: setattr(layer.self_attn, "q_proj", torch.nn.Sequential(layer.self_attn.q_proj)),
+    ):
+        changed = copy.deepcopy(model)
+        change(changed.model.local_decoder.layers[1])
+        with pytest.raises(ValueError, match="BltTransformerLayer of it has an adapter.*merge_and_unload"):
+            run(changed, [encode("abc")], random.Random(0))
 
 
 def test_a_registered_rule_reads_ids_and_entropies_before_a_byte():

@@ -90,8 +90,7 @@ class StackAttention(Attention):
             context = get_forward_context()
             metadata, slots = context.attn_metadata[self.layer_name], context.slot_mapping[self.layer_name]
         cache = self.layer_caches[layer]
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        output = torch.empty_like(query)
+        output = query.new_empty(query.shape)
         if not self.attn_backend.forward_includes_kv_cache_update:
             self.impl.do_kv_cache_update(self, key, value, cache, slots)
         self.impl.forward(self, query, key, value, cache, metadata, output=output)

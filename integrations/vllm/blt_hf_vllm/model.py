@@ -16,6 +16,7 @@ from blt_hf.serving.ragged import NewPatches, RaggedBlt, RaggedRows
 
 from . import logger
 from .attention import StackAttention
+from .kernels import make_kernels
 from .settings import BltOptions, MemoryPlan, blt_config, num_drafts
 from .state import BltState
 
@@ -52,7 +53,12 @@ class BltForCausalLM(nn.Module, HasInnerState):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.local_encoder.embed_tokens.weight
         self.ragged = RaggedBlt(
-            self.model, num_drafts(vllm_config), plan.bytes_per_slot, plan.slots["global"], options.max_patch
+            self.model,
+            num_drafts(vllm_config),
+            plan.bytes_per_slot,
+            plan.slots["global"],
+            options.max_patch,
+            make_kernels(),
         )
         self.state = BltState(plan, "blt.state.0")
         self.attentions = nn.ModuleDict()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from vllm.platforms import current_platform
 
 from conftest import MODES, SHAPES, TEXTS, check_equal, encode, engine, metric, model_of, plan_of, ragged_of, write
 
@@ -52,6 +53,12 @@ def test_scheduling_ahead(saved):
     model, folder = saved("entropy")
     with engine(folder, async_scheduling=True) as llm:
         check_equal(model, PROMPTS, write(llm, PROMPTS, [50, 3, 20]))
+        served = model_of(llm)
+    # Kernels have copied weights to layouts of their own, or joined them; nothing is kept twice.
+    kept = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in served.parameters()}
+    assert sum(kept.values()) <= sum(weight.nbytes for weight in model.parameters())
+    if current_platform.is_cpu():
+        assert served.model.global_transformer.layers[0].mlp.gate_proj.weight.numel() == 0
 
 
 @pytest.mark.parametrize(("mode", "ratio"), [("static", None), ("space", 2)])

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model.configuration_blt import BltConfig
-from ..model.layers_blt import LatentIndex, ngram_hashes
+from ..model.layers_blt import ngram_hashes
 from ..model.modeling_blt import BltModel
 from ..model.patching_blt import PatchingRule, entropy_from_logits, find_patch_ends
+from .row_layers import RowCrossAttention, RowKernels, RowStack
 
 
 _DEFAULT_OPEN_BYTES = 512  # of a model whose attention over bytes has no window
@@ -140,7 +141,10 @@ class NewPatches:
 
 
 class RowAttention(Protocol):
-    """What an engine brings. Queries are `(T, H, D)`, keys and values `(T, H_kv, D)`, rotated; results are `(T, H, D)`."""
+    """What an engine brings. Queries are `(T, H, D)`, keys and values `(T, H_kv, D)`, rotated; results are `(T, H, D)`.
+
+    Queries, keys and values of a layer are views of one tensor.
+    """
 
     def attend_bytes(self, stack: str, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keeps keys and values of layer `layer` of `stack`, and attends causally over each text, within the window."""
@@ -173,19 +177,6 @@ class LayerStack:
     def num_kv_heads(self) -> int:
         attention = self.layers[0].self_attn
         return attention.k_proj.out_features // attention.head_dim
-
-
-class _EngineSpan:
-    """The keys of a layer's queries, as the layers of the model ask for them, found by an engine."""
-
-    access = None
-
-    def __init__(self, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]):
-        self._attend = attend
-
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0):
-        query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
-        return self._attend(module.layer_idx, query, key, value)[None], None
 
 
 @dataclass
@@ -229,6 +220,7 @@ class RaggedBlt:
         bytes_per_slot: bytes of a text for which the engine has memory for one patch. 1 is enough for every text.
         slots_per_page: patches of a page of the engine's memory; needed with `bytes_per_slot` above 1.
         max_patch: bytes of the longest patch; longer ones are split. None: what [`largest_patch`] says.
+        kernels: operations of the engine. The first call gives it the weights, so these may be loaded until then.
     Attributes:
         layout: the [`StateLayout`] of the pages that calls are given.
         stacks: the [`LayerStack`]s `encoder`, `global`, `decoder`, and `patcher` where an entropy model runs.
@@ -246,12 +238,14 @@ class RaggedBlt:
         bytes_per_slot: int = 1,
         slots_per_page: int | None = None,
         max_patch: int | None = None,
+        kernels: RowKernels | None = None,
     ):
         check_served(model.config)
         if bytes_per_slot > 1 and slots_per_page is None:
             raise ValueError(f"`bytes_per_slot={bytes_per_slot}` needs `slots_per_page`; got None.")
         config = self.config = model.config
         self.model, self.bytes_per_slot, self.slots_per_page = model, bytes_per_slot, slots_per_page
+        self._kernels, self._row_stacks = kernels or RowKernels(), None
         dtype = model.local_encoder.embed_tokens.weight.dtype
         self.layout = StateLayout.of(config, dtype, max_drafts, max_patch)
         own, longest = config.max_patch_length, max_patch or largest_patch(config)
@@ -284,6 +278,8 @@ class RaggedBlt:
         Returns:
             `(T, W)`.
         """
+        if self._row_stacks is None:
+            self._row_stacks = _RowStacks(self.model, self._kernels)
         found = self._find_bytes(rows, state)
         entropies = self._entropies(found, attention)
         patches = self._find_patches(found, entropies)
@@ -320,27 +316,12 @@ class RaggedBlt:
         ids = found.rows.input_ids
         if "patcher" not in self.stacks:
             return torch.zeros(ids.shape, device=ids.device)
-        patcher = self.model.patcher
-        states = self._run_stack(
-            "patcher", patcher, patcher.embed_tokens(patcher.known_ids(ids)[None]), found, attention
-        )
-        return entropy_from_logits(patcher.lm_head(patcher.norm(states)))[0]
-
-    def _run_stack(
-        self, name: str, module: nn.Module, states: Tensor, found: _Bytes, attention: RowAttention
-    ) -> Tensor:
-        embeddings, span = self._over_bytes(name, module, states, found, attention)
-        for layer in module.layers:
-            states, _ = layer(states, embeddings, span)
-        return states
-
-    def _over_bytes(self, name: str, module: nn.Module, states: Tensor, found: _Bytes, attention: RowAttention):
-        """Computes rotations and keys of a stack over bytes `(1, T, W)`."""
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attention.attend_bytes(name, layer, query, key, value)
-
-        return module.rotary_emb(states, found.rows.positions[None]), _EngineSpan(attend)
+        patcher, stack = self.model.patcher, self._row_stacks.patcher
+        states = patcher.embed_tokens(patcher.known_ids(ids))
+        rotation = stack.rotation(found.rows.positions, states)
+        for layer in range(len(stack.layers)):
+            states = stack.run(layer, states, rotation, _over_bytes("patcher", attention))
+        return entropy_from_logits(patcher.lm_head(patcher.norm(states)))
 
     def _find_patches(self, found: _Bytes, entropies: Tensor) -> _Patches:
         positions, history = found.rows.positions, self.layout.history
@@ -413,20 +394,20 @@ class RaggedBlt:
         return patches > before
 
     def _encode(self, found: _Bytes, attention: RowAttention) -> list[Tensor]:
-        """Computes the states `(1, T, W)` that each cross attention of the encoder reads; the last are its own."""
+        """Computes the states `(T, W)` that each cross attention of the encoder reads; the last are its own."""
         config, encoder = self.config, self.model.local_encoder
         ids, positions = found.rows.input_ids[:, None], found.rows.positions[:, None]
-        states = encoder.embed_tokens(ids[:, 0])[None]
+        states = encoder.embed_tokens(ids[:, 0])
         if config.encoder_hash_byte_group_nb_functions:
             hashes = ngram_hashes(
                 ids, found.windows[:, :-1], positions, config.encoder_hash_byte_group_size,
                 config.encoder_hash_byte_group_nb_functions, config.encoder_hash_byte_group_vocab,
             )  # fmt: skip
-            states = states + self.model.encoder_hash_tok_embedding(hashes.transpose(0, 1))
-        embeddings, span = self._over_bytes("encoder", encoder, states, found, attention)
-        found_states = []
-        for layer in encoder.layers:
-            states, _ = layer(states, embeddings, span)
+            states = states + self.model.encoder_hash_tok_embedding(hashes.transpose(0, 1))[0]
+        stack, found_states = self._row_stacks.encoder, []
+        rotation = stack.rotation(found.rows.positions, states)
+        for layer in range(len(stack.layers)):
+            states = stack.run(layer, states, rotation, _over_bytes("encoder", attention))
             found_states.append(states)
         return found_states[-len(encoder.cross_attn_layers) :]
 
@@ -456,22 +437,20 @@ class RaggedBlt:
             back = ends - torch.arange(sum(kept), device=device)
             held = states_log[found.rows.pages[held_row], (found.first[held_row] - back) % slots]
             parts = held.chunk(len(byte_states), dim=-1)
-            byte_states = [torch.cat([old[None], new], dim=1) for old, new in zip(parts, byte_states)]
+            byte_states = [torch.cat([old, new]) for old, new in zip(parts, byte_states)]
             segment = torch.cat([patches.base[held_row], segment])
-        latents = model.local_encoder.make_latents(byte_states, segment[None], total)
+        latents = model.local_encoder.make_latents([states[None] for states in byte_states], segment[None], total)
         row = torch.repeat_interleave(torch.arange(len(closing), device=device), counts, output_size=total)
         number = torch.arange(total, device=device) - patches.base[rows][row]
         positions = before[row] + number
         attention.start_patches(NewPatches(rows, before, counts, row, positions, [patches.counts[i] for i in closing]))
-        transformer, decoder = model.global_transformer, model.local_decoder
-        states = transformer.token_embedding_projection(latents.flatten(2))
-        embeddings = transformer.rotary_emb(states, positions[None])
-        span = _EngineSpan(attention.attend_patches)
-        for layer in transformer.layers:
-            states, _ = layer(states, embeddings, span)
-        latents = decoder.split_latents(states)
-        made = [torch.stack(cross(latents=latents), dim=-2)[0] for cross in decoder.cross_attn_layers]
-        return torch.stack(made, dim=1)
+        stack, cross_layers = self._row_stacks.global_transformer, self._row_stacks.cross_layers
+        states = model.global_transformer.token_embedding_projection(latents[0].flatten(1))
+        rotation = stack.rotation(positions, states)
+        for layer in range(len(stack.layers)):
+            states = stack.run(layer, states, rotation, attention.attend_patches)
+        latents = model.local_decoder.split_latents(states[None])[0]
+        return torch.stack([cross.project(latents) for cross in cross_layers], dim=1)
 
     def _decode(
         self,
@@ -482,8 +461,7 @@ class RaggedBlt:
         latent_log: Tensor,
         attention: RowAttention,
     ) -> Tensor:
-        decoder = self.model.local_decoder
-        cross_layers, num_rows = decoder.cross_attn_layers, len(found.first)
+        stack, cross_layers, num_rows = self._row_stacks.decoder, self._row_stacks.cross_layers, len(found.first)
         kept = latent_log[found.rows.pages, (found.patches_before - 1) % self.layout.num_latents]
         kept = kept.view(num_rows, len(cross_layers), 2, -1)  # (R, layers, 2, F)
         if latents is not None:
@@ -491,14 +469,12 @@ class RaggedBlt:
         index = torch.where(
             patches.closed > 0, num_rows + patches.base[found.row] + patches.closed - 1, found.row
         )  # the last closed patch of each byte
-        latent_index = LatentIndex(index[None, :, None], None)
-        embeddings, span = self._over_bytes("decoder", decoder, states, found, attention)
-        for number, layer in enumerate(decoder.layers):
-            if number < len(cross_layers):
-                keys, values = kept[None, :, number].unbind(dim=2)
-                states = states + cross_layers[number](states, keys, values, latent_index)
-            states, _ = layer(states, embeddings, span)
-        return decoder.norm(states)[0]
+        rotation = stack.rotation(found.rows.positions, states)
+        for layer in range(len(stack.layers)):
+            if layer < len(cross_layers):
+                states = cross_layers[layer].run(states, *kept[:, layer].unbind(dim=1), index)
+            states = stack.run(layer, states, rotation, _over_bytes("decoder", attention))
+        return self.model.local_decoder.norm(states)
 
     def _keep(
         self,
@@ -522,7 +498,7 @@ class RaggedBlt:
         )
         log[where] = entries[chosen]
         entropy_log[where] = entropies[chosen]
-        states_log[where] = torch.cat(byte_states, dim=-1)[0][chosen].to(states_log.dtype)
+        states_log[where] = torch.cat(byte_states, dim=-1)[chosen].to(states_log.dtype)
         if latents is None:
             return
         total = len(latents)
@@ -533,6 +509,24 @@ class RaggedBlt:
         chosen = ((patches.new[row] - number) <= num_latents).nonzero()[:, 0]
         where = rows.pages[row[chosen]], (found.patches_before[row] + number)[chosen] % num_latents
         latent_log[where] = latents[chosen].flatten(1).to(latent_log.dtype)
+
+
+class _RowStacks:
+    """The layers of a model with the operations of an engine."""
+
+    def __init__(self, model: BltModel, kernels: RowKernels):
+        def stack(module: nn.Module) -> RowStack:
+            return RowStack(module.layers, module.rotary_emb, kernels)
+
+        self.encoder, self.decoder = stack(model.local_encoder), stack(model.local_decoder)
+        self.global_transformer = stack(model.global_transformer)
+        self.patcher = stack(model.patcher) if model.config.uses_patcher else None
+        self.cross_layers = [RowCrossAttention(cross, kernels) for cross in model.local_decoder.cross_attn_layers]
+
+
+def _over_bytes(stack: str, attention: RowAttention) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+    """Names the stack to the engine."""
+    return lambda *layer: attention.attend_bytes(stack, *layer)
 
 
 def check_served(config: BltConfig) -> None:
