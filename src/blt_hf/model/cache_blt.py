@@ -713,8 +713,7 @@ class BltCache(Cache):
             patches: its [`PatchAssignment`].
             entropies: fp32 `(B, S)`, those of the entropy model; None: it did not run.
         """
-        num_bytes = None if chunk.is_text is None else chunk.num_bytes
-        self.history.advance(patches.entries, entropies, num_bytes, chunk.text_starts is not None)
+        self.history.advance(patches.entries, entropies, chunk.num_bytes, chunk.text_starts is not None)
 
     def advance_on_host(
         self, num_columns: int, row_bytes: list[int], counts=None, num_croppable: int | None = None

@@ -60,7 +60,7 @@ class ByteChunk:
 
     Attributes:
         input_ids: int64 `(B, S)`; ids after a row's bytes are arbitrary. None with `inputs_embeds`.
-        num_bytes: int64 `(B,)`, bytes of each row in this chunk; None in a step: all columns.
+        num_bytes: int64 `(B,)`, bytes of each row in this chunk; None: every column is text.
         row_positions: int64 `(B, S)`, index of each byte in its row.
         text_positions: int64 `(B, S)`, index of each byte in its text.
         previous: state of each row before the chunk; views of the cache, which hold until it counts the chunk.
@@ -68,12 +68,11 @@ class ByteChunk:
         history: int64 `(B, H)`, ids before the chunk, as many as the hashes and the patching rule may ask; 0 before the
             text. None: there are none.
         cached_bytes: int64 `(B,)`, bytes of each row before the chunk; None: there are none.
-        row_bytes: `num_bytes` on the host. Host-side fields are None in a decoding step (its caller keeps the counts)
-            and while traced (values are unknown).
+        row_bytes: bytes of each row, on the host. Host-side fields are None in a decoding step, whose caller counts, and
+            while traced, as values are unknown.
         num_croppable: on the host, columns at the chunk's end that are text in every row.
         is_small: the chunk is written to the slots of the cache first, and reads them then (see `cache_blt.py`).
-        is_partial: some columns at the end of rows hold no byte, though there is no `layout`.
-        layout: where the bytes stood; None: every column is text.
+        layout: where the bytes stood; None: at the beginning of their rows.
         text_starts: bool `(B, S)`, bytes at which `position_ids` begin a new text; None: only at the row's first byte.
         document_start, context_start: int64 `(B, S)`, row index of the first byte that each byte may see, in the
             encoder and decoder, and in the entropy model. None: all bytes before it.
@@ -92,7 +91,6 @@ class ByteChunk:
     row_bytes: list[int] | None = None
     num_croppable: int | None = None
     is_small: bool = False
-    is_partial: bool = False
     layout: RowLayout | None = None
     text_starts: Tensor | None = None
     document_start: Tensor | None = None
@@ -120,9 +118,14 @@ class ByteChunk:
     @property
     def is_text(self) -> Tensor | None:
         """bool `(B, S)`: columns that hold a byte; None: all."""
-        if self.layout is None and not self.is_partial:
+        if self.num_bytes is None:
             return None
         return torch.arange(self.num_columns, device=self.device) < self.num_bytes[:, None]
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 `(B,)`: `num_bytes`, also where every column is text."""
+        return torch.full_like(self.previous.num_bytes, self.num_columns) if self.num_bytes is None else self.num_bytes
 
     def pack(self, values: Tensor) -> Tensor:
         return values if self.layout is None else self.layout.pack(values)
@@ -144,13 +147,12 @@ class ByteChunk:
         """Finds the slots of the bytes of this chunk; a large chunk also reads `num_past` bytes before it."""
         if self.is_small:
             return SlotIndex(index=slots.find(self.row_positions).flatten())
-        before = torch.zeros_like(self.num_bytes) if self.cached_bytes is None else self.cached_bytes
-        past = None
+        before, past = self.previous.num_bytes, None
         if num_past:
             past = slots.find(before[:, None] + torch.arange(-num_past, 0, device=before.device))
         # A slot ends with the newest byte that falls on it. Byte `before + i` is column `i` of the chunk, so for older
         # bytes, which the slot keeps, the difference is negative.
-        return SlotIndex(source=slots.held(before + self.num_bytes) - before[:, None], past=past)
+        return SlotIndex(source=slots.held(before + self.counts) - before[:, None], past=past)
 
     def span(
         self,
@@ -242,11 +244,9 @@ def make_chunk(
     layout, row_bytes, num_croppable = _find_text(
         attention_mask, shape, 0 if is_empty else cache.seq_length, is_symbolic
     )
-    if layout is None:
-        num_bytes = torch.full((rows,), columns, dtype=torch.int64, device=device)
-    else:
-        num_bytes = layout.num_bytes
-        input_ids = None if input_ids is None else layout.pack(input_ids)
+    if layout is not None and input_ids is not None:
+        input_ids = layout.pack(input_ids)
+    num_bytes = None if layout is None else layout.num_bytes
     chunk = _continue_rows(input_ids, num_bytes, shape, device, None if is_empty else cache)
     chunk.row_bytes, chunk.num_croppable, chunk.layout = row_bytes, num_croppable, layout
     chunk.is_small = not in_order and not is_empty and cache.is_small(columns)
@@ -263,7 +263,7 @@ def next_bytes(input_ids: Tensor, lengths: Tensor | None, cache: BltCache, rules
         cache: holds at least one byte of some row.
     """
     chunk = _continue_rows(input_ids, lengths, input_ids.shape, input_ids.device, cache)
-    chunk.is_small, chunk.is_partial = True, lengths is not None
+    chunk.is_small = True
     _find_documents(chunk, cache.has_documents, rules)
     return chunk
 
@@ -345,7 +345,7 @@ def _find_text_starts(chunk: ByteChunk, position_ids: Tensor) -> Tensor | None:
         ValueError: positions neither rise by 1 nor begin anew at 0. (In the first column any position may stand.)
     """
     index = torch.arange(position_ids.shape[1], device=position_ids.device)
-    is_text = index < chunk.num_bytes[:, None]
+    is_text = index < chunk.counts[:, None]
     if chunk.is_symbolic:
         before = shift_right(position_ids, position_ids[:, 0])
         return (position_ids != before + 1) & (index > 0) & is_text

@@ -119,7 +119,7 @@ class BltLocalEncoder(BltPreTrainedModel):
         held = RowState(*cache.history.entries.read(index).unbind(-1))
         # The slot is valid unless the byte lies before the text, or this chunk wrote padding there.
         is_held = (held.num_bytes == positions + 1) & (positions >= 0)
-        if chunk.is_partial or chunk.layout is not None:
+        if chunk.num_bytes is not None:
             end = chunk.cached_bytes + chunk.num_bytes
             end = end if rows is None else end.index_select(0, rows)
             is_held = is_held & (positions < end[:, None])
