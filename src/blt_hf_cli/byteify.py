@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -205,10 +206,11 @@ class _Run:
     cpu: Annotated[bool, typer.Option("--cpu", help="Use no GPU.")] = False
     quiet: Quiet = False
 
-    def run(self, make_stage, collate=None, lora: int = 0, make_rows=None) -> None:
+    def run(self, make_stage, lora: int = 0, make_rows=None, make_collate=None) -> None:
         """Makes the model and runs the stage that `make_stage(model, token_model)` returns.
 
         `make_rows(tokenizer, rule)` makes the rows; None: they are those of the folders.
+        `make_collate(token_model, tokenizer, rule, rows)` makes what batches them; None: they are padded.
         """
         import torch
         from transformers import set_seed
@@ -224,8 +226,12 @@ class _Run:
         set_seed(self.seed)
         token_model, tokenizer = _load(self.token_model, self.gguf_file)
         model = byteify(token_model, **_read_config(self.config))
+        rule = PatchingRule.from_config(model.config)
         if make_rows is not None:
-            rows = make_rows(tokenizer, PatchingRule.from_config(model.config))
+            rows = make_rows(tokenizer, rule)
+        collate = collate_teacher_rows
+        if make_collate is not None:
+            collate = make_collate(token_model, tokenizer, rule, rows)
         freeze_layers(model, torch.bfloat16 if self.bf16 else torch.float32)
         if lora:
             learned.add_lora(model, lora)
@@ -237,7 +243,7 @@ class _Run:
         if not self.quiet:
             _say_size(stage, rows, self.steps, self.batch_size)
         figures = run_stage(
-            stage, rows, collate or collate_teacher_rows, self.output, self.steps, self.batch_size, self.learning_rate,
+            stage, rows, collate, self.output, self.steps, self.batch_size, self.learning_rate,
             self.warmup_steps, held_out, save_steps=self.save_steps, seed=self.seed, use_bf16=self.bf16,
             quiet=self.quiet, use_cpu=self.cpu,
         )  # fmt: skip
@@ -261,12 +267,18 @@ def _say_size(stage, rows, steps: int, batch_size: int) -> None:
     )
 
 
+Swap = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of words that are exchanged for words of the vocabulary.")
+]
+
+
 @app.command()
 @command_with(_Run)
 def encoder(
     run: _Run,
     layers: Annotated[int, typer.Option(min=0, help="Layers that run, and behind which states are compared.")] = 0,
     noise: Annotated[float, typer.Option(min=0, max=1, help="Share of words that are misspelled.")] = 0.0,
+    swap: Swap = 0.0,
     special: Specials = None,
     end_token: EndToken = None,
     text_column: TextColumn = "text",
@@ -281,6 +293,7 @@ def encoder(
     from blt_hf.training.distillation import EncoderStage, NoisyRows, embeddings_of
     from blt_hf.training.teacher_data import TextRows, collate_teacher_rows
     from blt_hf.training.token_models import TokenAlphabet
+    from blt_hf.training.word_swaps import WordTokens
 
     def make_stage(model, token_model):
         stage = EncoderStage(model, embeddings_of(token_model), layers, token_model=token_model if is_text else None)
@@ -290,20 +303,38 @@ def encoder(
 
     def make_rows(tokenizer, rule):
         alphabet = TokenAlphabet.of(tokenizer, _special_ids(special), end_token)
-        return TextRows(read_texts(run.data, text_column), tokenizer, alphabet, rule)
+        change = partial(WordTokens(alphabet, run.seed).swap_in_text, share=swap) if swap else None
+        return TextRows(read_texts(run.data, text_column), tokenizer, alphabet, rule, change=change)
+
+    def make_collate(*unused):
+        return NoisyRows(collate_teacher_rows, noise, seed=run.seed) if noise else collate_teacher_rows
 
     is_text = not any(Path(path).is_dir() and any(Path(path).glob("shard-*.json")) for path in run.data)
-    collate = NoisyRows(collate_teacher_rows, noise, seed=run.seed) if noise else None
-    run.run(make_stage, collate, make_rows=make_rows if is_text else None)
+    if swap and not is_text:
+        raise ValueError("--swap of the encoder needs texts: words that are exchanged have other states.")
+    run.run(make_stage, make_rows=make_rows if is_text else None, make_collate=make_collate)
 
 
 @app.command()
 @command_with(_Run)
-def decoder(run: _Run) -> None:
-    """Train stage 2: the decoder learns to spell what the token model's states say."""
-    from blt_hf.training.distillation import DecoderStage
+def decoder(run: _Run, swap: Swap = 0.0, special: Specials = None, end_token: EndToken = None) -> None:
+    """Train stage 2: the decoder learns to spell what the token model's states say.
 
-    run.run(lambda model, token_model: DecoderStage(model))
+    With --swap, states are moved so that they say words of the vocabulary, which few texts hold often enough.
+    """
+    from blt_hf.training.distillation import DecoderStage
+    from blt_hf.training.teacher_data import collate_teacher_rows
+    from blt_hf.training.token_models import TokenAlphabet
+    from blt_hf.training.word_swaps import SwappedStates, WordTokens
+
+    def make_collate(token_model, tokenizer, rule, rows):
+        if not swap:
+            return collate_teacher_rows
+        alphabet = TokenAlphabet.of(tokenizer, _special_ids(special), end_token)
+        words = WordTokens(alphabet, run.seed)
+        return SwappedStates(collate_teacher_rows, token_model, words, rule, rows.some_states(), alphabet, swap)
+
+    run.run(lambda model, token_model: DecoderStage(model), make_collate=make_collate)
 
 
 @app.command()

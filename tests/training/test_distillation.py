@@ -413,9 +413,9 @@ def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_pa
     said = run("states", llama, texts, "-o", tmp_path / "states", "--early-layer", 1, "--fp32", *shape, *special)
     assert "on disk" in said and "bits per byte of the token model" in said
     states = tmp_path / "states"
-    run("encoder", llama, texts, "-o", tmp_path / "a", "--layers", 1, "--noise", 0.1, *stage, *special)
+    run("encoder", llama, texts, "-o", tmp_path / "a", "--layers", 1, "--noise", 0.1, "--swap", 0.5, *stage, *special)
     run("encoder", llama, states, "-o", tmp_path / "b", "--layers", 1, "--start", tmp_path / "a", *stage)
-    run("decoder", llama, states, "-o", tmp_path / "c", "--start", tmp_path / "b", *stage)
+    run("decoder", llama, states, "-o", tmp_path / "c", "--start", tmp_path / "b", "--swap", 0.5, *stage, *special)
     run(
         "joint",
         llama,
@@ -437,5 +437,7 @@ def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_pa
     ids = torch.tensor([[BOS_TOKEN_ID, *byte_ids(" the cat")]])
     with torch.no_grad():
         torch.testing.assert_close(blt(ids).logits, expected.eval()(ids).logits)
+    wrong = [*map(str, ["byteify", "encoder", llama, states, "-o", tmp_path / "e", "--swap", 0.5, *stage])]
+    assert "needs texts" in CliRunner().invoke(cli, wrong).output
     wrong = CliRunner().invoke(cli, ["byteify", "joint", str(llama), str(tmp_path), "-o", "x", *map(str, stage)])
     assert wrong.exit_code == 1 and "no shards" in wrong.output

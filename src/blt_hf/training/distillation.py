@@ -53,20 +53,18 @@ class Stage(nn.Module):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(self.trained) or ".lora_" in name and "lora" in self.trained)
 
-    def whiten(self, rows, is_new: bool, num_rows: int = 32) -> None:
+    def whiten(self, rows, is_new: bool) -> None:
         """Lets the decoder's projection of patch states learn on whitened states; the weight stays one of plain states.
 
         A few channels of a language model's states are a hundred times larger than the others, and nearly constant. An
         optimizer that changes all weights by like steps would hear of nothing else.
 
         Args:
-            rows: with `states` of the token model.
+            rows: `TeacherData`.
             is_new: the projection has not learned yet, and begins with all directions of the states of like size.
-            num_rows: how many of the rows are looked at.
         """
-        some = torch.cat([rows[index]["states"].float() for index in range(min(num_rows, len(rows)))])
         projection = self.model.model.local_decoder.patch_embedding_projection
-        whitening = _Whitening(some)
+        whitening = _Whitening(rows.some_states())
         weight = projection.weight.detach().clone()
         parametrize.register_parametrization(projection, "weight", whitening)
         with torch.no_grad():

@@ -6,7 +6,7 @@ so that the work can be interrupted and taken up again, and read many times.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -264,6 +264,7 @@ class TextRows(Dataset):
 
     Args:
         texts, tokenizer, alphabet, rule, row_bytes: as in [`TeacherWriter`].
+        change: makes another text of the text of a row, each time that it is read; None: rows stay as they are.
     """
 
     def __init__(
@@ -273,9 +274,10 @@ class TextRows(Dataset):
         alphabet: TokenAlphabet,
         rule: PatchingRule,
         row_bytes: int = 1024,
+        change: Callable[[str], str] | None = None,
     ):
         check_texts(texts)
-        self.tokenizer, self.alphabet, self.rule = tokenizer, alphabet, rule
+        self.tokenizer, self.alphabet, self.rule, self.change = tokenizer, alphabet, rule, change
         self._pieces = list(cut_texts(texts, row_bytes - 2))
         if not self._pieces:
             raise ValueError("`texts` holds no text.")
@@ -289,7 +291,8 @@ class TextRows(Dataset):
         return len(self._pieces)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = align(self.alphabet, self.tokenizer, *self._pieces[index])
+        text, is_whole = self._pieces[index]
+        row = align(self.alphabet, self.tokenizer, self.change(text) if self.change else text, is_whole)
         ids, tokens = torch.tensor(row.input_ids), torch.tensor(row.tokens)
         ends = find_patch_ends(self.rule, ids[None], None, torch.arange(len(ids))[None])[0]
         last = token_of_patches(ends, torch.tensor(row.ends))
@@ -328,6 +331,10 @@ class TeacherData(Dataset):
     def num_bytes(self) -> int:
         """Ids of all rows."""
         return sum(row[2] for row in self._rows)
+
+    def some_states(self, num_rows: int = 32) -> Tensor:
+        """States `(N, W)` of the first rows, fp32."""
+        return torch.cat([self[index]["states"].float() for index in range(min(num_rows, len(self)))])
 
     def __len__(self) -> int:
         return len(self._rows)
