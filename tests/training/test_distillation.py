@@ -437,6 +437,10 @@ def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_pa
     ids = torch.tensor([[BOS_TOKEN_ID, *byte_ids(" the cat")]])
     with torch.no_grad():
         torch.testing.assert_close(blt(ids).logits, expected.eval()(ids).logits)
+    run("decoder", llama, states, "-o", tmp_path / "f", "--start", tmp_path / "d", *stage)
+    last, later = (load_file(tmp_path / name / LEARNED_FILE) for name in "df")
+    assert learned.rank_of(tmp_path / "f" / LEARNED_FILE) == 2 and learned.rank_of(tmp_path / "c" / LEARNED_FILE) == 0
+    assert all(later[name].equal(tensor) for name, tensor in last.items() if ".lora_" in name)
     wrong = [*map(str, ["byteify", "encoder", llama, states, "-o", tmp_path / "e", "--swap", 0.5, *stage])]
     assert "needs texts" in CliRunner().invoke(cli, wrong).output
     wrong = CliRunner().invoke(cli, ["byteify", "joint", str(llama), str(tmp_path), "-o", "x", *map(str, stage)])

@@ -472,7 +472,8 @@ def run_stage(
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=_last_checkpoint(output))
     figures = trainer.evaluate() if eval_rows is not None and not stop.asked else {}
-    trainer._save(output)
+    if trainer.is_world_process_zero():
+        trainer._save(output)
     return figures or dict(trainer.state.log_history[-1])
 
 

@@ -7,12 +7,14 @@ is added to the weight. So a model is the token model's layers and this file.
 
 import os
 import re
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..conversion.files import write_whole
 from ..model.modeling_blt import BltForCausalLM
 
 
@@ -67,7 +69,7 @@ def save(
 ) -> None:
     """Writes what `model` has learned; `metadata` goes into the file."""
     tensors = {name: tensor.to(dtype) for name, tensor in collect(model).items()}
-    save_file(tensors, path, {"format": "pt", **(metadata or {})})
+    write_whole(Path(path), lambda partial: save_file(tensors, partial, {"format": "pt", **(metadata or {})}))
 
 
 def load(model: BltForCausalLM, path: str | os.PathLike) -> dict[str, str]:
@@ -105,6 +107,15 @@ def load(model: BltForCausalLM, path: str | os.PathLike) -> dict[str, str]:
     return metadata
 
 
+def rank_of(path: str | os.PathLike) -> int:
+    """Reads the rank of the adapters in a file of [`save`]; 0: it has none."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            if name.endswith(".lora_A"):
+                return file.get_slice(name).get_shape()[0]
+    return 0
+
+
 def _load_adapter(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
     factors = [tensors[f"{name}.lora_{letter}"] for letter in "AB"]
     try:
@@ -128,4 +139,4 @@ def _load_adapter(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> No
         module.weight.copy_(module.weight.float() + up @ down)
 
 
-__all__ = ["add_lora", "collect", "load", "save"]
+__all__ = ["add_lora", "collect", "load", "rank_of", "save"]
