@@ -334,7 +334,7 @@ class TeacherData(Dataset):
         return sum(row[2] for row in self._rows)
 
     def some_states(self, num_rows: int = 32) -> Tensor:
-        """States `(N, W)` of the first rows, fp32."""
+        """Returns states `(N, W)` of the first rows, fp32."""
         return torch.cat([self[index]["states"].float() for index in range(min(num_rows, len(self)))])
 
     def __len__(self) -> int:

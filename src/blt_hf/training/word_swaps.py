@@ -127,7 +127,7 @@ class SwappedStates:
         return {**row, **changed, "states": moved}
 
     def _places(self, row: dict[str, Tensor]) -> list[tuple[int, int, int]]:
-        """Patches that are one token's letters and one byte behind them: index, start, number of letters."""
+        """Finds patches that are one token's letters and one byte behind them: index, start, number of letters."""
         ids = row["input_ids"].long()
         ends = (
             find_patch_ends(self.rule, ids[None], None, torch.arange(len(ids))[None])[0].nonzero().flatten().tolist()
