@@ -327,7 +327,7 @@ class JointStage(Stage):
         return {"loss": loss}
 
     def _token_divergence(self, states: Tensor, targets: Tensor, is_known: Tensor) -> Tensor:
-        """Computes the Kullback-Leibler divergence of the next token, in nats a patch, of what the token model's head reads."""
+        """Computes the Kullback-Leibler divergence of the next token, in nats a patch, after the token model's head."""
         with torch.no_grad():
             expected = torch.log_softmax(self._token_logits(targets[is_known]), dim=-1)
         found = torch.log_softmax(self._token_logits(states[is_known]), dim=-1)
