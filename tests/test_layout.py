@@ -29,6 +29,7 @@ HOLDS = {
     "model/test_patching_blt.py": ["patches/lengths"],
     "model/test_speculation.py": ["auto_speculation"],
     "model/test_unmasking_blt.py": ["fast_blt/blocks"],
+    "serving/test_ragged.py": ["serving/row_layers"],
     "smollm2/test_assemble.py": ["conversion/smollm2", "cli/get"],
     "test_cli.py": ["cli/calibrate", "cli/common", "cli/evaluate", "cli/flops", "cli/patches"],
     "test_cli_models.py": ["cli/card", "cli/generate", "cli/info", "cli/train"],
