@@ -155,18 +155,19 @@ class CorruptedBlocks:
         )  # fmt: skip
         return states, positions, latent_index, span
 
-    def take_states(self, hidden_states: Tensor, num_bytes: int) -> Tensor:
-        """Splits states of `[bytes | blocks]`: keeps those that predict the blocks, returns those of the bytes.
+    def split_states(self, hidden_states: Tensor, num_bytes: int) -> tuple[Tensor, Tensor]:
+        """Splits states of `[bytes | blocks]` into those of the bytes and `states`, which predict the blocks.
 
         The clean byte before a block predicts its first byte; inside the block, each byte predicts the next.
         """
         clean, own = hidden_states[:, :num_bytes], hidden_states[:, num_bytes:].unflatten(1, self.ids.shape[1:])
         before = (self.starts - 1).clamp_min(0)[..., None].expand(-1, -1, clean.shape[-1])
-        self.states = torch.cat([clean.gather(1, before)[:, :, None], own[:, :, :-1]], dim=2)
-        return clean
+        return clean, torch.cat([clean.gather(1, before)[:, :, None], own[:, :, :-1]], dim=2)
 
 
-def make_noise(model, labels: Tensor | None, generator: torch.Generator | None, **inputs) -> BlockNoise:
+def make_noise(
+    model, labels: Tensor | None, generator: torch.Generator | None, *, input_ids, past_key_values, use_cache
+) -> BlockNoise:
     """Makes the noise of a forward of a [`BltForCausalLM`] with the masked loss.
 
     Raises:
@@ -176,17 +177,15 @@ def make_noise(model, labels: Tensor | None, generator: torch.Generator | None, 
     if labels is None or config.diffusion_block_size is None:
         missing = "`labels`" if labels is None else "a model whose `diffusion_block_size` is set"
         raise ValueError(f"`noise_generator` draws the noise of the masked loss, which needs {missing}; got None.")
-    for name, remedy in (
-        ("input_ids", "pass the bytes that `inputs_embeds` hide"),
-        ("past_key_values", "pass whole texts and no cache"),
-        ("use_cache", "leave it False"),
+    for is_given, argument, remedy in (
+        (input_ids is None, "input_ids=None", "pass the bytes that `inputs_embeds` hide"),
+        (past_key_values is not None, "past_key_values=a cache", "pass whole texts and no cache"),
+        (bool(use_cache), "use_cache=True", "leave it False"),
     ):
-        given = inputs[name] is None if name == "input_ids" else inputs[name] not in (None, False)
-        if given:
+        if is_given:
             raise ValueError(
                 f"the masked loss (`diffusion_block_size={config.diffusion_block_size}`) cannot be had with "
-                f"`{name}={inputs[name] if name != 'past_key_values' else 'a cache'}`: {remedy}, or train without it "
-                "(`model.config.diffusion_loss_weight = 0`)."
+                f"`{argument}`: {remedy}, or train without it (`model.config.diffusion_loss_weight = 0`)."
             )
     return BlockNoise(labels, config.diffusion_block_size, model.mask_embedding.weight[0], generator)
 

@@ -468,6 +468,9 @@ class BltCache(Cache):
             history's last entries); None while empty.
         row_bytes: `num_bytes` on the host.
         row_patches: an upper bound of `num_patches` on the host.
+
+    The two counts of a row are kept equal by each forward: its last stage calls `advance_on_device`, so that a graph can
+    hold it, and its caller `advance_on_host`, with what the host has learned of the patches.
     """
 
     def __init__(self, config, slack: int = _SLACK):

@@ -337,7 +337,7 @@ def run_chunk(
         read.blocks = inputs.block_noise.corrupt(chunk, read.patches.ends)
     hidden_states = predict_bytes(model, settings, cache, read, latents, None, inputs)
     if read.blocks is not None:
-        hidden_states = read.blocks.take_states(hidden_states, chunk.num_columns)
+        hidden_states, read.blocks.states = read.blocks.split_states(hidden_states, chunk.num_columns)
     if cache is not None:
         cache.advance_chunk_on_host(chunk, counts)
     return hidden_states, read
