@@ -121,7 +121,7 @@ def kernels(arguments, model) -> Iterator[dict]:
 def short_texts(arguments, model) -> Iterator[dict]:
     """From how many bytes on capturing pays: whole calls."""
     prompt = random_ids(1, 64, arguments.device, seed=2)
-    least, generation_blt._LEAST_RECORDED = generation_blt._LEAST_RECORDED, 1
+    least, generation_blt._LEAST_CAPTURED = generation_blt._LEAST_CAPTURED, 1
     try:
         for count in (4, 8, 16, 32, 64):
             plain, captured = (
@@ -130,7 +130,7 @@ def short_texts(arguments, model) -> Iterator[dict]:
             )
             yield {"bytes": count, "as it is, ms": 1000 * plain, "captured, ms": 1000 * captured}
     finally:
-        generation_blt._LEAST_RECORDED = least
+        generation_blt._LEAST_CAPTURED = least
 
 
 def prompts(arguments, model) -> Iterator[dict]:
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--tape", action="store_true", help="a CPU plays a GPU, by the tape of the tests")
     arguments = parser.parse_args()
     set_up(arguments)
-    step_blt.RECORDS_BY_DEFAULT = True
+    step_blt.CAPTURES_BY_DEFAULT = True
     started, found = time.perf_counter(), {}
     with ExitStack() as stack:
         if arguments.tape:

@@ -13,7 +13,7 @@ mkdir -p "$out"
 limit() { timeout --signal=INT --kill-after=10 "$@"; }
 
 if [ "$device" = cpu ]; then
-    tests="tests/model/test_recording.py" more="-k one_graph" figures="--shape tiny --contexts 64 --prompts 64 --new-bytes 24
+    tests="tests/model/test_cuda_graphs.py" more="-k one_graph" figures="--shape tiny --contexts 64 --prompts 64 --new-bytes 24
         --repeats 1 --rows 2 --tape" seconds="200 200"
 else
     export BLT_TEST_DEVICE=cuda

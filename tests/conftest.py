@@ -57,7 +57,7 @@ class TorchOnDevice(types.ModuleType):
 def pytest_collection_finish() -> None:
     if torch.device("cpu") == DEVICE:
         return
-    step_blt.RECORDS_BY_DEFAULT = True  # all that a GPU is asked, it is asked with captured steps, too
+    step_blt.CAPTURES_BY_DEFAULT = True  # all that a GPU is asked, it is asked with captured steps, too
     tests, on_device = Path(__file__).parent, TorchOnDevice("torch")
     for name, module in sys.modules.items():
         is_test = tests in Path(getattr(module, "__file__", None) or "/").parents

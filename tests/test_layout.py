@@ -24,7 +24,7 @@ HOLDS = {
     "model/test_custom_rules.py": ["rules"],
     "model/test_diffusion_blt.py": ["fast_blt/masked"],
     "model/test_exactness.py": ["model/chunk_blt", "model/forward_blt", "model/stacks_blt"],
-    "model/test_recording.py": ["cuda_graphs"],
+    "model/test_cuda_graphs.py": ["cuda_graphs"],
     "model/test_patches_blt.py": ["patches/data", "patches/display"],
     "model/test_patching_blt.py": ["patches/lengths"],
     "model/test_speculation.py": ["auto_speculation"],

@@ -286,7 +286,7 @@ def test_other_threads_draw_and_allocate_while_steps_are_captured(captures):
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_eight_threads(do_sample, captures):
-    """One of them records at a time."""
+    """One of them captures at a time."""
     model, errors, found = make_model(seed=4), [], {}
     texts = [torch.tensor([encode(TEXT)[: 20 + number]]) for number in range(8)]
     expected = [model.generate(ids, **GREEDY, **PLAIN) for ids in texts]
@@ -385,7 +385,7 @@ def asks(ids, entropies, positions, rule):
     starts = ids[..., -1] == ord(" ") + 4
     return starts if bool(starts.any()) else torch.zeros_like(starts)
 
-step_blt.RECORDS_BY_DEFAULT = True
+step_blt.CAPTURES_BY_DEFAULT = True
 model = make_model(tiny_config(patching_mode="asks"))
 other = make_model()
 ids = torch.tensor([encode("some text")], device="cuda")

@@ -140,4 +140,4 @@ def greedy(**settings) -> GenerationConfig:
 
 def step_logits(model, input_ids, cache, lengths=None):
     """fp32 logits `(B, S, V)` of a few more bytes of each row, by the modules as they are."""
-    return model.make_runner(cache, packs=False, records=False).step(input_ids, lengths)
+    return model.make_runner(cache, packs=False, captures=False).step(input_ids, lengths)

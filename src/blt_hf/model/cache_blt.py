@@ -495,7 +495,7 @@ class BltCache(Cache):
         self.config, self.made_for = config, cache_shapes(config)
         self._first_slack = slack
         self.is_fixed, self.compile_config = False, None  # see `fix_steps`
-        self.records = False  # `generate` made it, and may have fixed its steps unasked
+        self.is_default = False  # `generate` made it unasked, and may fix its steps
         self._starts = 0
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
         self.local_slots = Slots(None if local_window is None else local_window - 1)

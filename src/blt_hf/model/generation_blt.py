@@ -31,7 +31,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
 from .names_blt import CACHE_NAME, import_from_package, import_serving, takes_cache
-from .step_blt import StepRunner, records_by_default, round_up_bytes
+from .step_blt import StepRunner, captures_by_default, round_up_bytes
 
 
 def _classes(names: str) -> set[type]:
@@ -599,7 +599,7 @@ _OWN_FIELDS = (
     "entropy_budget", "verify",
 )  # fmt: skip
 _LEAST_PACKED = 8  # new bytes from which packing weights pays
-_LEAST_RECORDED = 16  # the same for capturing CUDA graphs
+_LEAST_CAPTURED = 16  # the same for capturing CUDA graphs
 _SCHEDULES = ("constant", "heuristic")
 _SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -688,13 +688,13 @@ class BltGenerationMixin(GenerationMixin):
         check_processors(logits_processor, generation_config, input_ids.shape[0])
         text = RaggedText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         cache, lacks = model_kwargs[CACHE_NAME], text.max_length - input_ids.shape[1]
-        records = not cache.records or (cache.is_empty and lacks >= _LEAST_RECORDED and self.records_by_default)
-        if cache.records and records:
+        captures = not cache.is_default or (cache.is_empty and lacks >= _LEAST_CAPTURED and self.captures_by_default)
+        if cache.is_default and captures:
             cache.fix_steps()
         outputs = self._prefill(input_ids, generation_config, model_kwargs)
         logits = outputs.logits[:, -1:].float()
         del outputs  # may be large
-        runner = self.make_runner(cache, lacks >= _LEAST_PACKED, records, text.runs_other_code)
+        runner = self.make_runner(cache, lacks >= _LEAST_PACKED, captures, text.runs_other_code)
         source = self._draft_source(generation_config, runner, len(text.lengths))
         size = None if source is not None else getattr(generation_config, "diffusion_block_size", None)
         do_sample = generation_config.do_sample
@@ -782,9 +782,9 @@ class BltGenerationMixin(GenerationMixin):
         return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
     @property
-    def records_by_default(self) -> bool:
+    def captures_by_default(self) -> bool:
         """Whether steps are captured as CUDA graphs unless `cache_implementation="dynamic"`."""
-        return records_by_default(self.device)
+        return captures_by_default(self.device)
 
     def make_cache(self, **kwargs) -> BltCache:
         """Makes an empty cache for this model; arguments as [`BltCache`]."""
@@ -806,7 +806,7 @@ class BltGenerationMixin(GenerationMixin):
             if implementation == "static":
                 compile_config = generation_config.compile_config or CompileConfig()
                 cache.fix_steps(None if generation_config.disable_compile else compile_config, max_cache_length)
-            cache.records = implementation is None
+            cache.is_default = implementation is None
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             return

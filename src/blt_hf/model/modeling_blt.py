@@ -276,14 +276,14 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
         self.post_init()
 
     def make_runner(
-        self, cache: BltCache, packs: bool = True, records: bool = True, is_watched: bool = False
+        self, cache: BltCache, packs: bool = True, captures: bool = True, is_watched: bool = False
     ) -> StepRunner:
         """Makes the runner of steps on a cache that holds some text, with the weights that the model has now.
 
-        `packs`: on packed weights, where the modules allow it. `records`, `is_watched`: as in [`StepRunner`].
+        `packs`: on packed weights, where the modules allow it. `captures`, `is_watched`: as in [`StepRunner`].
         """
         packed = PackedStacks(self.model, cache) if packs else None
-        return StepRunner(self.model, cache, self.lm_head, packed, records, is_watched)
+        return StepRunner(self.model, cache, self.lm_head, packed, captures, is_watched)
 
     @takes_cache
     @can_return_tuple

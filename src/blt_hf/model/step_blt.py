@@ -31,7 +31,7 @@ from .forward_blt import (
 from .names_blt import import_where_installed
 
 
-RECORDS_BY_DEFAULT = False
+CAPTURES_BY_DEFAULT = False
 _STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so that few shapes are compiled
 
 
@@ -45,12 +45,12 @@ class StepRunner:
         cache: holds some text.
         head: computes logits; None: results are states.
         packed: a [`PackedStacks`] of the model, made for this call; None: the modules run.
-        records: capture CUDA graphs, if `cache.is_fixed` and [`make_graphs`] allows it.
+        captures: capture CUDA graphs, if `cache.is_fixed` and [`make_graphs`] allows it.
         is_watched: code that may change the model runs between the steps, so look for changes before each.
     """
 
     def __init__(
-        self, model, cache: BltCache, head: nn.Module | None = None, packed=None, records=False, is_watched=False
+        self, model, cache: BltCache, head: nn.Module | None = None, packed=None, captures=False, is_watched=False
     ):
         self.model, self.cache, self.head, self.packed = model, cache, head, packed
         self.settings = ForwardSettings.of(model.config)
@@ -58,7 +58,7 @@ class StepRunner:
         self.compiles = is_compiled(model, cache)
         # Compiled code has no guards for hooks.
         self.hooks = hooks_of(model, head) if self.compiles else None
-        self.graphs = make_graphs(model, head, cache) if records and cache.is_fixed else None
+        self.graphs = make_graphs(model, head, cache) if captures and cache.is_fixed else None
         self.is_watched = is_watched and self.graphs is not None
         self.is_compiled = False
         self._pending: tuple[BytesRead, HostPatchCounts] | None = None
@@ -337,9 +337,9 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def records_by_default(device: torch.device) -> bool:
+def captures_by_default(device: torch.device) -> bool:
     """Tells whether `generate` captures CUDA graphs by default."""
-    return RECORDS_BY_DEFAULT and can_capture(device)
+    return CAPTURES_BY_DEFAULT and can_capture(device)
 
 
 def make_graphs(model, head: nn.Module | None, cache: BltCache):

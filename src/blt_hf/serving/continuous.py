@@ -118,7 +118,7 @@ class RunningBatch:
         max_memory: bytes that caches may take, at worst (every byte a patch). A request that does not fit waits.
         max_text: bytes of text, prompts and what they may become, that may run at once; None: no limit but memory.
         prefill_bytes: bytes of a prompt that are read between two steps of the running rows.
-        is_static: the rows' cache stays where it is, so that a GPU records its steps.
+        is_static: the rows' cache stays where it is, so that a GPU captures its steps.
         compile_config: a `CompileConfig`, by which the steps of a single row are compiled then.
     """
 
@@ -413,7 +413,7 @@ class BltContinuousBatchingManager(ContinuousBatchingManager):
         is_static = compile_config is not None or generation_config.cache_implementation == "static"
         if compile_config is None and is_static and not generation_config.disable_compile:
             compile_config = generation_config.compile_config or CompileConfig()
-        is_static |= generation_config.cache_implementation is None and getattr(model, "records_by_default", False)
+        is_static |= generation_config.cache_implementation is None and getattr(model, "captures_by_default", False)
         self.batch_processor = self._batch = RunningBatch(
             model,
             generation_config,

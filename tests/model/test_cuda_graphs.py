@@ -1,4 +1,4 @@
-"""Recorded steps write what steps that run as they are write; a CPU plays the GPU that records them."""
+"""Captured steps write what steps that run as they are write; a CPU plays the GPU that captures them."""
 
 import copy
 import threading
@@ -21,7 +21,7 @@ from helpers.texts import TEXTS, encode, pad, rows_of, text_ids
 
 @pytest.fixture(autouse=True)
 def tapes() -> list[Tape]:
-    """What was recorded."""
+    """What was captured."""
     with record_on_tapes() as made:
         yield made
 
@@ -36,7 +36,7 @@ def replays(tapes: list[Tape]) -> int:
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_recorded_steps_write_the_same_text(rule, rows, tapes):
+def test_captured_steps_write_the_same_text(rule, rows, tapes):
     model = model_for(rule)
     ids, mask = pad([row[: 12 - 2 * i] for i, row in enumerate(rows_of(rule, 12)[:rows])], "left")
     expected = model.generate(ids, attention_mask=mask, **SETTINGS)
@@ -133,7 +133,7 @@ def test_tensors_that_move(rule, tapes):
 
 @torch.no_grad()
 def test_what_is_not_recorded_in_between(tapes):
-    """Whole forwards on the cache of recorded steps, which run as they are."""
+    """Whole forwards on the cache of captured steps, which run as they are."""
     model, row = model_for("entropy"), text_ids("entropy", "some text, with 2 lines\nand words " * 2)
     caches = [BltCache(model.config), BltCache(model.config)]
     caches[0].fix_steps(None, 100)
@@ -221,7 +221,7 @@ def test_what_asks_for_values_runs_as_it_is(tapes):
 
 @pytest.fixture
 def by_default(monkeypatch):
-    monkeypatch.setattr(step_blt, "RECORDS_BY_DEFAULT", True)
+    monkeypatch.setattr(step_blt, "CAPTURES_BY_DEFAULT", True)
 
 
 NEW = {"max_new_tokens": 30, "eos_token_id": None, "pad_token_id": 0}
@@ -347,7 +347,7 @@ def double(module, args, output):
 
 
 def go_on(model, **settings):
-    """Two turns on one cache; what was recorded in the first of them is of no use to the second."""
+    """Two turns on one cache; what was captured in the first of them is of no use to the second."""
     first = model.generate(IDS, **GREEDY, **settings, return_dict_in_generate=True)
     return model.generate(first.sequences, **GREEDY, past_key_values=first.past_key_values)
 
@@ -372,7 +372,7 @@ NEVER = {
 
 
 @pytest.mark.parametrize("case", NEVER)
-def test_what_is_never_recorded(case, tapes, by_default):
+def test_what_is_never_captured(case, tapes, by_default):
     model = make_model(seed=4)
     model._has_unfinished_sequences = lambda is_finished, *args, **kwargs: not is_finished  # asks other processes
     NEVER[case](model)
@@ -387,7 +387,7 @@ def test_the_cache_of_a_recorded_call_is_the_callers(tapes, by_default):
     assert len(tapes) == 2 * made
 
 
-def test_autograd_is_never_recorded(tapes, by_default):
+def test_autograd_is_never_captured(tapes, by_default):
     model = make_model()
     cache = model(IDS, use_cache=True).past_key_values
     assert model.make_runner(cache).graphs is None
@@ -495,7 +495,7 @@ class Transfers(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("static", [{}, STATIC], ids=["plain", "recorded"])
+@pytest.mark.parametrize("static", [{}, STATIC], ids=["plain", "captured"])
 @pytest.mark.parametrize(
     "settings", [GREEDY, {**DRAWN, "top_k": 20, "top_p": 0.9}, {**DRAWN, "repetition_penalty": 1.2, "eos_token_id": 2}]
 )
