@@ -36,6 +36,37 @@ def vllm_texts(llm, requests) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]
 
 
+def shares(llm, requests) -> dict[str, float]:
+    """Where the seconds of vLLM go, on a CPU: shares of attention, products, the rest of the forward, and all else."""
+    from vllm import _custom_ops as ops
+
+    model, spent = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model, {}
+
+    def measure(owner, name: str, label: str) -> None:
+        own, spent[label] = getattr(owner, name), spent.get(label, 0.0)
+
+        def measured(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return own(*args, **kwargs)
+            finally:
+                spent[label] += time.perf_counter() - start
+
+        setattr(owner, name, measured)
+
+    measure(model, "forward", "forward")
+    measure(ops, "onednn_mm", "products")
+    for attention in model.attentions.values():
+        measure(attention, "attend", "attention")
+    start = time.perf_counter()
+    vllm_texts(llm, requests)
+    spent["vLLM itself"] = time.perf_counter() - start
+    total, forward = spent["vLLM itself"], spent.pop("forward")
+    spent["rest of the forward"] = forward - spent["products"] - spent["attention"]
+    spent["vLLM itself"] -= forward
+    return {name: seconds / total for name, seconds in spent.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "pretrained" / "blt-5m"))
@@ -94,6 +125,7 @@ def main() -> None:
     report(
         "serve_vllm: the same requests in vLLM", rows, arguments, vllm=vllm.__version__,
         bytes_made=sum(n for _, n in requests), ratios_of="seconds of the processor" if seconds else "seconds",
+        shares=shares(llm, requests) if arguments.device == "cpu" else None,
     )  # fmt: skip
 
 
