@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
+from blt_hf_vllm.kernels import VllmKernels
 from conftest import MODES, SHAPES, TEXTS, check_equal, encode, engine, metric, model_of, plan_of, ragged_of, write
 
 
@@ -54,11 +55,21 @@ def test_scheduling_ahead(saved):
     with engine(folder, async_scheduling=True) as llm:
         check_equal(model, PROMPTS, write(llm, PROMPTS, [50, 3, 20]))
         served = model_of(llm)
-    # Kernels have copied weights to layouts of their own, or joined them; nothing is kept twice.
-    kept = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in served.parameters()}
-    assert sum(kept.values()) <= sum(weight.nbytes for weight in model.parameters())
-    if current_platform.is_cpu():
+    if current_platform.is_cpu():  # whose kernels have copied the weights
         assert served.model.global_transformer.layers[0].mlp.gate_proj.weight.numel() == 0
+
+
+def test_weights_are_joined_in_place_where_no_kernel_copies_them(saved, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr("blt_hf_vllm.model.make_kernels", VllmKernels)
+    model, folder = saved("entropy")
+    with engine(folder) as llm:
+        check_equal(model, PROMPTS, write(llm, PROMPTS, 30))
+        storages = {
+            weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in model_of(llm).parameters()
+        }
+    sizes = [weight.nbytes for weight in model.parameters()]
+    assert len(storages) < len(sizes) and sum(storage.nbytes() for storage in storages.values()) == sum(sizes)
 
 
 @pytest.mark.parametrize(("mode", "ratio"), [("static", None), ("space", 2)])
