@@ -1,6 +1,7 @@
 """The stages of steps, captured as CUDA graphs: one call starts all kernels of a stage, which Python starts one by one.
 
-Nothing of a model is imported here, so that a model whose code came with a checkpoint finds this file, too.
+Beside them, what a captured choice of a byte is made of. Nothing of a model is imported here, so that a model whose code
+came with a checkpoint finds this file, too.
 """
 
 import threading
@@ -12,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 
 _WITH_ADDRESS = (torch.Tensor, nn.Parameter)  # subclasses may keep their values anywhere
@@ -227,3 +229,37 @@ class CudaGraphs:
                 held.copy_(tensor)
         replay()
         return result
+
+
+def draw(probs: Tensor, noise: Tensor) -> Tensor:
+    """Draws from `probs` `(B, V)` as `torch.multinomial` does, int64 `(B, 1)`, with noise made outside of a graph.
+
+    `noise`: `torch.empty_like(probs).exponential_()`, which is all that `multinomial` takes from a generator.
+    """
+    ids = (probs / noise).argmax(dim=-1, keepdim=True)
+    is_valid = (probs.gather(1, ids) > 0).all()  # NaN is the largest, and not larger than 0
+    torch._assert_async(is_valid, "probability tensor contains either `inf`, `nan` or element < 0")
+    return ids
+
+
+class SeenPenalty(LogitsProcessor):
+    """Transformers' repetition penalty, of what each row holds: in shapes that do not change as a text grows."""
+
+    def __init__(self, processor: RepetitionPenaltyLogitsProcessor, text, size: int):
+        self.penalty = processor.penalty
+        ids = text.sequences[:, processor.prompt_ignore_length or 0 : text.lengths[0]].clamp_max(size)
+        self._seen = ids.new_zeros(len(ids), size + 1, dtype=torch.bool).scatter_(1, ids, True)
+
+    def add_seen(self, ids: Tensor) -> None:
+        """Takes the next byte of each row `(B, 1)`."""
+        self._seen.scatter_(1, ids, True)
+
+    def __call__(self, input_ids, scores: Tensor) -> Tensor:
+        changed = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return torch.where(self._seen[:, :-1], changed, scores)
+
+
+def is_penalty(processor) -> bool:
+    """Tells whether a logits processor is one that [`SeenPenalty`] can stand for."""
+    is_known = type(processor) is RepetitionPenaltyLogitsProcessor
+    return is_known and not isinstance(processor.prompt_ignore_length, Tensor)

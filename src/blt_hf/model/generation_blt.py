@@ -15,22 +15,18 @@ from torch import Tensor
 from transformers import generation
 from transformers.cache_utils import DynamicCache
 from transformers.generation import (
-    CompileConfig,
-    ContinuousBatchingConfig,
     EosTokenCriteria,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
-from .names_blt import CACHE_NAME, import_from_package, import_serving, takes_cache
+from .names_blt import CACHE_NAME, import_from_package, import_serving, import_where_installed, takes_cache
 from .step_blt import StepRunner, captures_by_default, round_up_bytes
 
 
@@ -73,7 +69,7 @@ def check_processors(processors: LogitsProcessorList, generation_config, num_row
     stateful = next(filter(may_keep_state, processors), None)
     if stateful is None or (window is None and size is None) or (is_verified and num_rows == 1):
         return
-    is_guidance = type(stateful) is UnbatchedClassifierFreeGuidanceLogitsProcessor
+    is_guidance = type(stateful) is generation.UnbatchedClassifierFreeGuidanceLogitsProcessor
     argument = "guidance_scale" if is_guidance else "logits_processor"
     field = f"self_speculation_window={window}" if size is None else f"diffusion_block_size={size}"
     raise ValueError(
@@ -308,7 +304,8 @@ class NextByte:
 
     def __init__(self, text: RaggedText, do_sample: bool, num_drawn: int = 0):
         self.text, self.do_sample, self.num_drawn = text, do_sample, num_drawn
-        self.is_on_device = all(type(p) in _WITHOUT_CONTEXT or _is_penalty(p) for p in text.logits_processor)
+        self.shapes = import_where_installed("cuda_graphs")  # of choices in shapes that do not change as a text grows
+        self.is_on_device = all(type(p) in _WITHOUT_CONTEXT or self._is_penalty(p) for p in text.logits_processor)
         self._processors: LogitsProcessorList | None = None
         self._noise: Tensor | None = None  # fp32 `(num_drawn, B, V)`
         self._like: Tensor | None = None  # probabilities that were drawn from
@@ -332,7 +329,7 @@ class NextByte:
         text = self.text
         if self._processors is None:
             self._processors = LogitsProcessorList(
-                SeenPenalty(p, text, logits.shape[-1]) if _is_penalty(p) and self.is_on_device else p
+                self.shapes.SeenPenalty(p, text, logits.shape[-1]) if self.is_on_device and self._is_penalty(p) else p
                 for p in text.logits_processor
             )
             if self.num_drawn and text.waits and len(logits) > 1:
@@ -344,9 +341,12 @@ class NextByte:
         if self._has_stopped is not None:
             ids = ids.masked_fill(self._has_stopped, text.pad_token_id)
         for processor in self._processors:
-            if type(processor) is SeenPenalty:
-                processor.add(ids)
+            if hasattr(processor, "add_seen"):
+                processor.add_seen(ids)
         return ids, scores
+
+    def _is_penalty(self, processor) -> bool:
+        return self.shapes is not None and self.shapes.is_penalty(processor)
 
     def _draw(self, scores: Tensor, index: int = 0) -> tuple[Tensor, Tensor | None]:
         """Chooses ids `(B, 1)`; where they are drawn, returns the probabilities of all `(B, V)` with them."""
@@ -354,7 +354,7 @@ class NextByte:
             return scores.argmax(dim=-1), None
         probs = scores[:, 0].softmax(dim=-1)
         if self._noise is not None:
-            return draw(probs, self._noise[index]), probs
+            return self.shapes.draw(probs, self._noise[index]), probs
         self._like = probs
         return torch.multinomial(probs, num_samples=1), probs
 
@@ -374,39 +374,6 @@ class DraftedByte(NextByte):
         ids, probs = self._draw(logits if text.is_in_order else text.process(logits, ahead=step), step)
         self._ids.append(ids)
         return ids, probs
-
-
-def draw(probs: Tensor, noise: Tensor) -> Tensor:
-    """Draws from `probs` `(B, V)` as `torch.multinomial` does, int64 `(B, 1)`, with noise made outside of a graph.
-
-    `noise`: `torch.empty_like(probs).exponential_()`, which is all that `multinomial` takes from a generator.
-    """
-    ids = (probs / noise).argmax(dim=-1, keepdim=True)
-    is_valid = (probs.gather(1, ids) > 0).all()  # NaN is the largest, and not larger than 0
-    torch._assert_async(is_valid, "probability tensor contains either `inf`, `nan` or element < 0")
-    return ids
-
-
-class SeenPenalty(LogitsProcessor):
-    """Transformers' repetition penalty, of what each row holds: in shapes that do not change as a text grows."""
-
-    def __init__(self, processor: RepetitionPenaltyLogitsProcessor, text: RaggedText, size: int):
-        self.penalty = processor.penalty
-        ids = text.sequences[:, processor.prompt_ignore_length or 0 : text.lengths[0]].clamp_max(size)
-        self._seen = ids.new_zeros(len(ids), size + 1, dtype=torch.bool).scatter_(1, ids, True)
-
-    def add(self, ids: Tensor) -> None:
-        """Takes the next byte of each row `(B, 1)`."""
-        self._seen.scatter_(1, ids, True)
-
-    def __call__(self, input_ids, scores: Tensor) -> Tensor:
-        changed = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
-        return torch.where(self._seen[:, :-1], changed, scores)
-
-
-def _is_penalty(processor) -> bool:
-    is_known = type(processor) is RepetitionPenaltyLogitsProcessor
-    return is_known and not isinstance(processor.prompt_ignore_length, Tensor)
 
 
 class DraftSource(ABC):
@@ -484,7 +451,8 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
     if num_drafts == 0:
         logits = runner.step(text.last_ids(), None if is_full else lengths)
         scores = text.process(logits)
-        return choose_next(scores, do_sample), lengths, logits, scores
+        ids = torch.multinomial(scores[:, 0].softmax(dim=-1), num_samples=1) if do_sample else scores.argmax(dim=-1)
+        return ids, lengths, logits, scores
     input_ids = torch.cat([text.last_ids(), drafts.ids], dim=1)
     logits = runner.step(input_ids, None if is_full else lengths)
     if text.has_context:
@@ -499,13 +467,6 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
     counts = [count + 1 if active else 0 for count, active in zip(kept, is_active)]
     runner.cache.crop_rows([length - count for length, count in zip(lengths, counts)])
     return ids, counts, logits, scores
-
-
-def choose_next(scores: Tensor, do_sample: bool) -> Tensor:
-    """Chooses the next byte of each row `(B, 1)`, from processed scores `(B, 1, V)`."""
-    if do_sample:
-        return torch.multinomial(scores[:, 0].softmax(dim=-1), num_samples=1)
-    return scores.argmax(dim=-1)
 
 
 def accept(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Tensor]:
@@ -616,16 +577,7 @@ class BltGenerationMixin(GenerationMixin):
         self_speculation_schedule (default `"constant"`): `"heuristic"` adapts the window of each row to the number of
             drafts that it accepts.
 
-    Five fields for a model that was trained with `config.diffusion_block_size` (`blt_hf.fast_blt.blocks` explains them):
-
-        diffusion_block_size (default None): bytes of a block, at least 2. The whole model chooses the first, the decoder
-            the others. Larger blocks than those of training make the text worse.
-        unmasking (default `"confidence"`): the rule by which bytes of a block are kept each time it was read; or
-            `"entropy"`.
-        confidence_threshold (default 0.6): probability from which a byte is kept. Above 1: one byte at a time.
-        entropy_budget (default 0.9): nats that the bytes kept at a time may have in sum.
-        verify (default False): read each block once and let the whole model verify it: greedy text is that of normal
-            decoding, and sampling keeps its distribution. Without it the text depends on block size and thresholds.
+    Five fields for a model that was trained with `config.diffusion_block_size`: `blt_hf.fast_blt.blocks` explains them.
 
     `cache_implementation="static"` compiles the decoding step with `torch.compile`, on any device, as `compile_config`
     says; the first bytes then take as long as compiling does. `disable_compile=True` compiles nothing. On a GPU the
@@ -804,7 +756,7 @@ class BltGenerationMixin(GenerationMixin):
             slack = {"slack": max(max_cache_length, 256)} if generation_config.is_assistant else {}
             cache = model_kwargs[CACHE_NAME] = self.make_cache(**slack)
             if implementation == "static":
-                compile_config = generation_config.compile_config or CompileConfig()
+                compile_config = generation_config.compile_config or generation.CompileConfig()
                 cache.fix_steps(None if generation_config.disable_compile else compile_config, max_cache_length)
             cache.is_default = implementation is None
             if generation_config.is_assistant:
@@ -853,10 +805,6 @@ class BltGenerationMixin(GenerationMixin):
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
         """Makes a manager that requests join and leave while others run; see `blt_hf.serving.continuous`.
 
-        Args:
-            generation_config: settings of all requests; None: the model's.
-            continuous_batching_config: a `ContinuousBatchingConfig`; None: its defaults.
-            workload_hints: as in transformers; not used.
         Raises:
             ValueError: the model is not a [`BltForCausalLM`].
             ImportError: this code came with a checkpoint, and `blt_hf` is not installed.
@@ -869,8 +817,8 @@ class BltGenerationMixin(GenerationMixin):
             raise ValueError(f"continuous batching needs a BltForCausalLM; got {type(self).__name__}.")
         return manager_class(
             self,
-            self.generation_config if generation_config is None else generation_config,
-            ContinuousBatchingConfig() if continuous_batching_config is None else continuous_batching_config,
+            generation_config or self.generation_config,
+            continuous_batching_config or generation.ContinuousBatchingConfig(),
             workload_hints,
         )
 
