@@ -4,8 +4,20 @@ A block is `[last byte | masks]`. The last byte of the text is the one that the 
 The encoder reads it alone; the decoder then reads it and the masks behind it, over the keys of the text before and the
 latents of the last complete patch. Each state predicts the next byte, as always: that of the last byte the first mask,
 that of each mask the one behind it. Confidence or an entropy budget decides which masks become bytes (*unmasking*). The
-block is read again with these bytes in it, until no mask is left. The cache keeps nothing of this: the whole model then
+block is read again with these bytes in it, until no mask is left. The cache counts nothing of this: the whole model then
 reads the finished bytes in one pass, as any text.
+
+Fields of the generation configuration, and arguments of `generate`, for a model that was trained with
+`config.diffusion_block_size`:
+
+    diffusion_block_size (default None): bytes of a block, at least 2. The whole model chooses the first, the decoder
+        the others. Larger blocks than those of training make the text worse.
+    unmasking (default `"confidence"`): the rule by which bytes of a block are kept each time it was read; or
+        `"entropy"`.
+    confidence_threshold (default 0.6): probability from which a byte is kept. Above 1: one byte at a time.
+    entropy_budget (default 0.9): nats that the bytes kept at a time may have in sum.
+    verify (default False): read each block once and let the whole model verify it: greedy text is that of normal
+        decoding, and sampling keeps its distribution. Without it the text depends on block size and thresholds.
 
 BLT-DV fills in all masks at once and lets the whole model verify them, like other drafts (`generation_blt.py`).
 
@@ -19,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..model.attention_blt import SlotSpan
-from ..model.cache_blt import BltCache, BltCacheLayer
+from ..model.cache_blt import BltCache
 from ..model.chunk_blt import next_bytes
 from ..model.forward_blt import ForwardSettings
 from ..model.generation_blt import Drafts, DraftSource, RaggedText, finish_rows
@@ -111,29 +123,20 @@ def check_settings(generation_config, config) -> None:
 
 
 class BlockSpan(SlotSpan):
-    """Says which keys a block sees: the slots of the text before it, then its own.
+    """Says which slots a block sees, its own among them: those of drafts, which the cache does not count.
 
     Its first byte is one of the text and sees no mask; the others see the whole block.
-
-    Args:
-        key_positions: int64 `(B, T)`, position that each slot holds, before the block; negative: none.
-        query_positions, window, start, implementation: as in [`SlotSpan`].
     """
 
-    def __init__(self, key_positions: Tensor, query_positions: Tensor, window, start, implementation: str):
-        super().__init__(key_positions.shape[1], query_positions, window, start, implementation)
-        self.key_positions = key_positions
-
     def _build_mask(self, device: torch.device):
-        rows, size = self.query_positions.shape
         queries = self.query_positions.to(device)
+        last = queries[:, -1:]
+        keys = last - (last - torch.arange(self.num_slots, device=device)) % self.num_slots
         first = torch.zeros_like(queries) if self.start is None else self.start.to(device)
         if self.longest is not None:
             first = torch.maximum(first, queries - (self.longest - 1))
-        of_text = self.key_positions.to(device)[:, None] >= first[..., None]
-        index = torch.arange(size, device=device)
-        of_block = ((index[:, None] > 0) | (index == 0)).expand(rows, -1, -1)
-        visible = torch.cat([of_text, of_block], dim=-1)
+        end = torch.where(queries == queries[:, :1], queries, last)
+        visible = (keys[:, None] >= first[..., None]) & (keys[:, None] <= end[..., None])
         if self.implementation != "flex_attention":
             return visible[:, None]
         from torch.nn.attention.flex_attention import create_block_mask
@@ -141,41 +144,23 @@ class BlockSpan(SlotSpan):
         def is_visible(row, head, query, key):
             return visible[row, query, key]
 
-        return create_block_mask(is_visible, rows, None, *visible.shape[1:], device=device)
+        return create_block_mask(is_visible, len(visible), None, *visible.shape[1:], device=device)
 
 
-class _SlotsBefore:
-    """Puts keys and values of one cache layer in front of a block, without writing the block's to the cache."""
-
-    def __init__(self, layer: BltCacheLayer):
-        self.layer = layer
-
-    def update(self, key_states: Tensor, value_states: Tensor, slot_index=None) -> tuple[Tensor, Tensor]:
-        _, keys, values = self.layer.slot_views()
-        return tuple(
-            torch.cat([kept.to(new.dtype), new], dim=2) for kept, new in ((keys, key_states), (values, value_states))
-        )
-
-
-@dataclass
-class _TextBefore:
-    """Stands for a cache in the decoder."""
-
-    decoder: list[_SlotsBefore]
-
-
-def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_masked: Tensor) -> Tensor:
-    """Computes fp32 logits `(B, K - 1, V)` of the masks of a block behind each row's text; the cache stays as it is.
+def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_masked: Tensor, packed=None) -> Tensor:
+    """Computes fp32 logits `(B, K - 1, V)` of the masks of a block behind each row's text, which the cache does not count.
 
     Args:
         model: a [`BltForCausalLM`] with a mask embedding.
-        cache: has read all bytes before the block.
+        cache: has read all bytes before the block, and has room for it.
         last_state: `(B, 1, W)`, encoder state of its first byte, the last of the text.
         ids: int64 `(B, K)`; anything where `is_masked`, bool `(B, K)`.
+        packed: a [`PackedStacks`] of the model; None: the modules run.
     """
     blt = model.model
     settings = ForwardSettings.of(blt.config)
     chunk = next_bytes(ids, None, cache, settings.documents)
+    chunk.packed = packed
     embeds = torch.where(is_masked[..., None], model.mask_embedding.weight[0], blt.local_encoder.embed_tokens(ids))
     states = torch.cat([last_state, embeds[:, 1:].to(last_state.dtype)], dim=1)
     last = (chunk.previous.num_patches[:, None] - 1).expand_as(ids)
@@ -183,11 +168,10 @@ def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_maske
     latent_index = LatentIndex(patches % cache.latent_slots.size, hidden)
     start = None if chunk.document_start is None else chunk.document_start[:, :1].expand_as(ids)
     span = BlockSpan(
-        cache.local_slots.held(chunk.cached_bytes), chunk.row_positions, blt.config.local_attention_window_len, start,
-        blt.config._attn_implementation,
+        cache.local_slots.size, chunk.row_positions, settings.local_window, start, settings.attention,
+        chunk.slot_index(cache.local_slots, 0),
     )  # fmt: skip
-    text = _TextBefore([_SlotsBefore(layer) for layer in cache.decoder])
-    states = blt.local_decoder(states, cache.latents.values, chunk, latent_index, span, text)
+    states = blt.local_decoder(states, cache.latents.values, chunk, latent_index, span, cache)
     return model.lm_head(states[:, :-1]).float()
 
 
@@ -234,6 +218,7 @@ def fill_block(
     if rows == 1 and runner.compiles:
         read = model.model.compiled_steps.find(read_block, (block_size, runner.hooks), cache)
     last_state = runner.read_last(last)
+    cache.begin(rows, block_size, True, last.device)
     ids = last.new_full((rows, block_size - 1), text.pad_token_id)
     is_masked = torch.ones_like(ids, dtype=torch.bool)
     is_needed = torch.arange(block_size - 1, device=ids.device) < torch.tensor(needed, device=ids.device)[:, None]
@@ -241,7 +226,7 @@ def fill_block(
     num_reads = 0
     while num_reads == 0 or bool((is_masked & is_needed).any()):
         block = torch.cat([last, ids], dim=1)
-        new_logits = read(model, cache, last_state, block, torch.nn.functional.pad(is_masked, (1, 0)))
+        new_logits = read(model, cache, last_state, block, torch.nn.functional.pad(is_masked, (1, 0)), runner.packed)
         if text.has_context:
             text.put_drafts(ids)
         new_scores = new_logits if text.is_in_order else text.process(new_logits)
