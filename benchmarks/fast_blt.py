@@ -182,7 +182,8 @@ def measure_proportions(arguments, trained: list[dict]) -> list[dict]:
 
         def read():
             state = runner.read_last(block[:, :1])
-            blocks.read_block(model, cache, state, block, is_masked)
+            cache.begin(1, size, True, block.device)
+            blocks.read_block(model, cache, state, block, is_masked, runner.packed)
 
         return timed(read, device)
 

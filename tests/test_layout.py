@@ -27,6 +27,7 @@ HOLDS = {
     "model/test_cuda_graphs.py": ["cuda_graphs"],
     "model/test_patches_blt.py": ["patches/data", "patches/display"],
     "model/test_patching_blt.py": ["patches/lengths"],
+    "model/test_products.py": ["products"],
     "model/test_speculation.py": ["auto_speculation"],
     "model/test_unmasking_blt.py": ["fast_blt/blocks"],
     "serving/test_ragged.py": ["serving/row_layers"],

@@ -72,6 +72,54 @@ def test_packed_steps_equal_the_modules(rule):
     assert caches[0].num_patches.equal(caches[1].num_patches)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_bytes_that_read_the_same_patch(rule):
+    """Drafts, and the bytes of `generate`, multiply weights by the latents once a patch."""
+    model = model_for(rule)
+    ids = torch.tensor([rows_of(rule, 60)[0]])
+    caches = [model(ids[:, :20], use_cache=True).past_key_values for _ in range(2)]
+    packed = PackedStacks(model.model, caches[0])
+    runners = [StepRunner(model.model, cache, model.lm_head, p) for cache, p in zip(caches, (packed, None))]
+    held = []
+
+    def draft(logits, step):
+        held.append(bool(packed.decoder.absorbed))
+        return logits.argmax(dim=-1), logits
+
+    for start in range(20, 50, 3):
+        drafts, expected = (runner.draft(ids[:, start : start + 1], 4, draft) for runner in runners)
+        for (found, logits), (of_modules, logits_of_modules) in zip(drafts, expected):
+            assert found.equal(of_modules)
+            assert_same(logits, logits_of_modules)
+        assert_same(*(runner.step(ids[:, start : start + 1]) for runner in runners))
+        assert_same(*(runner.step(ids[:, start + 1 : start + 3]) for runner in runners))
+
+    class Given:
+        """Chooses the bytes of the text."""
+
+        is_on_device, position = False, 50
+
+        def prepare(self):
+            self.position += 1
+
+        def __call__(self, logits):
+            return ids[:, self.position, None], logits
+
+    for runner in runners:
+        runner.start(ids[:, 50:51])
+    choices = [Given(), Given()]
+    for _ in range(9):
+        (values, logits, _), (expected, logits_of_modules, _) = (r.next(c) for r, c in zip(runners, choices))
+        assert values == expected
+        assert_same(logits, logits_of_modules)
+        held.append(bool(packed.decoder.absorbed))
+    # Without a window of one patch, some patches do not exist, and each byte says which.
+    assert any(held) == (
+        packed.decoder.stacked is not None and (model.config.decoder_config.cross_attn_window or 1) == 1
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(dtype):
     model = make_model(tiny_config(patching_mode="space", patch_in_forward=False)).to(dtype)

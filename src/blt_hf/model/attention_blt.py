@@ -339,13 +339,7 @@ def gathered_attention(
         for states in (key, value)
     )
     hidden = None if hidden is None else hidden.repeat_interleave(latents, dim=-1)
-    return _attend_latents(query, key, value, hidden, scaling)
-
-
-def _attend_latents(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float) -> Tensor:
-    """Attends from each byte `(B, S, H, D)` to latents of its own `(B, S, N, H_kv, D)`; `hidden` bool `(B, S, N)`."""
-    heads, kv_heads = query.shape[2], key.shape[3]
-    grouped = query.unflatten(2, (1, kv_heads, heads // kv_heads))
+    grouped = query.unflatten(2, (1, kv_heads, query.shape[2] // kv_heads))
     scores = (grouped * key[..., None, :]).sum(dim=-1).float() * scaling  # (B, S, N, H_kv, H/H_kv)
     if hidden is not None:
         scores = scores.masked_fill(hidden[..., None, None], float("-inf"))

@@ -10,7 +10,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_blt import AttentionSpan, gathered_attention, repeat_kv_heads, segment_attention
-from .names_blt import is_exporting, sliding_windows
+from .names_blt import import_where_installed, is_exporting, sliding_windows
+
+
+_products = import_where_installed("products")
+
+
+def project(linear: nn.Module, states: Tensor) -> Tensor:
+    """Calls a linear layer; multiplies by its weight where `blt_hf.products` says that this is faster and the same."""
+    if torch.compiler.is_compiling() or _products is None or not _products.can_multiply(states, linear):
+        return linear(states)
+    return _products.multiply(states, linear.weight)
 
 
 class BltRMSNorm(nn.RMSNorm):
@@ -33,8 +43,10 @@ class BltMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate = self.act_fn(self.gate_proj(hidden_states))
-        return self.down_proj(gate * self.up_proj(hidden_states))
+        linears = self.gate_proj, self.up_proj, self.down_proj
+        if torch.compiler.is_compiling() or _products is None or not _products.can_multiply(hidden_states, *linears):
+            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return _products.multiply_gated(hidden_states, *(linear.weight for linear in linears), self.act_fn)
 
 
 class BltRotaryEmbedding(LlamaRotaryEmbedding):
@@ -84,14 +96,14 @@ class BltSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attends `(B, S, W)` -> `(B, S, W)`, and weights `(B, H, S, T)` where the implementation gives them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = rotate_pairs(self.q_proj(hidden_states).view(shape), *position_embeddings).transpose(1, 2)
-        key = rotate_pairs(self.k_proj(hidden_states).view(shape), *position_embeddings).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query = rotate_pairs(project(self.q_proj, hidden_states).view(shape), *position_embeddings).transpose(1, 2)
+        key = rotate_pairs(project(self.k_proj, hidden_states).view(shape), *position_embeddings).transpose(1, 2)
+        value = project(self.v_proj, hidden_states).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, span.slot_index)
         dropout = self.dropout if self.training else 0.0
         output, weights = span.attend(self, query, key, value, dropout)
-        return self.o_proj(output.flatten(2).contiguous()), weights
+        return project(self.o_proj, output.flatten(2).contiguous()), weights
 
 
 class BltTransformerLayer(GradientCheckpointingLayer):
@@ -164,18 +176,18 @@ class BltPatchCrossAttention(_BltCrossAttention):
         """
         num_patches, latents = patch_states.shape[1:3]
         # Linear layers get three dimensions: PEFT's OFT takes four for a convolution's.
-        query = self.q_proj(self.q_norm(patch_states).flatten(1, 2))
+        query = project(self.q_proj, self.q_norm(patch_states).flatten(1, 2))
         query = self._split(query.unflatten(1, (num_patches, latents)))
         byte_states = self.k_norm(byte_states)
-        key = repeat_kv_heads(self._split(self.k_proj(byte_states)), self.num_key_value_groups, dim=2)
-        value = repeat_kv_heads(self._split(self.v_proj(byte_states)), self.num_key_value_groups, dim=2)
+        key = repeat_kv_heads(self._split(project(self.k_proj, byte_states)), self.num_key_value_groups, dim=2)
+        value = repeat_kv_heads(self._split(project(self.v_proj, byte_states)), self.num_key_value_groups, dim=2)
         if self.window > 1:
             segment = torch.cat([segment + ahead for ahead in range(self.window)], dim=1)
             is_read = is_read.repeat(1, self.window)
             key, value = key.repeat(1, self.window, 1, 1), value.repeat(1, self.window, 1, 1)
         is_read = is_read & (segment >= 0) & (segment < num_patches)
         output = segment_attention(query, key, value, segment.clamp(0, num_patches - 1), is_read, self.scaling)
-        output = self.o_proj(output.flatten(-2).flatten(1, 2)).unflatten(1, (num_patches, latents))
+        output = project(self.o_proj, output.flatten(-2).flatten(1, 2)).unflatten(1, (num_patches, latents))
         return output + patch_states
 
 
@@ -218,15 +230,15 @@ class BltByteCrossAttention(_BltCrossAttention):
     def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Projects latents `(B, P, K, W)` of patches to keys and values `(B, P, K*H_kv*D)`."""
         normed = self.k_norm(latents).flatten(1, 2)
-        return tuple(proj(normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
+        return tuple(project(proj, normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
 
     def attend(self, hidden_states: Tensor, keys: Tensor, values: Tensor, latent_index: LatentIndex) -> Tensor:
         """Attends from bytes `(B, S, W)` to those of the patches that each byte reads, `(B, S, W)`."""
-        query = self._split(self.q_proj(self.q_norm(hidden_states)))
+        query = self._split(project(self.q_proj, self.q_norm(hidden_states)))
         shape = (*keys.shape[:2], self.num_latents, -1, self.head_dim)
         index, hidden = latent_index.on(query.device)
         output = gathered_attention(query, keys.view(shape), values.view(shape), index, hidden, self.scaling)
-        return self.o_proj(output.flatten(2)) + hidden_states
+        return project(self.o_proj, output.flatten(2)) + hidden_states
 
 
 def run_layers(

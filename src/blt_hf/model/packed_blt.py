@@ -11,11 +11,13 @@ next call. Modules that do more than their weights say (adapters, quantizers, ho
 weights) are not packed; they run as they are.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from transformers.activations import SiLUActivation
 
 from .attention_blt import AttentionSpan
 from .cache_blt import SlotIndex
@@ -29,6 +31,7 @@ from .layers_blt import (
     LatentIndex,
     rotate_pairs,
 )
+from .names_blt import import_where_installed
 
 
 # What calling a module of each class does, unless somebody replaces it.
@@ -43,6 +46,7 @@ _FORWARDS = {
         BltByteCrossAttention,
         nn.Linear,
         nn.Dropout,
+        SiLUActivation,
     )
 }
 
@@ -61,12 +65,11 @@ class PackedLayer(NamedTuple):
     mlp_norm: Tensor | None
 
 
-class PackedCross(NamedTuple):
-    """Holds the same of a cross attention of the decoder."""
-
-    query: Tensor
-    output: Tensor
-    norm: Tensor | None
+def _transpose(packed):
+    """Views packed weights as `(out, in)`."""
+    if packed is None or isinstance(packed, Tensor):
+        return packed if packed is None else packed.t()
+    return getattr(packed, "_make", tuple)(map(_transpose, packed))
 
 
 def _multiply_one_row(states: Tensor, weight: Tensor) -> Tensor:
@@ -113,12 +116,26 @@ class PackedStack:
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
         self.num_heads = attention.q_proj.weight.shape[0] // self.head_dim
-        self.activations = [layer.mlp.act_fn for layer in layers]
-        self.layers = [self._pack_layer(layer) for layer in layers]
-        self.cross_layers = [self._pack_cross(cross) for cross in cross_layers]
+        silu = _FORWARDS[SiLUActivation]  # calling the module takes six more calls of functions
+        activations = [layer.mlp.act_fn for layer in layers]
+        self.activations = [torch._C._nn.silu if type(act).forward is silu else act for act in activations]
+        self.layers = tuple(map(self._pack_layer, layers))
+        self.products = products = import_where_installed("products") if self.is_exact else None
+        self.least_rows, self.stacked, self.absorbed = math.inf, None, None
+        self.cross_layers = tuple(map(self._pack_cross, cross_layers))
+        if cross_layers and self.turns and products is not None:  # `hold_patch` needs them in one piece
+            queries, outputs, _ = zip(*self.cross_layers)
+            self.stacked = torch.stack([q.t() for q in queries]).mul_(cross_layers[0].scaling), torch.stack(outputs)
+            self.cross_layers = tuple((query.t(), output, None) for query, output in zip(*self.stacked))
+        if products is not None and products.prefers_onednn():
+            # MKL multiplies one row of a copy about as fast as oneDNN does, and does not wait for other threads.
+            size = sum(weight.numel() for weight in layers[0].parameters()) // (4 if copies else 7)  # of a product
+            self.least_rows = max(1 + copies, -(-products.LEAST_WORK * (1 + copies) // size))
+            self.transposed = _transpose(self.layers), _transpose(self.cross_layers)
         if cross_layers:
             cross = cross_layers[0]
-            self.cross_head_dim, self.cross_scaling = cross.head_dim, cross.scaling
+            self.cross_head_dim, self.cross_scaling = cross.head_dim, cross.scaling if self.stacked is None else 1.0
+            self.cross_heads = cross.q_proj.weight.shape[0] // cross.head_dim
             self.cross_kv_heads, self.num_latents = cross.k_proj.weight.shape[0] // cross.head_dim, cross.num_latents
             # Latents are normed once for all layers, so only where the weights of norms are part of products.
             pairs = (self._join([layer.k_proj, layer.v_proj], layer.k_norm.weight) for layer in cross_layers)
@@ -138,10 +155,9 @@ class PackedStack:
             *(None if self.is_exact and self.copies else self._scaled(norm) for norm in (before, between)),
         )
 
-    def _pack_cross(self, cross: BltByteCrossAttention) -> PackedCross:
-        norm = cross.q_norm.weight
-        output = self._turned(cross.o_proj.weight)
-        return PackedCross(self._join([cross.q_proj], norm), output, None if self.is_exact else self._scaled(norm))
+    def _pack_cross(self, cross: BltByteCrossAttention) -> tuple[Tensor, Tensor, Tensor | None]:
+        query, norm = self._join([cross.q_proj], cross.q_norm.weight), self._scaled(cross.q_norm.weight)
+        return query, self._turned(cross.o_proj.weight), None if self.is_exact else norm
 
     def _scaled(self, norm: Tensor) -> Tensor:
         return norm.detach() * self.root if self.is_exact else norm.detach()
@@ -184,13 +200,25 @@ class PackedStack:
         shape, slot_index = states.shape, span.slot_index
         states = states.reshape(-1, shape[-1])  # (N, W)
         rotation, mask = self._rotation(positions, states, span), span.whole_mask(states)
-        mm, addmm = products = torch.mm, torch.addmm
-        if states.shape[0] == 1 and torch.compiler.is_compiling():
-            mm, addmm = products = _multiply_one_row, _add_one_row
-        kept = None if not self.cross_layers else self._gather(latents, latent_index, states)
-        for number, (layer, activation, cache_layer) in enumerate(zip(self.layers, self.activations, cache_layers)):
-            if number < len(self.cross_layers):
-                states = self._cross_attend(self.cross_layers[number], states, number, products, *kept)
+        products, layers, cross_layers = (torch.mm, torch.addmm), self.layers, self.cross_layers
+        if torch.compiler.is_compiling():
+            products = (_multiply_one_row, _add_one_row) if states.shape[0] == 1 else products
+        elif states.shape[0] >= self.least_rows:
+            products, (layers, cross_layers) = self.products.choose(states.shape[0]), self.transposed
+        mm, addmm = products
+        absorbed = self.absorbed if states.shape[0] == 1 else None
+        kept = None if absorbed or not cross_layers else self._gather(latents, latent_index, states)
+        if absorbed == [] and kept[1] is None:
+            taken = kept[0][0].unflatten(-1, (self.num_latents, -1, self.cross_head_dim))
+            absorbed += self.products.absorb(*self.stacked, taken)
+        for number, (layer, activation, cache_layer) in enumerate(zip(layers, self.activations, cache_layers)):
+            if number < len(cross_layers):
+                if absorbed:
+                    scores = torch.mm(self._normed(states, cross_layers[number][2]), absorbed[number][0])
+                    weights = scores.view(self.cross_heads, -1).softmax(dim=-1).view(1, -1)
+                    states = torch.addmm(states, weights, absorbed[number][1], beta=2)
+                else:
+                    states = self._cross_attend(cross_layers[number], states, number, products, *kept)
             states = self._attend(layer, states, products, rotation, mask, slot_index, cache_layer, shape[:2])
             normed = self._normed(states, layer.mlp_norm)
             if self.copies:
@@ -230,11 +258,11 @@ class PackedStack:
         return addmm(states, attended.transpose(1, 2).reshape(states.shape[0], -1), layer.output)
 
     def _cross_attend(
-        self, cross: PackedCross, states: Tensor, number: int, products, latents: Tensor, mask: Tensor | None
+        self, cross: tuple, states: Tensor, number: int, products, latents: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Adds twice the queries, as the modules do, and what they read."""
-        mm, addmm = products
-        query = mm(self._normed(states, cross.norm), cross.query).view(states.shape[0], -1, 1, self.cross_head_dim)
+        (mm, addmm), (weight, output, norm) = products, cross
+        query = mm(self._normed(states, norm), weight).view(states.shape[0], -1, 1, self.cross_head_dim)
         keys, values = (
             part.reshape(states.shape[0], -1, self.cross_kv_heads, self.cross_head_dim).transpose(1, 2)
             for part in latents[:, :, number].unbind(2)
@@ -242,12 +270,23 @@ class PackedStack:
         attended = nn.functional.scaled_dot_product_attention(
             query, keys, values, mask, scale=self.cross_scaling, enable_gqa=query.shape[1] != self.cross_kv_heads
         )
-        return addmm(states, attended.view(states.shape[0], -1), cross.output, beta=2)
+        return addmm(states, attended.view(states.shape[0], -1), output, beta=2)
+
+    def hold_patch(self, holds: bool) -> None:
+        """Says that the steps of one byte of one row from now on read the patch that the first of them reads.
+
+        Cross attentions are two small products then: weights are multiplied by the latents once, not by each state.
+        """
+        self.absorbed = [] if holds and self.stacked is not None else None
 
     def project_latents(self, latents: Tensor) -> Tensor:
         """Projects latents `(B, P, K, W)` to keys and values `(B, P, L, 2, F)`, for all cross attentions."""
         rows, num_patches, num_latents, width = latents.shape
-        states = torch.mm(self._normed(latents.reshape(-1, width), None), self.keys_values)
+        states = self._normed(latents.reshape(-1, width), None)
+        if states.shape[0] < self.least_rows or torch.compiler.is_compiling():
+            states = torch.mm(states, self.keys_values)
+        else:
+            states = self.products.choose(states.shape[0])[0](states, self.keys_values.t())
         states = states.view(rows, num_patches, num_latents, len(self.cross_layers), 2, -1)
         return states.permute(0, 1, 3, 4, 2, 5).flatten(-2)
 

@@ -24,6 +24,7 @@ from .layers_blt import (
     BltTransformerLayer,
     LatentIndex,
     OutputCollector,
+    project,
     run_layers,
 )
 from .modeling_base_blt import BltCausalLMOutput, BltPreTrainedModel, keep_positions
@@ -161,7 +162,7 @@ class BltLocalEncoder(BltPreTrainedModel):
             else:
                 pooled = pooled.scatter_reduce(1, index, byte_states, mode, include_self=False)
             pooled = take_columns(pooled, 0, num_patches)
-        queries = self.patch_embedding_projection(pooled)
+        queries = project(self.patch_embedding_projection, pooled)
         return queries.view(rows, num_patches, self.config.cross_attn_k, width)
 
     def _pool_one(self, byte_states: Tensor, is_read: Tensor) -> Tensor:
@@ -315,7 +316,7 @@ class BltLocalDecoder(BltPreTrainedModel):
 
     def split_latents(self, global_states: Tensor) -> Tensor:
         """Projects patches `(B, P, W_global)` to `K` latents each, `(B, P, K, W)`."""
-        latents = self.patch_embedding_projection(global_states)
+        latents = project(self.patch_embedding_projection, global_states)
         return latents.unflatten(-1, (self.config.cross_attn_k, -1))
 
 

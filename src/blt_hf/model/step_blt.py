@@ -79,6 +79,7 @@ class StepRunner:
                 return self.step(filled, lengths)[:, :columns]
         if self.is_watched and not self.graphs.modules.holds():
             self.close()
+        self._hold_patch(False)
         read = self._read(input_ids, lengths)
         counts = HostPatchCounts.of(read.patches)
         if counts.max_new:
@@ -90,6 +91,7 @@ class StepRunner:
     @torch.no_grad()
     def start(self, input_ids: Tensor) -> list[int]:
         """Reads the next byte of each row `(B, 1)`, for [`next`] to go on from; the bytes on the host."""
+        self._hold_patch(True)
         read = self._read(input_ids)
         self._pending = read, HostPatchCounts.of(read.patches)
         return self._pending[1].last_ids
@@ -112,6 +114,7 @@ class StepRunner:
         rows = len(cache.row_bytes)
         if counts.max_new:
             self._close(read, counts)
+            self._hold_patch(True)
         if self.graphs is not None and choose.is_on_device and reads and cache.has_room(2):
             cache.begin(rows, 2, True, read.chunk.device)  # the byte that was read is counted later
             choose.prepare()
@@ -147,6 +150,7 @@ class StepRunner:
         """
         rows, columns = input_ids.shape
         if choose is None:
+            self._hold_patch(False)
             read = self._read(input_ids, is_draft=True)
             result = self._predict(read)
             self.cache.advance_on_host(columns, [columns] * rows)
@@ -158,6 +162,7 @@ class StepRunner:
 
     def _draft(self, ids: Tensor, count: int, choose: Callable) -> list[tuple]:
         history, found, done = self.cache.history, [], 0
+        self._hold_patch(True)
         try:
             for step in range(count):
                 logits = self._run_predict(self._run_read(ids, None, True, is_held=False))
@@ -185,6 +190,11 @@ class StepRunner:
             self.graphs.close()
         self.graphs, self.is_watched = None, False
 
+    def _hold_patch(self, holds: bool) -> None:
+        """Says whether the next bytes of one row read the patch that the first of them reads."""
+        if not (self.packed is None or self.packed.decoder is None or self.compiles or self.graphs is not None):
+            self.packed.decoder.hold_patch(holds)
+
     def _begin(self, rows: int, columns: int, count: int, device: torch.device) -> None:
         self.cache.begin(rows, count, True, device)
         self.is_compiled = self.compiles and rows == 1 and columns == round_up_bytes(columns)
@@ -193,10 +203,7 @@ class StepRunner:
         rows, columns = input_ids.shape
         self._begin(rows, columns, columns, input_ids.device)
         on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
-        if self.graphs is None:
-            return self._run_read(input_ids, on_device, is_draft)
-        key, function = ("read", is_draft), lambda *given: self._run_read(*given, is_draft)
-        return self.graphs.run(key, function, input_ids, on_device)
+        return self._run(("read", is_draft), lambda *given: self._run_read(*given, is_draft), input_ids, on_device)
 
     def _run_read(self, input_ids: Tensor, lengths: Tensor | None, is_draft: bool, is_held: bool = True) -> BytesRead:
         if self.is_compiled:
@@ -222,15 +229,13 @@ class StepRunner:
                 torch._dynamo.maybe_mark_dynamic(inputs[1], 0)
             stage(self.model, cache, read, *inputs)
 
-        if self.graphs is None:
-            close()
-        else:
-            self.graphs.run(("close", id(read), new, seen), close)
+        self._run(("close", id(read), new, seen), close)
 
     def _predict(self, read: BytesRead) -> Tensor:
-        if self.graphs is None:
-            return self._run_predict(read)
-        return self._kept(self.graphs.run(("predict", id(read)), lambda: self._run_predict(read)))
+        return self._kept(self._run(("predict", id(read)), lambda: self._run_predict(read)))
+
+    def _run(self, key: tuple, function: Callable, *inputs: Tensor | None):
+        return function(*inputs) if self.graphs is None else self.graphs.run(key, function, *inputs)
 
     def _run_predict(self, read: BytesRead) -> Tensor:
         settings, chunk = self.settings, read.chunk

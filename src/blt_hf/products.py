@@ -1,0 +1,132 @@
+"""Fewer and faster matrix products, where torch's first choice is slow.
+
+On a CPU torch multiplies fp32 matrices by MKL, which runs code for older processors on those of AMD. oneDNN, the other
+library that torch brings along, takes half the time there for two rows or more. It has no gradients here. The model's code
+asks this module where it is installed; without it, all products are torch's own.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+
+# oneDNN keeps code and memory for each number of rows that it has met. It meets these, and smaller ones than the least.
+_BLOCKS = (128, 32)
+LEAST_WORK = 400_000  # multiplications of a product from which oneDNN, which starts later than MKL, ends sooner
+_LEAST_ROWS = 64  # making code for a first product does not pay for a prompt of fewer
+_CPU_INFO = Path("/proc/cpuinfo")
+_call_linear = nn.Linear.forward
+multiply_few = _add_pointwise = None
+if (_pointwise := getattr(torch.ops.mkldnn, "_linear_pointwise", None)) is not None:
+    # Multiplies fp32 `(N, in)` by `(out, in)`, which may lie in memory as `(in, out)`, for numbers of rows as above.
+    multiply_few = functools.partial(_pointwise.default._op, B=None, attr="none", scalars=[], algorithm="")
+    _add_pointwise = _pointwise.binary._op
+
+
+@functools.cache
+def _has_slow_mkl() -> bool:
+    is_there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    is_there = is_there and multiply_few is not None and _CPU_INFO.exists()
+    return is_there and "AuthenticAMD" in _CPU_INFO.read_text()
+
+
+def prefers_onednn() -> bool:
+    """Tells whether torch multiplies by MKL, the processor is one of AMD, and oneDNN is there and not switched off."""
+    return _has_slow_mkl() and torch.backends.mkldnn.enabled
+
+
+def multiply(states: Tensor, weight: Tensor) -> Tensor:
+    """Multiplies fp32 `(..., in)` by `(out, in)`."""
+    return _in_blocks(lambda rows: multiply_few(rows, weight), states)
+
+
+def choose(num_rows: int) -> tuple[Callable, Callable]:
+    """Chooses functions for so many rows, in the place of `torch.mm` and `torch.addmm`, for weights `(out, in)`."""
+    return (multiply_few, _add_multiply_few) if num_rows <= _BLOCKS[-1] else (multiply, _add_multiply)
+
+
+def _add_multiply(other: Tensor, states: Tensor, weight: Tensor, beta: int = 1) -> Tensor:
+    return multiply(states, weight).add_(other, alpha=beta)
+
+
+def _add_multiply_few(other: Tensor, states: Tensor, weight: Tensor, beta: int = 1) -> Tensor:
+    if beta == 1:
+        return _add_pointwise(states, other, weight, None, "add")
+    return multiply_few(states, weight).add_(other, alpha=beta)
+
+
+def multiply_gated(states: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Callable) -> Tensor:
+    """Runs a gated feed-forward layer, of three weights `(out, in)`, on `(..., W)`."""
+
+    def run(rows: Tensor) -> Tensor:
+        return multiply_few(activation(multiply_few(rows, gate)) * multiply_few(rows, up), down)
+
+    return _in_blocks(run, states)
+
+
+def _in_blocks(function: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """Applies a function of rows to `(..., in)`, in blocks of few sizes."""
+    rows = states.reshape(-1, states.shape[-1])
+    sizes, rest = [], rows.shape[0]
+    for size in _BLOCKS:
+        sizes += [size] * (rest // size)
+        rest %= size
+    blocks = [function(block) for block in rows.split([*sizes, rest] if rest else sizes)]
+    return torch.cat(blocks).view(*states.shape[:-1], -1)
+
+
+def absorb(queries: Tensor, outputs: Tensor, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Multiplies the weights of `L` cross attentions by the keys and values of all that one row reads.
+
+    Args:
+        queries, outputs: `(L, H*D, W)`; queries with the factor of scores.
+        latents: `(P, L, 2, K, H_kv, D)`, keys and values of the patches that it reads; `T = P * K`.
+    Returns:
+        for each cross attention `(W, H*T)` and `(H*T, W)`: `softmax(states @ one, over T) @ other` is what it reads.
+    """
+    layers, width, size = queries.shape[0], queries.shape[2], latents.shape[-1]
+    keys, values = latents.permute(2, 1, 4, 0, 3, 5).flatten(3, 4).flatten(1, 2).unbind()  # (L*H_kv, T, D) each
+    if (groups := queries.shape[1] // size // latents.shape[4]) > 1:
+        keys, values = keys.repeat_interleave(groups, dim=0), values.repeat_interleave(groups, dim=0)
+    queries, outputs = queries.view(-1, size, width), outputs.view(-1, size, width)
+    keys, values = torch.bmm(keys, queries).view(layers, -1, width), torch.bmm(values, outputs).view(layers, -1, width)
+    return list(zip(keys.transpose(1, 2).unbind(), values.unbind()))
+
+
+def can_multiply(states: Tensor, *linears: nn.Module) -> bool:
+    """Tells whether oneDNN should multiply `(..., in)`, and does all that calling these linear layers would do."""
+    if states.shape[-2] < _LEAST_ROWS or torch.is_grad_enabled() or not prefers_onednn():
+        return False
+    if type(states) is not Tensor or states.dtype != torch.float32 or states.device.type != "cpu":
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    # Who counts operations, or transforms functions, knows torch's own products.
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if _global_forward_hooks or _global_forward_pre_hooks or nn.Linear.forward is not _call_linear:
+        return False
+    return all(map(_is_plain, linears))
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    if type(linear) is not nn.Linear or "forward" in vars(linear):
+        return False
+    weight, has_hooks = linear.weight, linear._forward_hooks or linear._forward_pre_hooks
+    is_here = type(weight) is nn.Parameter and (weight.dtype, weight.device.type) == (torch.float32, "cpu")
+    return is_here and linear.bias is None and not has_hooks
+
+
+__all__ = [
+    "LEAST_WORK",
+    "absorb",
+    "can_multiply",
+    "choose",
+    "multiply",
+    "multiply_gated",
+    "prefers_onednn",
+]
