@@ -1,5 +1,6 @@
 """The pair's measurements: the noise, the bits, and all parts at once on tiny models."""
 
+import argparse
 import json
 import math
 import sys
@@ -89,6 +90,14 @@ def test_words_to_spell_are_not_those_trained_on():
     assert len({*tested, *trained}) == 600
     assert letters.TASKS["spelling"]("cat") == ("Spell the word: cat ->", " c a t")
     assert letters.TASKS["reversal"]("cat") == ("Reverse the word: cat ->", " tac")
+
+
+def test_answers_of_the_other_model_are_read(pair, tmp_path):
+    settings = argparse.Namespace(questions=2, stop_within=8, output=tmp_path)
+    both = measure.run_questions(pair, settings)
+    assert measure.run_questions({"blt": pair["blt"]}, settings) == both and "teacher" in both
+    settings.questions = 1  # other questions
+    assert "teacher" not in measure.run_questions({"blt": pair["blt"]}, settings)
 
 
 def test_everything_at_once(folder, teacher_folder, tmp_path):

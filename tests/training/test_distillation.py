@@ -317,6 +317,27 @@ def test_a_stage_goes_on_from_its_checkpoint(token_model, folder, tmp_path):
         torch.testing.assert_close(weights["parts"][name], tensor)
 
 
+def test_figures_of_an_evaluation_are_of_its_rows(token_model, folder, tmp_path):
+    """Also where an evaluation comes between two logs of training."""
+    rows = TeacherData([folder])
+    stage = DecoderStage(make_blt(token_model))
+    options = {
+        "eval_rows": [rows[0]],
+        "log_steps": 2,
+        "save_steps": 3,
+        "use_bf16": False,
+        "quiet": True,
+        "use_cpu": True,
+    }
+    run_stage(stage, rows, collate_teacher_rows, tmp_path, 3, 4, 1e-2, 0, **options)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        stage.eval()(**collate_teacher_rows([rows[0]]))
+    found = next(entry for entry in log if "eval_bits_per_byte" in entry)
+    assert found["step"] == 3
+    assert found["eval_bits_per_byte"] == pytest.approx(stage.take_figures()["bits_per_byte"], abs=1e-3)
+
+
 def test_stages_train_their_part_alone(token_model):
     parts = {
         "EncoderStage": ("model.local_encoder.", "model.encoder_hash_tok_embedding."),

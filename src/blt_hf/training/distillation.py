@@ -394,9 +394,8 @@ class _StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the rows of a process
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        is_evaluation = any(name.startswith("eval_") for name in logs)
-        prefix = "eval_" if is_evaluation else ""
-        logs.update({prefix + name: round(value, 4) for name, value in self.model.take_figures().items()})
+        if not any(name.startswith("eval_") for name in logs):  # an evaluation has figures of its own
+            logs.update({name: round(value, 4) for name, value in self.model.take_figures().items()})
         if self.state.is_world_process_zero:
             with open(Path(self.args.output_dir) / "log.jsonl", "a") as file:
                 file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
@@ -405,7 +404,7 @@ class _StageTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         kept, self.model.sums = self.model.sums, defaultdict(lambda: [0.0, 0.0])
         output = super().evaluation_loop(*args, **kwargs)
-        output.metrics.update({f"eval_{name}": value for name, value in self.model.take_figures().items()})
+        output.metrics.update({f"eval_{name}": round(value, 4) for name, value in self.model.take_figures().items()})
         self.model.sums = kept
         return output
 
