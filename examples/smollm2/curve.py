@@ -7,6 +7,7 @@ Writes `curve.json` and `curve.png`.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -38,7 +39,8 @@ def main() -> None:
     curve = {folder.name: read_log(folder) for folder in arguments.runs}
     (arguments.output / "curve.json").write_text(json.dumps(curve, indent=1) + "\n")
     figure, axes = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    start = 0
+    start, named = 0, -math.inf
+    total = sum(entries[-1]["step"] for entries in curve.values() if entries)
     for name, entries in curve.items():
         for key in FIGURES:
             for prefix, style in (("", "-"), ("eval_", "o")):
@@ -49,12 +51,14 @@ def main() -> None:
                 ) if points else None
         for axis in axes:
             axis.axvline(start, color="0.8", linewidth=1)
-        axes[0].annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=8, rotation=20, va="bottom")
+        if start - named > total / 20:  # names of short stages would lie on each other
+            axes[0].annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=8, rotation=20, va="bottom")
+            named = start
         start += entries[-1]["step"] if entries else 0
     for key, label in FIGURES.items():
         axes[int(key != "bits_per_byte")].plot([], [], color=f"C{list(FIGURES).index(key)}", label=label)
     axes[0].plot([], [], "o", color="C0", label="held-out prose")
-    axes[0].set(ylabel="bits per byte", ylim=(1, 6))
+    axes[0].set(ylabel="bits per byte", ylim=(1, 4))
     axes[1].set(ylabel="share lost", xlabel="steps of all stages", ylim=(0, 2))
     for axis in axes:
         axis.legend(loc="upper right", fontsize=8)
