@@ -52,7 +52,9 @@ def main() -> None:
         for axis in axes:
             axis.axvline(start, color="0.8", linewidth=1)
         if start - named > total / 20:  # names of short stages would lie on each other
-            axes[0].annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=8, rotation=20, va="bottom")
+            axes[0].annotate(
+                name, (start, 1), xycoords=("data", "axes fraction"), fontsize=8, rotation=20, va="bottom"
+            )
             named = start
         start += entries[-1]["step"] if entries else 0
     for key, label in FIGURES.items():
