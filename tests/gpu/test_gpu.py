@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from blt_hf import BltForCausalLM, BltTokenizer, cuda_graphs
-from blt_hf.model.generation_blt import draw
 from blt_hf.training.data import BltDataCollator
 from helpers.diffusion import diffusion_model
 from helpers.models import DEVICE, RULES, make_model, model_for, tiny_config
@@ -253,7 +252,7 @@ def test_noise_is_what_multinomial_draws():
             expected, after = torch.multinomial(probs, 1), torch.rand(1)
             torch.manual_seed(seed)
             noise = torch.empty_like(probs).exponential_()
-            assert torch.equal(draw(probs, noise), expected) and torch.equal(torch.rand(1), after)
+            assert torch.equal(cuda_graphs.draw(probs, noise), expected) and torch.equal(torch.rand(1), after)
 
 
 def test_other_threads_draw_and_allocate_while_steps_are_captured(captures):

@@ -82,6 +82,15 @@ from transformers import CompileConfig
 static = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
 assert load("lm").generate(ids, **greedy, **static).tolist() == expected["text"].tolist()
 """,
+    "prompts on processors of AMD": """
+model = load("lm")
+layers = sys.modules[type(model).__module__.rsplit(".", 1)[0] + ".layers_blt"]
+assert (layers._products is not None) == with_package
+prompt = ids.repeat(1, 96 // ids.shape[1] + 1)
+with torch.no_grad():
+    whole, halves = model(prompt).logits, torch.cat([model(row).logits for row in prompt.repeat(2, 1).split(1)])
+torch.testing.assert_close(halves, whole.expand_as(halves))
+""",
     "continuous batching, `transformers serve --continuous-batching`": """
 from transformers import GenerationConfig
 config = GenerationConfig(**{**greedy, "pad_token_id": 0})
