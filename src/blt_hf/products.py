@@ -1,13 +1,14 @@
 """Fewer and faster matrix products, where torch's first choice is slow.
 
-On a CPU torch multiplies fp32 matrices by MKL, which runs code for older processors on those of AMD. oneDNN, the other
-library that torch brings along, takes half the time there for two rows or more. It has no gradients here. The model's code
-asks this module where it is installed; without it, all products are torch's own.
+On a CPU torch multiplies fp32 matrices by MKL, which is slow on some processors. oneDNN, the other library that torch
+brings along, then takes half the time or less. Which one is faster here is measured once a process, in some hundredths of a
+second. oneDNN has no gradients here. The model's code asks this module where it is installed; without it, all products are
+torch's own.
 """
 
 import functools
+import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 _BLOCKS = (128, 32)
 LEAST_WORK = 400_000  # multiplications of a product from which oneDNN, which starts later than MKL, ends sooner
 _LEAST_ROWS = 64  # making code for a first product does not pay for a prompt of fewer
-_CPU_INFO = Path("/proc/cpuinfo")
+_CLEARLY = 0.8  # of MKL's time is what oneDNN may take to be chosen
+_preferred: dict[tuple[int, int], bool] = {}
 _call_linear = nn.Linear.forward
 multiply_few = _add_pointwise = None
 if (_pointwise := getattr(torch.ops.mkldnn, "_linear_pointwise", None)) is not None:
@@ -27,16 +29,47 @@ if (_pointwise := getattr(torch.ops.mkldnn, "_linear_pointwise", None)) is not N
     _add_pointwise = _pointwise.binary._op
 
 
-@functools.cache
-def _has_slow_mkl() -> bool:
-    is_there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    is_there = is_there and multiply_few is not None and _CPU_INFO.exists()
-    return is_there and "AuthenticAMD" in _CPU_INFO.read_text()
+def prefers_onednn(num_rows: int = _BLOCKS[0]) -> bool:
+    """Tells whether oneDNN is there, is not switched off, and multiplies so many rows clearly faster than MKL here.
+
+    The first call for a number of rows and of threads measures it.
+    """
+    if multiply_few is None or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    key = torch.get_num_threads(), num_rows
+    if key not in _preferred:
+        if _is_watched():
+            return False  # measured when nobody counts operations
+        _preferred[key] = _is_faster(num_rows)
+    return _preferred[key]
 
 
-def prefers_onednn() -> bool:
-    """Tells whether torch multiplies by MKL, the processor is one of AMD, and oneDNN is there and not switched off."""
-    return _has_slow_mkl() and torch.backends.mkldnn.enabled
+def _is_watched() -> bool:
+    """Tells whether somebody counts operations, or transforms functions: both know torch's own products."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@torch.no_grad()
+def _is_faster(num_rows: int, rounds: int = 8) -> bool:
+    """Measures both libraries in turns; the best round of each counts, so that a busy neighbour decides nothing.
+
+    Each product has a weight of its own, which comes from memory, as in a model. There are no random numbers.
+    """
+    with torch.autocast("cpu", enabled=False):
+        states, weights = (
+            torch.ones(rows, 768, dtype=torch.float32, device="cpu") for rows in (num_rows, 2 * rounds * 768)
+        )
+        best, weights = [float("inf")] * 2, iter(weights.split(768))
+        for _ in range(rounds):
+            for number, function in enumerate((nn.functional.linear, multiply_few)):
+                best[number] = min(best[number], _seconds(function, states, next(weights)))
+    return best[1] < _CLEARLY * best[0]
+
+
+def _seconds(function: Callable, *arguments: Tensor) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
 
 
 def multiply(states: Tensor, weight: Tensor) -> Tensor:
@@ -105,8 +138,7 @@ def can_multiply(states: Tensor, *linears: nn.Module) -> bool:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
-    # Who counts operations, or transforms functions, knows torch's own products.
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if _is_watched():
         return False
     if _global_forward_hooks or _global_forward_pre_hooks or nn.Linear.forward is not _call_linear:
         return False

@@ -82,7 +82,7 @@ from transformers import CompileConfig
 static = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
 assert load("lm").generate(ids, **greedy, **static).tolist() == expected["text"].tolist()
 """,
-    "prompts on processors of AMD": """
+    "prompts where torch's own products are slow": """
 model = load("lm")
 layers = sys.modules[type(model).__module__.rsplit(".", 1)[0] + ".layers_blt"]
 assert (layers._products is not None) == with_package

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from blt_hf import products
 from blt_hf.model.layers_blt import project
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 def made(monkeypatch) -> list[int]:
     """Makes any processor prefer oneDNN; rows of each product that it makes."""
     found = []
-    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(products, "prefers_onednn", lambda num_rows=128: True)
     monkeypatch.setattr(products, "LEAST_WORK", 1)
     multiply_few = products.multiply_few
 
@@ -122,7 +123,7 @@ def test_forward_and_steps_equal_those_by_torch(rows, made, monkeypatch):
 
     found = run()
     assert {128, rows} <= set(made)
-    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(products, "prefers_onednn", lambda num_rows=128: False)
     made.clear()
     for one, other in zip(found, run()):
         assert_same(one, other)
@@ -154,19 +155,32 @@ def test_absorbed_latents_give_the_attention(kv_heads):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_processor_of_amd(monkeypatch, tmp_path):
-    info = tmp_path / "cpuinfo"
-    monkeypatch.setattr(products, "_CPU_INFO", info)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    for text, expected in (
-        (None, False),
-        ("vendor_id\t: GenuineIntel\n", False),
-        ("vendor_id\t: AuthenticAMD\n", True),
-    ):
-        if text is not None:
-            info.write_text(text)
-        products._has_slow_mkl.cache_clear()
-        assert prefers_onednn() is expected
+@pytest.mark.parametrize(("onednn", "expected"), [(0.5, True), (0.9, False), (2.0, False)])
+def test_what_is_clearly_faster_here_is_chosen(onednn, expected, monkeypatch):
+    """By its best time, once for a number of rows and of threads, and not while somebody counts operations."""
+    asked = []
+
+    def seconds(function, states, weight):
+        asked.append(len(states))
+        mine = 1.0 if function is nn.functional.linear else onednn
+        return mine * (50 if len(asked) <= 4 else 1)  # a neighbour is busy at first
+
+    monkeypatch.setattr(products, "_preferred", {})
+    monkeypatch.setattr(products, "_seconds", seconds)
+    with FlopCounterMode(display=False):
+        assert not prefers_onednn(16) and not asked
+    state = torch.get_rng_state()
+    assert prefers_onednn(16) is expected
+    count = len(asked)
+    assert prefers_onednn(16) is expected and len(asked) == count and set(asked) == {16}
+    assert prefers_onednn(128) is expected and set(asked) == {16, 128}
+    assert torch.equal(torch.get_rng_state(), state)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not prefers_onednn()
-    products._has_slow_mkl.cache_clear()
+        assert not prefers_onednn(16)
+
+
+def test_measuring_is_plain_work_under_autocast_and_other_defaults(monkeypatch):
+    monkeypatch.setattr(products, "_preferred", {})
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert prefers_onednn(16) in (True, False)
+    assert len(products._preferred) == 1

@@ -127,10 +127,11 @@ class PackedStack:
             queries, outputs, _ = zip(*self.cross_layers)
             self.stacked = torch.stack([q.t() for q in queries]).mul_(cross_layers[0].scaling), torch.stack(outputs)
             self.cross_layers = tuple((query.t(), output, None) for query, output in zip(*self.stacked))
-        if products is not None and products.prefers_onednn():
-            # MKL multiplies one row of a copy about as fast as oneDNN does, and does not wait for other threads.
+        if products is not None and products.prefers_onednn(16):
+            # One row of a copy stays with MKL, which does not wait for other threads.
             size = sum(weight.numel() for weight in layers[0].parameters()) // (4 if copies else 7)  # of a product
-            self.least_rows = max(1 + copies, -(-products.LEAST_WORK * (1 + copies) // size))
+            fewest = 1 if not copies and products.prefers_onednn(1) else 2
+            self.least_rows = max(fewest, -(-products.LEAST_WORK * (1 + copies) // size))
             self.transposed = _transpose(self.layers), _transpose(self.cross_layers)
         if cross_layers:
             cross = cross_layers[0]
