@@ -1,7 +1,7 @@
 """Fewer and faster matrix products, where torch's first choice is slow.
 
 On a CPU torch multiplies fp32 matrices by MKL, which is slow on some processors. oneDNN, the other library that torch
-brings along, then takes half the time or less. Which one is faster here is measured once a process, in some hundredths of a
+brings along, then takes half the time or less. Which one is faster here is measured once a process, in hundredths of a
 second. oneDNN has no gradients here. The model's code asks this module where it is installed; without it, all products are
 torch's own.
 """
