@@ -19,40 +19,27 @@ logger = logging.get_logger(__name__)
 PATCH_POOLING_MODES = ("max", "mean", "min")
 
 # Keys of real files that carry no information for us. `norm_eps` is not here: it is renamed to `rms_norm_eps`.
-_LEGACY_KEYS = {
-    "pm_size": "size of a patching model that no released checkpoint has",
-    "realtime_patching": "patches are always computed by the model unless `patch_lengths` is passed",
-    "patching_device": "tensors stay on the device of the input",
-    "patching_model_device": "tensors stay on the device of the input",
-    "device": "tensors stay on the device of the input",
-    "attn_impl": "the attention kernel is chosen by `attn_implementation` when a model is loaded",
-    "attn_bias_type": "masks follow from the windows and from `mask_documents`",
-    "hidden_size": "derived from `decoder_config`",
-    "num_hidden_layers": "derived from `decoder_config`",
-    "num_attention_heads": "derived from `decoder_config`",
-    "num_key_value_heads": "derived from `decoder_config`",
-    "head_dim": "derived from `decoder_config`",
-    "intermediate_size": "derived from `decoder_config`",
-}
+_LEGACY_KEYS = (
+    # No released checkpoint has such a model; the model itself finds patches, on the device of the input.
+    "pm_size", "realtime_patching", "patching_device", "patching_model_device", "device",
+    # `attn_implementation` chooses the kernel when a model is loaded; masks follow from windows and `mask_documents`.
+    "attn_impl", "attn_bias_type",
+    # Those of `decoder_config`.
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+)  # fmt: skip
+
+
+def _split_heads(attention: str) -> dict[str, str]:
+    return {f"{attention}.{name}_proj": "rowwise" if name == "o" else "colwise" for name in "qkvo"}
 
 
 # Tensor-parallel plans: heads and feed-forward channels are split, everything between layers is whole.
 _LAYERS_TP_PLAN = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
+    **_split_heads("layers.*.self_attn"),
     "layers.*.mlp.gate_proj": "colwise",
     "layers.*.mlp.up_proj": "colwise",
     "layers.*.mlp.down_proj": "rowwise",
 }
-_CROSS_TP_PLAN = {
-    "cross_attn_layers.*.q_proj": "colwise",
-    "cross_attn_layers.*.k_proj": "colwise",
-    "cross_attn_layers.*.v_proj": "colwise",
-    "cross_attn_layers.*.o_proj": "rowwise",
-}
-
 
 # Keys of components in files that older releases of transformers wrote, or that the release in use reads by itself.
 _COMPONENT_KEYS = frozenset(
@@ -181,7 +168,7 @@ class _BltComponentConfig(_SavedConfig):
 class _BltLocalConfig(_BltComponentConfig):
     """Adds the fields of the two stacks over bytes, which have cross attention."""
 
-    base_model_tp_plan = {**_LAYERS_TP_PLAN, **_CROSS_TP_PLAN}
+    base_model_tp_plan = {**_LAYERS_TP_PLAN, **_split_heads("cross_attn_layers.*")}
     default_theta = 500000.0
 
     vocab_size: int = VOCAB_SIZE
@@ -408,9 +395,8 @@ class BltConfig(_SavedConfig):
         self.encoder_config.sliding_window = self.local_attention_window_len
         _check_least("cross_attn_k", self.cross_attn_k, "1 latent a patch")
         pooled_size = self.encoder_config.hidden_size * self.cross_attn_k
-        self.global_config.encoder_cross_output_size = (
-            pooled_size if pooled_size != self.global_config.hidden_size else None
-        )
+        is_projected = pooled_size != self.global_config.hidden_size
+        self.global_config.encoder_cross_output_size = pooled_size if is_projected else None
         self.patcher_config.mask_documents = self.mask_documents
         _warn_of_unknown_fields(self, kwargs)
         super().__post_init__(**kwargs)
