@@ -38,7 +38,12 @@ TEMPLATES = {
         "Name something that is {}.", "Give me a synonym of {}.",
     ],
 }  # fmt: skip
+NAME_TEMPLATES = [
+    "What is {}?", "Where is {}?", "Who was {}?", "Tell me one thing about {}.", "What is {} known for?",
+    "Write one sentence about {}.",
+]  # fmt: skip
 COUNTS = {"noun": 900, "verb": 300, "adj": 350}
+MORE_COUNTS = {"noun": 600, "verb": 100, "adj": 200, "name": 900}  # of the prompts that the third sitting added
 SUMS = [
     "What is {} plus {}?",
     "What is {} times {}?",
@@ -109,6 +114,36 @@ def common_words(documents: list[dict]) -> dict[str, list[str]]:
     return {part: [word for word, count in words.most_common(2500) if count >= 6] for part, words in found.items()}
 
 
+def names(documents: list[dict]) -> list[str]:
+    """Names of WordNet in one or two words, the first of each entry, that the texts use three times or more."""
+    counts, found = Counter(), {}
+    for document in documents:
+        if document["source"] in MEGABYTES:
+            counts.update(re.findall(r"(?=\b([A-Z][a-z]+(?: [A-Z][a-z]+)?)\b)", document["text"]))
+    for document in documents:
+        for line in document["text"].split("\n") if document["source"] == "WordNet" else ():
+            if match := re.match(r"([A-Z][a-z]+(?: [A-Z][a-z]+)?)[,\w .'-]* \(noun\):", line):
+                found[match[1]] = None
+    return [name for name in found if counts[name] >= 3]
+
+
+def more_prompts(words: dict[str, list[str]], known: list[str], chance: random.Random) -> list[str]:
+    templates = {**TEMPLATES, "name": NAME_TEMPLATES}
+    words = {**words, "name": known}
+    prompts = [
+        chance.choice(templates[part]).format(chance.choice(words[part]))
+        for part, count in MORE_COUNTS.items()
+        for _ in range(count)
+    ]
+    chance.shuffle(prompts)
+    return _untested(prompts)
+
+
+def _untested(prompts: list[str]) -> list[str]:
+    asked = {entry["question"].lower() for entry in json.loads((Path(__file__).parent / "questions.json").read_text())}
+    return [prompt for prompt in prompts if prompt.lower() not in asked and not held_runs(prompt)]
+
+
 def make_prompts(words: dict[str, list[str]], chance: random.Random) -> list[str]:
     prompts = [
         chance.choice(TEMPLATES[part]).format(chance.choice(words[part]))
@@ -138,8 +173,7 @@ def make_prompts(words: dict[str, list[str]], chance: random.Random) -> list[str
         prompts.append(f"What is the difference between {name} and {chance.choice(THINGS)}?")
     prompts = [*dict.fromkeys(prompts + GREETINGS)]
     chance.shuffle(prompts)
-    asked = {entry["question"].lower() for entry in json.loads((Path(__file__).parent / "questions.json").read_text())}
-    return [prompt for prompt in prompts if prompt.lower() not in asked and not held_runs(prompt)]
+    return _untested(prompts)
 
 
 def main() -> None:
@@ -153,7 +187,9 @@ def main() -> None:
     chance = random.Random(arguments.seed)
     texts = make_texts(documents, chance)
     arguments.texts.write_text("".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts))
-    prompts = make_prompts(common_words(documents), chance)
+    words = common_words(documents)
+    prompts = make_prompts(words, chance)
+    prompts = [*dict.fromkeys(prompts + more_prompts(words, names(documents), chance))]
     arguments.prompts.write_text("\n".join(prompts) + "\n")
     print(f"{sum(len(text['text'].encode()) for text in texts):,} bytes of text, {len(prompts):,} prompts")
 

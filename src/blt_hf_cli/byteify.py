@@ -326,12 +326,22 @@ def encoder(
 
 @app.command()
 @command_with(_Run)
-def decoder(run: _Run, swap: Swap = 0.0, special: Specials = None, end_token: EndToken = None) -> None:
+def decoder(
+    run: _Run,
+    swap: Swap = 0.0,
+    encoder_weight: Annotated[
+        float, typer.Option(min=0, help="Weight of the encoder's loss, with which it learns as well; 0: it stays.")
+    ] = 0.0,
+    layers: Annotated[int, typer.Option(min=0, help="Of that loss: layers that run.")] = 0,
+    special: Specials = None,
+    end_token: EndToken = None,
+) -> None:
     """Train stage 2: the decoder learns to spell what the token model's states say.
 
-    With --swap, states are moved so that they say words of the vocabulary, which few texts hold often enough.
+    With --encoder-weight, the encoder learns with it: its n-grams can hold how words are spelled. With --swap, states are
+    moved so that they say words of the vocabulary, which few texts hold often enough.
     """
-    from blt_hf.training.distillation import DecoderStage
+    from blt_hf.training.distillation import DecoderStage, EncoderDecoderStage, embeddings_of
     from blt_hf.training.teacher_data import collate_teacher_rows
     from blt_hf.training.token_models import TokenAlphabet
     from blt_hf.training.word_swaps import SwappedStates, WordTokens
@@ -343,7 +353,14 @@ def decoder(run: _Run, swap: Swap = 0.0, special: Specials = None, end_token: En
         words = WordTokens(alphabet, run.seed)
         return SwappedStates(collate_teacher_rows, token_model, words, rule, rows.some_states(), alphabet, swap)
 
-    run.run(lambda model, token_model: DecoderStage(model), make_collate=make_collate)
+    def make_stage(model, token_model):
+        if not encoder_weight:
+            return DecoderStage(model)
+        return EncoderDecoderStage(model, embeddings_of(token_model), layers, encoder_weight)
+
+    if encoder_weight and swap:
+        raise ValueError("--swap changes words whose states the encoder would learn from; leave out --encoder-weight.")
+    run.run(make_stage, make_collate=make_collate)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from blt_hf.training.byteify import byteify
 from blt_hf.training.distillation import (
     LEARNED_FILE,
     DecoderStage,
+    EncoderDecoderStage,
     EncoderStage,
     JointStage,
     NoisyRows,
@@ -268,6 +269,24 @@ def test_the_byte_that_came_and_the_distribution_share_the_loss(token_model, fol
     assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-4)
 
 
+def test_encoder_and_decoder_learn_at_once_as_they_do_apart(token_model, folder):
+    """The loss is the sum of both stages' losses, and n-grams of the encoder learn from the decoder's."""
+    batch = collate_teacher_rows([TeacherData([folder])[index] for index in range(3)])
+    model, embeddings = make_blt(token_model), embeddings_of(token_model)
+    apart = float(EncoderStage(model, embeddings, layers=1)(**batch)["loss"])
+    spelled = float(DecoderStage(model)(**batch)["loss"])
+    stage = EncoderDecoderStage(model, embeddings, layers=1, encoder_weight=0.25)
+    assert float(stage(**batch)["loss"]) == pytest.approx(spelled + 0.25 * apart, rel=1e-5)
+    gradients = {}
+    for weight in (0.0, 1.0):
+        model.zero_grad()
+        EncoderDecoderStage(model, embeddings, layers=1, encoder_weight=weight)(**batch)["loss"].backward()
+        hashes = [p.grad for name, p in model.named_parameters() if "encoder_hash_tok_embedding" in name]
+        gradients[weight] = torch.cat([gradient.flatten() for gradient in hashes])
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    assert not torch.allclose(gradients[0.0], gradients[1.0])
+
+
 def test_the_divergence_is_of_what_the_head_of_the_token_model_says(token_model, folder):
     stage = JointStage(make_blt(token_model), token_model=token_model, token_weight=1.0)
     states = TeacherData([folder])[0]["states"].float()
@@ -343,7 +362,12 @@ def test_stages_train_their_part_alone(token_model):
         "EncoderStage": ("model.local_encoder.", "model.encoder_hash_tok_embedding."),
         "DecoderStage": ("model.local_decoder.", "lm_head."),
     }
-    for make in (lambda model: EncoderStage(model, embeddings_of(token_model)), DecoderStage, JointStage):
+    parts["EncoderDecoderStage"] = (*parts["EncoderStage"], *parts["DecoderStage"])
+
+    def ends(model):
+        return EncoderDecoderStage(model, embeddings_of(token_model))
+
+    for make in (lambda model: EncoderStage(model, embeddings_of(token_model)), DecoderStage, ends, JointStage):
         stage = make(learned.add_lora(make_blt(token_model), 2))
         trained = {name for name, parameter in stage.model.named_parameters() if parameter.requires_grad}
         if (begins := parts.get(type(stage).__name__)) is not None:
@@ -472,10 +496,13 @@ def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_pa
     with torch.no_grad():
         torch.testing.assert_close(blt(ids).logits, expected.eval()(ids).logits)
     run("decoder", llama, states, "-o", tmp_path / "f", "--start", tmp_path / "d", *stage)
+    run("decoder", llama, states, "-o", tmp_path / "g", "--encoder-weight", 0.3, "--layers", 1, *stage)
     last, later = (load_file(tmp_path / name / LEARNED_FILE) for name in "df")
     assert learned.rank_of(tmp_path / "f" / LEARNED_FILE) == 2 and learned.rank_of(tmp_path / "c" / LEARNED_FILE) == 0
     assert all(later[name].equal(tensor) for name, tensor in last.items() if ".lora_" in name)
     wrong = [*map(str, ["byteify", "encoder", llama, states, "-o", tmp_path / "e", "--swap", 0.5, *stage])]
     assert "needs texts" in CliRunner().invoke(cli, wrong).output
+    wrong = [*map(str, ["byteify", "decoder", llama, states, "-o", tmp_path / "e", "--swap", 0.5, *stage])]
+    assert "leave out --encoder-weight" in CliRunner().invoke(cli, [*wrong, "--encoder-weight", "0.3"]).output
     wrong = CliRunner().invoke(cli, ["byteify", "joint", str(llama), str(tmp_path), "-o", "x", *map(str, stage)])
     assert wrong.exit_code == 1 and "no shards" in wrong.output

@@ -204,9 +204,11 @@ class EncoderStage(Stage):
             states, _ = teacher_states(self.teacher, tokens)
             index = patch_last[..., None].expand(-1, -1, states.shape[-1])
             early_states = states.float().gather(1, index)
-        inputs = self.model.model.global_transformer.token_embedding_projection(
-            self.patch_inputs(self.read(input_ids, attention_mask))
-        )
+        return {"loss": self.encoder_loss(self.read(input_ids, attention_mask), patch_tokens, early_states)}
+
+    def encoder_loss(self, read: BytesRead, patch_tokens: Tensor, early_states: Tensor | None) -> Tensor:
+        """Computes the error of patches that the encoder made, `patch_tokens` `(B, P, 2)`; notes its parts."""
+        inputs = self.model.model.global_transformer.token_embedding_projection(self.patch_inputs(read))
         num_patches = min(inputs.shape[1], patch_tokens.shape[1])
         inputs, first = inputs[:, :num_patches], patch_tokens[:, :num_patches, 0]
         counts = patch_tokens[:, :num_patches, 1]
@@ -226,7 +228,7 @@ class EncoderStage(Stage):
             behind, error = self._error_behind_layers(inputs, early_states[:, :num_patches], counts)
             self.note("state_error", error, 1)
             loss = behind + self.embedding_weight * loss
-        return {"loss": loss}
+        return loss
 
     def _error_behind_layers(self, inputs: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         stack = self.model.model.global_transformer
@@ -264,6 +266,40 @@ class DecoderStage(Stage):
             read = self.read(input_ids, attention_mask)
         logits = self.predict(read, states)
         return {"loss": self.byte_loss(logits, labels, target_ids, target_probs)}
+
+
+class EncoderDecoderStage(EncoderStage):
+    """Encoder and decoder learn at once, and no state passes from one to the other: the decoder reads the token model's.
+
+    The bytes that the decoder reads come from the encoder, whose n-grams can hold how words are spelled.
+
+    Args:
+        model, embeddings, layers: see `EncoderStage`.
+        encoder_weight: of the encoder's loss, beside the decoder's.
+        byte_share: of the byte that came in the loss; the rest is the token model's distribution of it.
+    """
+
+    name = "decoder"
+    trained = (*EncoderStage.trained, *DecoderStage.trained)
+
+    def __init__(
+        self,
+        model: BltForCausalLM,
+        embeddings: Tensor,
+        layers: int = 0,
+        encoder_weight: float = 0.5,
+        byte_share: float = 0.0,
+    ):
+        super().__init__(model, embeddings, layers)
+        self.encoder_weight, self.byte_share = encoder_weight, byte_share
+
+    def forward(
+        self, input_ids, attention_mask, labels, states, patch_tokens, early_states=None, target_ids=None,
+        target_probs=None, **unused,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        read = self.read(input_ids, attention_mask)
+        loss = self.byte_loss(self.predict(read, states), labels, target_ids, target_probs, self.byte_share)
+        return {"loss": loss + self.encoder_weight * self.encoder_loss(read, patch_tokens, early_states)}
 
 
 class JointStage(Stage):
@@ -516,6 +552,7 @@ def embeddings_of(token_model: nn.Module) -> Tensor:
 
 __all__ = [
     "DecoderStage",
+    "EncoderDecoderStage",
     "EncoderStage",
     "JointStage",
     "LEARNED_FILE",
