@@ -75,10 +75,11 @@ class Slots:
 
     Args:
         keep: last entries of a row that later queries need, without those that `crop` may take back. None: all.
+        of_patches: entries are patches, not bytes.
     """
 
-    def __init__(self, keep: int | None):
-        self.keep, self.size, self.least = keep, 0, 0
+    def __init__(self, keep: int | None, of_patches: bool = False):
+        self.keep, self.of_patches, self.size, self.least = keep, of_patches, 0, 0
         self.most: int | None = None  # entries that a row will have, where that is known
         self.is_static = False  # the tensors stay where they are as long as there is room
         self.moves = 0  # how often a tensor was made anew
@@ -216,11 +217,12 @@ class SlotTensor:
         if self.values is not None:
             self._set(self.values.index_select(0, index.to(self.values.device)))
 
-    def write_rows(self, index: Tensor, values: Tensor | None, num_rows: int) -> None:
-        """Replaces rows `index` by the rows of `values`, which has as many slots."""
+    def write_rows(self, rows: list[int], values: Tensor | None, num_rows: int) -> None:
+        """Replaces `rows` by those of `values`, which has as many slots."""
         if values is not None:
             stored = self.prepare(num_rows, values.shape[2:], values)
-            stored.index_copy_(0, index.to(stored.device), values.to(stored.device, stored.dtype))
+            index = torch.tensor(rows, device=stored.device)
+            stored.index_copy_(0, index, values.to(stored.device, stored.dtype))
 
 
 class BltCacheLayer(CacheLayerMixin):
@@ -229,11 +231,10 @@ class BltCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, cache: "BltCache", slots: Slots, counter: str, window: int | None):
-        self._cache, self._counter = cache, counter
+    def __init__(self, cache: "BltCache", slots: Slots):
+        self._cache, self._slots = cache, slots
         self.states = SlotTensor(slots, by_head=True)  # (B, size, 2, H_kv, D): keys, rotated, and values
-        self.window, self.is_sliding = window, window is not None
-        self.record_past = False
+        self.is_sliding, self.record_past = slots.keep is not None, False
         self._views: tuple | None = None
         # Not `super()`, which would set the properties below.
 
@@ -241,11 +242,9 @@ class BltCacheLayer(CacheLayerMixin):
         """Reads keys (0) or values (1) that later queries may see, the newest last; shorter rows begin with zeros."""
         if self.states.values is None:
             return None
-        counts = getattr(self._cache, self._counter).to(self.states.values.device)
-        length = int(counts.max())
-        length = length if self.window is None else min(length, self.window - 1)
-        entries = counts[:, None] + torch.arange(-length, 0, device=counts.device)
-        held = self.states.read(self.states.slots.find(entries))[:, :, index]
+        counts = self._cache.counts_of(self._slots).to(self.states.values.device)
+        entries = counts[:, None] + torch.arange(-self._visible(int(counts.max())), 0, device=counts.device)
+        held = self.states.read(self._slots.find(entries))[:, :, index]
         return (held * (entries >= 0)[..., None, None]).transpose(1, 2)
 
     @property
@@ -293,10 +292,13 @@ class BltCacheLayer(CacheLayerMixin):
     def __getstate__(self) -> dict:
         return {**vars(self), "_views": None}
 
+    def _visible(self, count: int) -> int:
+        return count if self._slots.keep is None else min(count, self._slots.keep)
+
     def get_seq_length(self) -> int:
-        counts = self._cache.row_bytes if self._counter == "num_bytes" else self._cache.row_patches
-        length = max(counts, default=0)
-        return length if self.window is None else min(length, self.window - 1)
+        return self._visible(
+            max(self._cache.row_patches if self._slots.of_patches else self._cache.row_bytes, default=0)
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -343,8 +345,14 @@ class RowState(NamedTuple):
     next_patch_document_start: Tensor
 
 
+_HOST_COUNTS = ("row_bytes", "row_patches", "row_stale")
+
+
 class ByteHistory:
-    """Keeps a [`RowState`] and the entropy after each of the last bytes of a row.
+    """Keeps a [`RowState`] and the entropy after each of the last bytes of a row, and so the counters of the rows.
+
+    The host has counters of its own. Whatever is done to rows is done to both here; what a forward adds is counted by
+    `advance`, which a graph may hold, and by `advance_on_host`.
 
     Attributes:
         entries: int64 `(B, size, F)` in slots, a [`RowState`] after each byte.
@@ -352,6 +360,9 @@ class ByteHistory:
         last: int64 `(B, H or 1, F)`, entries of the last bytes, the newest last, where forwards read them.
         state: fields `(B,)` of the newest of them, and `last_ids` `(B, H)`, their ids, 0 before their text; views.
         last_entropies: fp32 `(B, E)`, entropies after the last `E` bytes.
+        row_bytes: `state.num_bytes` on the host.
+        row_patches: an upper bound of `state.num_patches` on the host.
+        row_stale: on the host, the most bytes that were written past the counter of each row.
 
     Args:
         num_ids, num_entropies: `H` and `E`.
@@ -367,9 +378,13 @@ class ByteHistory:
         self.last: Tensor | None = None
         self.last_ids: Tensor | None = None
         self.last_entropies: Tensor | None = None
+        self.row_bytes: list[int] = []
+        self.row_patches: list[int] = []
+        self.row_stale: list[int] = []
 
     def start(self, num_rows: int, device: torch.device | str) -> None:
         """Makes `num_rows` rows without text."""
+        self.row_bytes, self.row_patches, self.row_stale = [0] * num_rows, [0] * num_rows, [0] * num_rows
         shape = (num_rows, max(self.num_ids, 1), len(RowState._fields))
         last = torch.zeros(shape, dtype=torch.int64, device=device)
         self._set(last, torch.zeros(num_rows, self.num_entropies, device=device))
@@ -401,12 +416,19 @@ class ByteHistory:
         if entropies is not None:
             self.last_entropies.copy_(_newest(self.last_entropies, entropies, num_bytes))
 
+    def advance_on_host(self, row_bytes: list[int], counts=None) -> None:
+        """Moves the host's counters past `row_bytes` new bytes, and the patches of [`HostPatchCounts`] (None: none)."""
+        self.row_bytes = [old + new for old, new in zip(self.row_bytes, row_bytes)]
+        self.row_stale = [max(stale - new, 0) for stale, new in zip(self.row_stale, row_bytes)]
+        if counts is not None:
+            self.row_patches = [old + new for old, new in zip(counts.old, counts.new)]
+
     def _hide_other_texts(self) -> None:
         age = torch.arange(self.num_ids, 0, -1, device=self.last.device)
         self.last_ids.mul_(self.state.text_bytes[:, None] >= age)
 
     def take_back(self, num_bytes: Tensor, restarts: bool) -> None:
-        """Returns to rows of `num_bytes` bytes `(B,)`, from the slots. `restarts`: rows may hold several texts."""
+        """Returns the device to rows of `num_bytes` bytes `(B,)`, from the slots. `restarts`: they may hold several texts."""
         length = max(self.last.shape[1], self.num_entropies)
         positions = num_bytes[:, None] + torch.arange(-length, 0, device=num_bytes.device)
         index, exists = self.slots.find(positions), (positions >= 0)[..., None]
@@ -418,14 +440,23 @@ class ByteHistory:
     def select_rows(self, index: Tensor) -> None:
         index = index.to(self.last.device)
         self._set(self.last.index_select(0, index), self.last_entropies.index_select(0, index))
+        rows = index.tolist()
+        for name in _HOST_COUNTS:
+            counts = getattr(self, name)
+            setattr(self, name, [counts[row] for row in rows])
 
-    def write_rows(self, index: Tensor, other: "ByteHistory") -> None:
-        """Makes rows `index` those of `other`."""
+    def write_rows(self, rows: list[int], other: "ByteHistory") -> None:
+        """Makes `rows` those of `other`."""
+        index = torch.tensor(rows, device=self.last.device)
         self.last.index_copy_(0, index, other.last.to(index.device))
         self.last_entropies.index_copy_(0, index, other.last_entropies.to(index.device))
+        for name in _HOST_COUNTS:
+            for row, count in zip(rows, getattr(other, name)):
+                getattr(self, name)[row] = count
 
     def reset_row(self, row: int) -> None:
         self.last[row] = self.last_entropies[row] = 0
+        self.row_bytes[row] = self.row_patches[row] = self.row_stale[row] = 0
 
     def __getstate__(self) -> dict:
         # For pickles and deep copies, in which views would become tensors of their own.
@@ -464,22 +495,19 @@ class BltCache(Cache):
         slack: bytes that can be taken back at any time, without `activate_past_recording`.
 
     Attributes:
-        num_bytes, num_patches: int64 `(B,)` on the device, bytes read and patches closed of each row (views of the
-            history's last entries); None while empty.
-        row_bytes: `num_bytes` on the host.
-        row_patches: an upper bound of `num_patches` on the host.
+        num_bytes, num_patches: int64 `(B,)` on the device, bytes read and patches closed of each row; None while empty.
+        row_bytes, row_patches: the same on the host; the latter is an upper bound. All four are those of `history`.
 
-    The two counts of a row are kept equal by each forward: its last stage calls `advance_on_device`, so that a graph can
-    hold it, and its caller `advance_on_host`, with what the host has learned of the patches.
+    The last stage of each forward calls `advance_on_device`, so that a graph can hold it, and its caller
+    `advance_on_host`, with what the host has learned of the patches.
     """
 
     def __init__(self, config, slack: int = _SLACK):
         if config.model_type == "blt_patcher":
-            patcher, encoder, decoder, num_global, num_cross = config, None, None, 0, (0, 0)
+            patcher, encoder, decoder, global_, num_cross = config, None, None, None, (0, 0)
         else:
             patcher = config.patcher_config if config.uses_patcher and config.patch_in_forward else None
-            encoder, decoder = config.encoder_config, config.decoder_config
-            num_global = config.global_config.num_hidden_layers
+            encoder, decoder, global_ = config.encoder_config, config.decoder_config, config.global_config
             num_cross = tuple(c.num_hidden_layers if c.cross_attn_all_layers else 1 for c in (encoder, decoder))
         local_window = None if encoder is None else config.local_attention_window_len
         patcher_window = None if patcher is None else patcher.sliding_window
@@ -499,21 +527,16 @@ class BltCache(Cache):
         self._starts = 0
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
         self.local_slots = Slots(None if local_window is None else local_window - 1)
-        self.recent_slots, self.latent_slots, self.patch_slots = Slots(0), Slots(0), Slots(None)
-        self.patcher, self.encoder, self.decoder = (
-            [
-                BltCacheLayer(self, slots, "num_bytes", window)
-                for _ in range(0 if part is None else part.num_hidden_layers)
-            ]
-            for part, slots, window in (
-                (patcher, self.patcher_slots, patcher_window),
-                (encoder, self.local_slots, local_window),
-                (decoder, self.local_slots, local_window),
+        self.recent_slots, self.latent_slots, self.patch_slots = Slots(0), Slots(0, True), Slots(None, True)
+        self.patcher, self.encoder, self.decoder, self.global_transformer = (
+            [BltCacheLayer(self, slots) for _ in range(0 if part is None else part.num_hidden_layers)]
+            for part, slots in (
+                (patcher, self.patcher_slots),
+                (encoder, self.local_slots),
+                (decoder, self.local_slots),
+                (global_, self.patch_slots),
             )
         )
-        self.global_transformer = [
-            BltCacheLayer(self, self.patch_slots, "num_patches", None) for _ in range(num_global)
-        ]
         # Not `super()`: in a [`BltDynamicCache`] that is a DynamicCache, which makes other layers.
         Cache.__init__(self, layers=[*self.encoder, *self.decoder, *self.global_transformer, *self.patcher])
         self.history = ByteHistory(self.recent_slots, self.num_hash_bytes, self.num_rule_entropies)
@@ -525,8 +548,6 @@ class BltCache(Cache):
 
     def _clear(self) -> None:
         self.history.clear()
-        self.row_bytes: list[int] = []
-        self.row_patches: list[int] = []
         self.seq_length = 0  # columns seen, padding included
         self.num_croppable = 0  # columns at the end that are text in every row
         self.max_open_bytes = 0  # of any open patch so far
@@ -534,7 +555,6 @@ class BltCache(Cache):
         self.has_documents = False  # whether some row holds more than one document
         self.slack = self._first_slack
         self._recorded = 0  # bytes read since recording began
-        self._row_stale: list[int] = []  # bytes that were written past the counter of each row, at most
         for slots in self._kinds():
             slots.size = 0
             for tensor in slots.tensors:
@@ -543,8 +563,9 @@ class BltCache(Cache):
     def _kinds(self) -> Iterator[Slots]:
         yield from (self.patcher_slots, self.local_slots, self.recent_slots, self.latent_slots, self.patch_slots)
 
-    def _counts_of(self, slots: Slots) -> Tensor | None:
-        return self.num_patches if slots in (self.latent_slots, self.patch_slots) else self.num_bytes
+    def counts_of(self, slots: Slots) -> Tensor | None:
+        """Returns the entries of each row in slots of one kind, int64 `(B,)` on the device."""
+        return self.num_patches if slots.of_patches else self.num_bytes
 
     @staticmethod
     def memory(
@@ -564,7 +585,7 @@ class BltCache(Cache):
             max_open_bytes: bytes of the longest patch, before the last of them.
         """
         cache = BltCache(config, slack)
-        cache.row_bytes, cache.row_patches = [num_bytes], [num_patches]
+        cache.history.row_bytes, cache.history.row_patches = [num_bytes], [num_patches]
         for slots in (cache.patcher_slots, cache.local_slots):
             slots.reserve(num_bytes, slack, None)
         cache.reserve_open(max_open_bytes, 0)
@@ -586,6 +607,14 @@ class BltCache(Cache):
         return sum(slots.size * memory for slots, memory in of_slots)
 
     # The interface of forwards.
+
+    @property
+    def row_bytes(self) -> list[int]:
+        return self.history.row_bytes
+
+    @property
+    def row_patches(self) -> list[int]:
+        return self.history.row_patches
 
     @property
     def num_bytes(self) -> Tensor | None:
@@ -616,7 +645,6 @@ class BltCache(Cache):
         self._clear()
         self.history.start(num_rows, device)
         self._starts += 1
-        self.row_bytes, self.row_patches, self._row_stale = [0] * num_rows, [0] * num_rows, [0] * num_rows
 
     def expect(self, num_bytes: int) -> None:
         """Tells the cache how many bytes the longest row will have, so that no tensor grows beyond its need."""
@@ -663,7 +691,7 @@ class BltCache(Cache):
         for slots in (self.patcher_slots, self.local_slots):
             slots.reserve(max(self.row_bytes) + num_columns, self.slack, self.num_bytes)
         if is_small:
-            self._row_stale = [max(stale, num_columns) for stale in self._row_stale]
+            self.history.row_stale = [max(stale, num_columns) for stale in self.history.row_stale]
             self._reserve_recent(self.max_open_bytes + num_columns, num_columns)
 
     def has_room(self, num_columns: int) -> bool:
@@ -728,10 +756,8 @@ class BltCache(Cache):
             counts: its [`HostPatchCounts`]; None: it closed no patch.
             num_croppable: columns at its end that are text in every row; None: as many as the shortest row has.
         """
-        self.row_bytes = [old + new for old, new in zip(self.row_bytes, row_bytes)]
-        self._row_stale = [max(stale - new, 0) for stale, new in zip(self._row_stale, row_bytes)]
+        self.history.advance_on_host(row_bytes, counts)
         if counts is not None:
-            self.row_patches = [old + new for old, new in zip(counts.old, counts.new)]
             self.max_open_bytes = max(self.max_open_bytes, counts.max_open_bytes)
         croppable = min(row_bytes) if num_croppable is None else num_croppable
         self.num_croppable = croppable + (self.num_croppable if croppable == num_columns else 0)
@@ -793,8 +819,12 @@ class BltCache(Cache):
         self.seq_length -= remove
         self.num_croppable -= remove
         self._recorded = 0
-        if self.slack > max(_MOST_IDLE_SLACK, self._first_slack):
-            self._shrink()
+        most = max(_MOST_IDLE_SLACK, self._first_slack)
+        if self.slack > most:  # give back room that recording asked for
+            self.slack = most
+            for slots in self._kinds():
+                if slots.keep is not None and slots.size > _round_up(slots.keep + most):
+                    slots.resize(_round_up(slots.keep + most), self.counts_of(slots))
 
     def crop_rows(self, counts: list[int] | Tensor) -> None:
         """Takes back the last `counts[b]` bytes of each row; `get_seq_length`, which counts columns, stays.
@@ -810,27 +840,20 @@ class BltCache(Cache):
             )
         if not any(counts):
             return
-        stale = [stale + n if n else 0 for stale, n in zip(self._row_stale, counts)]
+        history = self.history
+        stale = [stale + n if n else 0 for stale, n in zip(history.row_stale, counts)]
         if max(stale) > self.slack:
             raise RuntimeError(
                 f"`crop` cannot go back {max(counts)} bytes: they were not recorded. Call `activate_past_recording` "
                 "before the forward that it may have to undo."
             )
-        self._row_stale = [max(stale) for stale in zip(stale, self._row_stale)]
-        self.row_bytes = [held - n for n, held in zip(counts, self.row_bytes)]
-        counts = torch.tensor(counts, device=self.num_bytes.device)
-        self.history.take_back(self.num_bytes - counts, self.has_documents)
+        history.row_stale = [max(stale) for stale in zip(stale, history.row_stale)]
+        history.row_bytes = [held - n for n, held in zip(counts, history.row_bytes)]
+        history.take_back(torch.tensor(history.row_bytes, device=self.num_bytes.device), self.has_documents)
 
     def set_columns(self, count: int) -> None:
         """Sets how many columns of `input_ids` the rows stand for, which may have grown differently."""
         self.seq_length, self.num_croppable = count, 0
-
-    def _shrink(self) -> None:
-        """Gives back room that recording asked for."""
-        self.slack = max(_MOST_IDLE_SLACK, self._first_slack)
-        for slots in self._kinds():
-            if slots.keep is not None and slots.size > _round_up(slots.keep + self.slack):
-                slots.resize(_round_up(slots.keep + self.slack), self._counts_of(slots))
 
     def select_rows(self, index: Tensor) -> None:
         """Makes row `index[i]` the new row `i`; rows may be repeated or left out."""
@@ -841,36 +864,25 @@ class BltCache(Cache):
                 tensor.select_rows(index)
         self._starts += 1
         self.history.select_rows(index)
-        rows = index.tolist()
-        for name in ("row_bytes", "row_patches", "_row_stale"):
-            counts = getattr(self, name)
-            setattr(self, name, [counts[row] for row in rows])
 
     def reset_rows(self, index: list[int] | Tensor) -> None:
         """Empties rows: the next byte of each is the first of another text."""
         for row in index.tolist() if isinstance(index, Tensor) else index:
             self.history.reset_row(row)
-            self.row_bytes[row] = self.row_patches[row] = self._row_stale[row] = 0
 
     def write_rows(self, index: list[int], other: "BltCache") -> None:
         """Replaces rows `index` by those of `other`, a cache of the same model; the other rows stay as they are."""
         self.reserve_slack(other.slack)
-        device = self.num_bytes.device
-        rows = torch.tensor(index, device=device)
-        for name in ("row_bytes", "row_patches", "_row_stale"):
-            for row, count in zip(index, getattr(other, name)):
-                getattr(self, name)[row] = count
+        self.history.write_rows(index, other.history)
         for slots in (self.patcher_slots, self.local_slots):
             slots.reserve(max(self.row_bytes), self.slack, self.num_bytes)
         self.reserve_open(other.max_open_bytes, 0)
         self.reserve_patches(0)
         for slots, others in zip(self._kinds(), other._kinds()):
-            counts = other._counts_of(others)
             if others.size != slots.size and others.size:
-                others.resize(slots.size, counts)
+                others.resize(slots.size, other.counts_of(others))
             for tensor, values in zip(slots.tensors, others.tensors):
-                tensor.write_rows(rows, values.values, len(self.row_bytes))
-        self.history.write_rows(rows, other.history)
+                tensor.write_rows(index, values.values, len(self.row_bytes))
         self.has_documents |= other.has_documents
         self.hides_ids |= other.hides_ids
         self.seq_length = max(self.seq_length, other.seq_length)
