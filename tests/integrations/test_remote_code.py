@@ -156,6 +156,18 @@ assert load("tagger", "AutoModelForTokenClassification")(ids).logits.shape == (*
 writer = pipeline("text-generation", model=str(folder / "lm"), trust_remote_code=True)
 assert writer(TEXT, **greedy)[0]["generated_text"].startswith(TEXT)
 """,
+    "warnings of mistyped fields of a configuration": """
+from transformers import AutoConfig
+from transformers.utils import logging
+told, logger = [], logging.get_logger("blt_hf.unknown_fields")
+logger.warning_once = lambda message, *_: told.append(message)
+type(AutoConfig.from_pretrained(folder / "lm", trust_remote_code=True))(patching_treshold=1.0)
+assert len(told) == with_package
+""",
+    "memory of a row (`BltCache.memory`)": """
+model = load("lm")
+assert model.make_cache().memory(model.config, num_bytes=100, num_patches=30) > 0
+""",
     "the command line, Meta's checkpoints, calibration, byteify, bits per byte, model cards": """
 import importlib
 for name in ("conversion", "training.calibration", "training.byteify", "evaluation"):

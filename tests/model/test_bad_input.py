@@ -225,7 +225,7 @@ def warnings_of(monkeypatch):
     """What a call warns of; transformers keeps its loggers from pytest, and a warning once given is not repeated."""
 
     def collect(call) -> str:
-        logger = logging.getLogger("blt_hf.model.configuration_blt")
+        logger = logging.getLogger("blt_hf.unknown_fields")
         said = []
         monkeypatch.setattr(logger, "warning_once", lambda message, *_: said.append(message), raising=False)
         call()

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .checks_blt import cache_shapes, check_cache
+from .names_blt import import_where_installed
 from .patching_blt import PATCHING_MODES, PatchingRule
 
 
@@ -296,9 +297,8 @@ class BltCacheLayer(CacheLayerMixin):
         return count if self._slots.keep is None else min(count, self._slots.keep)
 
     def get_seq_length(self) -> int:
-        return self._visible(
-            max(self._cache.row_patches if self._slots.of_patches else self._cache.row_bytes, default=0)
-        )
+        counts = self._cache.row_patches if self._slots.of_patches else self._cache.row_bytes
+        return self._visible(max(counts, default=0))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -368,6 +368,8 @@ class ByteHistory:
         num_ids, num_entropies: `H` and `E`.
     """
 
+    num_fields = len(RowState._fields)
+
     def __init__(self, slots: Slots, num_ids: int, num_entropies: int):
         self.slots, self.num_ids, self.num_entropies = slots, num_ids, num_entropies
         self.entries, self.entropies = SlotTensor(slots), SlotTensor(slots)
@@ -385,8 +387,7 @@ class ByteHistory:
     def start(self, num_rows: int, device: torch.device | str) -> None:
         """Makes `num_rows` rows without text."""
         self.row_bytes, self.row_patches, self.row_stale = [0] * num_rows, [0] * num_rows, [0] * num_rows
-        shape = (num_rows, max(self.num_ids, 1), len(RowState._fields))
-        last = torch.zeros(shape, dtype=torch.int64, device=device)
+        last = torch.zeros(num_rows, max(self.num_ids, 1), self.num_fields, dtype=torch.int64, device=device)
         self._set(last, torch.zeros(num_rows, self.num_entropies, device=device))
 
     def _set(self, last: Tensor, last_entropies: Tensor) -> None:
@@ -428,7 +429,7 @@ class ByteHistory:
         self.last_ids.mul_(self.state.text_bytes[:, None] >= age)
 
     def take_back(self, num_bytes: Tensor, restarts: bool) -> None:
-        """Returns the device to rows of `num_bytes` bytes `(B,)`, from the slots. `restarts`: they may hold several texts."""
+        """Returns to rows of `num_bytes` bytes `(B,)` on the device. `restarts`: rows may hold several texts."""
         length = max(self.last.shape[1], self.num_entropies)
         positions = num_bytes[:, None] + torch.arange(-length, 0, device=num_bytes.device)
         index, exists = self.slots.find(positions), (positions >= 0)[..., None]
@@ -576,35 +577,13 @@ class BltCache(Cache):
         slack: int = _SLACK,
         max_open_bytes: int = 16,
     ) -> int:
-        """Counts the bytes of memory of a row, in a cache whose rows hold up to so many bytes of text and patches.
+        """Counts the bytes of memory of a row; see `blt_hf.cache_memory.count_row_memory`.
 
-        Args:
-            config: a [`BltConfig`].
-            dtype: of keys and values; those of the entropy model are fp32.
-            slack: as in [`BltCache`].
-            max_open_bytes: bytes of the longest patch, before the last of them.
+        Raises:
+            ImportError: this code came with a checkpoint, and `blt_hf` is not installed.
         """
-        cache = BltCache(config, slack)
-        cache.history.row_bytes, cache.history.row_patches = [num_bytes], [num_patches]
-        for slots in (cache.patcher_slots, cache.local_slots):
-            slots.reserve(num_bytes, slack, None)
-        cache.reserve_open(max_open_bytes, 0)
-        cache.reserve_patches(0)
-        encoder, decoder, size = config.encoder_config, config.decoder_config, dtype.itemsize
-        heads, kv_heads = decoder.cross_attention_heads
-        of_latents = config.cross_attn_k * kv_heads * (decoder.hidden_size // heads)
-        of_slots = [  # slots, and bytes of memory of each
-            (cache.recent_slots, 8 * len(RowState._fields) + 4 + len(cache.byte_states) * encoder.hidden_size * size),
-            (cache.latent_slots, 2 * cache.num_cross_layers * of_latents * size),
-        ]
-        for layers, part, item in (
-            (cache.patcher, config.patcher_config, 4),
-            (cache.encoder, encoder, size),
-            (cache.decoder, decoder, size),
-            (cache.global_transformer, config.global_config, size),
-        ):
-            of_slots += [(layer.states.slots, 2 * part.num_key_value_heads * part.head_dim * item) for layer in layers]
-        return sum(slots.size * memory for slots, memory in of_slots)
+        module = import_where_installed("cache_memory", "`BltCache.memory`")
+        return module.count_row_memory(BltCache(config, slack), num_bytes, num_patches, dtype, max_open_bytes)
 
     # The interface of forwards.
 

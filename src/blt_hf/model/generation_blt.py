@@ -26,7 +26,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
-from .names_blt import CACHE_NAME, import_from_package, import_serving, import_where_installed, takes_cache
+from .names_blt import CACHE_NAME, import_from_package, import_where_installed, takes_cache
 from .step_blt import StepRunner, captures_by_default, round_up_bytes
 
 
@@ -809,7 +809,8 @@ class BltGenerationMixin(GenerationMixin):
             ValueError: the model is not a [`BltForCausalLM`].
             ImportError: this code came with a checkpoint, and `blt_hf` is not installed.
         """
-        manager_class = import_serving().BltContinuousBatchingManager
+        module = import_where_installed("serving.continuous", "continuous batching")
+        manager_class = module.BltContinuousBatchingManager
         manager = getattr(self, "_cached_continuous_batching_manager", None)
         if isinstance(manager, manager_class):
             return manager

@@ -35,6 +35,7 @@ CACHE_NAMES = ("past_key_values", "cache")
 CACHE_NAME = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
 IS_FROM_CHECKPOINT = not __name__.startswith("blt_hf.")
 """This code came with a checkpoint; it is not the installed package."""
+_IS_NOT_HERE = "is not part of the code that comes with a checkpoint: `pip install blt-hf`"
 _LIKE = "llama"  # whose default targets of PEFT fit: queries, keys and values have the same names
 _Function = TypeVar("_Function", bound=Callable)
 
@@ -152,20 +153,20 @@ def import_from_package(name: str, feature: str) -> ModuleType:
             of the package's own classes, which are others than these.
     """
     if IS_FROM_CHECKPOINT:
-        raise ImportError(
-            f"{feature} is not part of the code that comes with a checkpoint: `pip install blt-hf`, and `import blt_hf` "
-            "before the model is loaded."
-        )
+        raise ImportError(f"{feature} {_IS_NOT_HERE}, and `import blt_hf` before the model is loaded.")
     name = f"blt_hf.{name}"
     # torch.compile traces the look-up, but no import.
     return sys.modules[name] if name in sys.modules else importlib.import_module(name)
 
 
 @functools.cache
-def import_where_installed(name: str) -> ModuleType | None:
+def import_where_installed(name: str, feature: str | None = None) -> ModuleType | None:
     """Imports `blt_hf.<name>`, which takes all classes from the model that it is given. None: no package is installed.
 
     Where nobody has imported `blt_hf`, that file alone is run, since the package takes over the in-tree names.
+
+    Raises:
+        ImportError: no package is installed, and `feature`, which begins the error's sentence, cannot do without it.
     """
     full_name = f"blt_hf.{name}"
     if sys.modules.get("blt_hf") is not None:
@@ -174,27 +175,14 @@ def import_where_installed(name: str) -> ModuleType | None:
         package = importlib.util.find_spec("blt_hf")
     except ImportError:
         package = None
+    if package is None and feature is not None:
+        raise ImportError(f"{feature} {_IS_NOT_HERE}; it need not be imported.")
     if package is None:
         return None
     path = os.path.join(next(iter(package.submodule_search_locations)), *name.split(".")) + ".py"
     spec = importlib.util.spec_from_file_location(full_name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
-
-
-def import_serving() -> ModuleType:
-    """Imports `blt_hf.serving.continuous`.
-
-    Raises:
-        ImportError: the package is not installed.
-    """
-    module = import_where_installed("serving.continuous")
-    if module is None:
-        raise ImportError(
-            "continuous batching is not part of the code that comes with a checkpoint: `pip install blt-hf`; it need "
-            "not be imported."
-        )
     return module
 
 
