@@ -275,20 +275,14 @@ class BltCacheLayer(CacheLayerMixin):
 
     def slot_views(self, seen: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Views the slots of all rows `(2*H_kv, B*size, D)`, and keys and values `(B, H_kv, T, D)` in the first `seen`."""
-        stored = self.states.stored
-        if torch.compiler.is_compiling():
-            views = self._make_views(stored)
-        else:
-            if self._views is None or self._views[0] is not stored:
-                self._views = self._make_views(stored)
-            views = self._views
+        stored, is_compiling = self.states.stored, torch.compiler.is_compiling()
+        views = None if is_compiling else self._views
+        if views is None or views[0] is not stored:
+            views = stored, stored.flatten(2, 3).flatten(0, 1), *stored.transpose(1, 2).unbind()
+            if not is_compiling:
+                self._views = views
         _, slots, keys, values = views
         return (slots, keys, values) if seen is None else (slots, keys[:, :, :seen], values[:, :, :seen])
-
-    @staticmethod
-    def _make_views(stored: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        keys, values = stored.transpose(1, 2).unbind()  # (B, H_kv, size, D) each
-        return stored, stored.flatten(2, 3).flatten(0, 1), keys, values
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_views": None}

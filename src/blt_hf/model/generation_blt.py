@@ -125,8 +125,7 @@ class RaggedText:
         # Of a user, who may do anything between two bytes.
         parts = (*logits_processor, *self._criteria, *([] if streamer is None else [streamer]))
         self.runs_other_code = any(not type(part).__module__.startswith("transformers.") for part in parts)
-        returns = generation_config.return_dict_in_generate
-        self.returns_dict = returns
+        self.returns_dict = returns = generation_config.return_dict_in_generate
         self.scores = [] if returns and generation_config.output_scores else None
         self.logits = [] if returns and generation_config.output_logits else None
         self._first = self._streamed = columns
@@ -275,12 +274,9 @@ class RaggedText:
             self.streamer.end()
         if not self.returns_dict:
             return sequences
-        new = end - self._first
-        fields = {
-            "scores": None if self.scores is None else tuple(self.scores[:new]),
-            "logits": None if self.logits is None else tuple(self.logits[:new]),
-        }
-        return GenerateDecoderOnlyOutput(sequences=sequences, **fields, **{CACHE_NAME: cache})
+        new = slice(end - self._first)
+        scores, logits = (None if kept is None else tuple(kept[new]) for kept in (self.scores, self.logits))
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits, **{CACHE_NAME: cache})
 
 
 @dataclass
@@ -500,11 +496,9 @@ def decode_drafted(runner: StepRunner, source: DraftSource, text: RaggedText, do
     """
     cache = runner.cache
     while not text.is_done:
-        limits = [
-            max(text.max_length - length - 1, 0) if active else 0 for length, active in zip(text.lengths, text.active)
-        ]
-        drafts = source.propose(text, cache, limits)
         is_active = text.active
+        limits = [max(text.max_length - n - 1, 0) if active else 0 for n, active in zip(text.lengths, is_active)]
+        drafts = source.propose(text, cache, limits)
         ids, counts, logits, scores = verify(runner, text, drafts, do_sample)
         added = text.append(ids, counts, logits, scores)
         cache.crop_rows([count - new for count, new in zip(counts, added)])
@@ -599,9 +593,7 @@ class BltGenerationMixin(GenerationMixin):
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         streamer = kwargs.get("streamer")
-        model_kwargs = {
-            name: value for name, value in kwargs.items() if name not in ("streamer", "synced_gpus", "tokenizer")
-        }
+        model_kwargs = {n: v for n, v in kwargs.items() if n not in ("streamer", "synced_gpus", "tokenizer")}
         if kwargs.get("synced_gpus") or not self._decodes_itself(generation_config, model_kwargs):
             if getattr(generation_config, "diffusion_block_size", None) is not None:
                 raise ValueError(
