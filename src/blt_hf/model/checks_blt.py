@@ -132,12 +132,7 @@ def _check_range(name: str, ids: Tensor, size: int, owner: str, ignored: int | N
 
 
 def check_attention_mask(attention_mask: Tensor, rows: int, columns: int, past: int) -> Tensor:
-    """Checks a mask; returns the columns that belong to the new bytes, `(B, S)`.
-
-    Args:
-        attention_mask: `(rows, columns)` or `(rows, past + columns)`.
-        past: columns in the cache.
-    """
+    """Checks a mask, which may begin with the `past` columns of the cache; returns those of the new bytes, `(B, S)`."""
     check_tensor("attention_mask", attention_mask, "1 for text and 0 for padding")
     accepted = (columns, past + columns) if past else (columns,)
     if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] not in accepted:
@@ -193,12 +188,7 @@ def check_patch_lengths(patch_lengths: Tensor, num_bytes: Tensor, is_symbolic: b
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Checks the classes of positions.
-
-    Args:
-        labels: int64 `(B, S)`, in `[0, C)` or -100.
-        logits: `(B, S, C)`.
-    """
+    """Checks the classes of positions, int64 `(B, S)`, in `[0, C)` or -100, for logits `(B, S, C)`."""
     shape, num_classes = tuple(logits.shape[:-1]), logits.shape[-1]
     check_tensor("labels", labels, f"int64 {shape}")
     if tuple(labels.shape) != shape:
@@ -211,11 +201,10 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 
 
 def check_row_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -> None:
-    """Checks the labels of a sequence classifier.
+    """Checks the labels of rows with logits `(B, C)`.
 
     Args:
         labels: int64 `(B,)` (classes), or floats `(B,)` or `(B, C)` (regression, several labels).
-        logits: `(B, C)`.
         problem_type: of the configuration; None: as transformers guesses it.
     """
     rows, num_classes = logits.shape

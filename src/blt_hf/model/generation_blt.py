@@ -27,6 +27,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
 from .names_blt import CACHE_NAME, import_from_package, import_where_installed, takes_cache
+from .patching_blt import BOE_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID
 from .step_blt import StepRunner, captures_by_default, round_up_bytes
 
 
@@ -528,7 +529,7 @@ _OWN_FIELDS = (
 _LEAST_PACKED = 8  # new bytes from which packing weights pays
 _LEAST_CAPTURED = 16  # the same for capturing CUDA graphs
 _SCHEDULES = ("constant", "heuristic")
-_SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SPECIAL_TOKEN_IDS = {"pad_token_id": BOE_TOKEN_ID, "bos_token_id": BOS_TOKEN_ID, "eos_token_id": EOS_TOKEN_ID}
 
 
 class BltGenerationMixin(GenerationMixin):
@@ -774,19 +775,8 @@ class BltGenerationMixin(GenerationMixin):
             ValueError: the model is not a [`BltForCausalLM`].
             ImportError: this code came with a checkpoint, and `blt_hf` is not installed.
         """
-        module = import_where_installed("serving.continuous", "continuous batching")
-        manager_class = module.BltContinuousBatchingManager
-        manager = getattr(self, "_cached_continuous_batching_manager", None)
-        if isinstance(manager, manager_class):
-            return manager
-        if not hasattr(self, "make_runner"):
-            raise ValueError(f"continuous batching needs a BltForCausalLM; got {type(self).__name__}.")
-        return manager_class(
-            self,
-            generation_config or self.generation_config,
-            continuous_batching_config or generation.ContinuousBatchingConfig(),
-            workload_hints,
-        )
+        serving = import_where_installed("serving.continuous", "continuous batching")
+        return serving.manager_of(self, generation_config, continuous_batching_config, workload_hints)
 
     def adjust_generation_fn(self, *args, **kwargs):
         super().adjust_generation_fn(*args, **kwargs)
