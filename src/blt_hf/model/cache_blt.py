@@ -649,16 +649,19 @@ class BltCache(Cache):
         """Makes room for the next bytes of each row, up to `num_columns`."""
         if self.is_empty:
             self.start(num_rows, device)
-        if self.num_bytes.is_inference() and not torch.is_inference_mode_enabled():
+        history = self.history
+        if history.last.is_inference() and not torch.is_inference_mode_enabled():
             self.select_rows(torch.arange(num_rows))  # copies that may be written to outside inference mode
-        if self.record_past:
+        if self.layers[0].record_past:
             self._recorded += num_columns
             self.reserve_slack(self._recorded)
-        for slots in (self.patcher_slots, self.local_slots):
-            slots.reserve(max(self.row_bytes) + num_columns, self.slack, self.num_bytes)
+        total, counts = max(history.row_bytes) + num_columns, history.state.num_bytes
+        self.patcher_slots.reserve(total, self.slack, counts)
+        self.local_slots.reserve(total, self.slack, counts)
         if is_small:
-            self.history.row_stale = [max(stale, num_columns) for stale in self.history.row_stale]
-            self._reserve_recent(self.max_open_bytes + num_columns, num_columns)
+            history.row_stale = [max(stale, num_columns) for stale in history.row_stale]
+            self.recent_slots.keep = self._needed_history(self.max_open_bytes + num_columns)
+            self.recent_slots.reserve(total, self.slack, counts)
 
     def has_room(self, num_columns: int) -> bool:
         """Tells whether [`begin`] for a small chunk of so many columns moves no tensor."""
@@ -674,10 +677,7 @@ class BltCache(Cache):
     def reserve_open(self, max_open_bytes: int, num_columns: int) -> None:
         """Makes room for the history of the next `num_columns` bytes, and for open patches of so many bytes."""
         self.max_open_bytes = max(self.max_open_bytes, max_open_bytes)
-        self._reserve_recent(self.max_open_bytes, num_columns)
-
-    def _reserve_recent(self, max_open_bytes: int, num_columns: int) -> None:
-        self.recent_slots.keep = self._needed_history(max_open_bytes)
+        self.recent_slots.keep = self._needed_history(self.max_open_bytes)
         self.recent_slots.reserve(max(self.row_bytes) + num_columns, self.slack, self.num_bytes)
 
     def needed_states(self, max_open_bytes: int) -> int:
