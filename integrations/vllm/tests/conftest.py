@@ -97,6 +97,11 @@ def make_model(mode: str, **options) -> BltForCausalLM:
     return model
 
 
+def save(model, folder) -> None:
+    model.save_pretrained(folder)
+    blt_hf.BltTokenizer().save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """`saved(mode, **options)` -> a model and its folder, made once."""
@@ -106,8 +111,7 @@ def saved(tmp_path_factory):
         key = repr((mode, sorted(options.items(), key=str)))
         if key not in made:
             model, folder = make_model(mode, **options), tmp_path_factory.mktemp(mode)
-            model.save_pretrained(folder)
-            blt_hf.BltTokenizer().save_pretrained(folder)
+            save(model, folder)
             made[key] = model, str(folder)
         return made[key]
 
@@ -154,16 +158,32 @@ def write(
     return found
 
 
-@torch.no_grad()
 def expected(model, prompt: list[int], num_bytes: int) -> tuple[list[int], list[float]]:
     """The same by `generate`."""
-    output = model.generate(
-        torch.tensor([prompt]), max_new_tokens=num_bytes, do_sample=False, eos_token_id=None, pad_token_id=0,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
-    ids = output.sequences[0, len(prompt) :].tolist()
-    logprobs = [float(step[0].float().log_softmax(-1)[i]) for step, i in zip(output.logits, ids)]
-    return ids, logprobs
+    return expected_texts(model, [(prompt, num_bytes)])[0]
+
+
+@torch.no_grad()
+def expected_texts(
+    model, requests: list[tuple[list[int], int]], rows: int = 16
+) -> list[tuple[list[int], list[float]]]:
+    """The same for prompts and how many bytes each gets, `rows` of them at once."""
+    found = [([], [])] * len(requests)
+    order = sorted((n for n, (_, count) in enumerate(requests) if count), key=lambda n: requests[n][1])
+    for batch in (order[start : start + rows] for start in range(0, len(order), rows)):
+        width, most = max(len(requests[n][0]) for n in batch), max(requests[n][1] for n in batch)
+        ids = torch.tensor([[0] * (width - len(requests[n][0])) + requests[n][0] for n in batch])
+        lengths = torch.tensor([len(requests[n][0]) for n in batch])
+        output = model.generate(
+            ids, attention_mask=(torch.arange(width) >= width - lengths[:, None]).long(), max_new_tokens=most,
+            do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        logprobs = torch.stack(output.logits, dim=1).float().log_softmax(-1)
+        texts = output.sequences[:, width:]
+        logprobs = logprobs.gather(-1, texts[..., None])[..., 0]
+        for n, text, values in zip(batch, texts.tolist(), logprobs.tolist()):
+            found[n] = text[: requests[n][1]], values[: requests[n][1]]
+    return found
 
 
 def check_equal(model, prompts: list[list[int]], found: list, tolerance: float = 2e-5) -> None:
