@@ -156,11 +156,13 @@ def test_an_engine_may_bring_its_operations():
     config = model.config
     stacks = config.encoder_config, config.global_config, config.decoder_config, config.patcher_config
     num_layers = sum(stack.num_hidden_layers for stack in stacks)
-    num_cross = len(model.model.local_decoder.cross_attn_layers)
+    num_cross = sum(len(part.cross_attn_layers) for part in (model.model.local_encoder, model.model.local_decoder))
+    alone = 3  # pools to queries, patches to latents, the entropy model's head
+    alone += isinstance(model.model.global_transformer.token_embedding_projection, torch.nn.Linear)
     assert [joined.count(number) for number in (3, 2, 1)] == [
         num_layers,
         num_layers + num_cross,
-        2 * num_layers + 2 * num_cross,
+        2 * num_layers + 2 * num_cross + alone,
     ]
     assert len(normed) > 2 * num_layers
 
@@ -174,14 +176,22 @@ def test_a_model_in_float64():
 
 def test_modules_that_do_more_than_their_weights_say_are_refused():
     model = model_for(**RULES["entropy"])
-    for change in (
-        lambda layer: layer.mlp.down_proj.register_forward_hook(lambda *given: None),
-        lambda layer: layer.train(),
-        lambda layer: setattr(layer.self_attn, "q_proj", torch.nn.Sequential(layer.self_attn.q_proj)),
+    for name, change in (
+        ("local_decoder.layers.1", lambda layer: layer.mlp.down_proj.register_forward_hook(lambda *given: None)),
+        ("local_decoder.layers.1", lambda layer: layer.train()),
+        (
+            "local_decoder.layers.1",
+            lambda layer: setattr(layer.self_attn, "q_proj", torch.nn.Sequential(layer.self_attn.q_proj)),
+        ),
+        ("local_encoder.cross_attn_layers.0", lambda cross: cross.register_forward_hook(lambda *given: None)),
+        ("local_encoder.patch_embedding_projection", lambda linear: linear.train()),
+        ("local_decoder.patch_embedding_projection", lambda linear: linear.train()),
+        ("patcher.lm_head", lambda linear: linear.register_forward_hook(lambda *given: None)),
     ):
         changed = copy.deepcopy(model)
-        change(changed.model.local_decoder.layers[1])
-        with pytest.raises(ValueError, match="BltTransformerLayer of it has an adapter.*merge_and_unload"):
+        module = changed.model.get_submodule(name)
+        change(module)
+        with pytest.raises(ValueError, match=f"{type(module).__name__} of it has an adapter.*merge_and_unload"):
             run(changed, [encode("abc")], random.Random(0))
 
 

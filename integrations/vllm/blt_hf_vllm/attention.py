@@ -2,8 +2,10 @@
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
@@ -78,9 +80,10 @@ class StackAttention(Attention):
         another type. The CPU's attention multiplies what is masked by 0. So vLLM clears new pages, but on a CPU only as
         far as a page of the global layers is used.
         """
-        begun = slots[slots % self.plan.slots[self.name] == 0]
+        page, first = np.divmod(slots.numpy(), self.plan.slots[self.name])
+        begun = page[first == 0]
         if len(begun):
-            self.kv_cache[begun // self.plan.slots[self.name]] = 0
+            self.kv_cache[torch.from_numpy(begun)] = 0
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keeps keys and values of a layer and attends, `(T, H, D)` each; over bytes, or the patches that were started."""
@@ -113,7 +116,7 @@ class PatchContext:
         """The backend's metadata, and the slot of each patch; pages have `slots` of them."""
         common, device = self.common, patches.rows.device
         table = common.block_table_tensor[patches.rows].contiguous()
-        starts = torch.tensor([0, *patches.counts_on_host], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        starts = torch.tensor(list(accumulate(patches.counts_on_host, initial=0)), dtype=torch.int32)
         page = table[patches.row, patches.positions // slots].long()
         where = page * slots + patches.positions % slots
         metadata = CommonAttentionMetadata(

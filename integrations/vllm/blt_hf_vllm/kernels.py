@@ -30,7 +30,8 @@ class CpuKernels(RowKernels):
         dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
         for weight in weights:
             weight.data = weight.new_empty(0)
-        return lambda states: linear.cpu_linear(states, linear.weight, None)
+        product, weight = linear.cpu_linear, linear.weight
+        return lambda states: product(states, weight, None)
 
     def norm(self, states: Tensor, weight: Tensor, eps: float) -> Tensor:
         output = torch.empty_like(states)

@@ -52,13 +52,14 @@ class BltForCausalLM(nn.Module, HasInnerState):
         self.lm_head = nn.Linear(self.config.decoder_config.hidden_size, self.config.vocab_size, bias=False)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.local_encoder.embed_tokens.weight
+        self._kernels, self._head = make_kernels(), None
         self.ragged = RaggedBlt(
             self.model,
             num_drafts(vllm_config),
             plan.bytes_per_slot,
             plan.slots["global"],
             options.max_patch,
-            make_kernels(),
+            self._kernels,
         )
         self.state = BltState(plan, "blt.state.0")
         self.attentions = nn.ModuleDict()
@@ -77,7 +78,11 @@ class BltForCausalLM(nn.Module, HasInnerState):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """fp32 logits of the next byte from states `(T, W)`."""
-        return self.lm_head(hidden_states).float()
+        if self._head is None:  # the weights are there now
+            # Tied weights embed bytes as well, so they stay as they are.
+            is_tied = self.config.tie_word_embeddings
+            self._head = self.lm_head if is_tied else self._kernels.make_product([self.lm_head.weight])
+        return self._head(hidden_states).float()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads the tensors of a checkpoint; the names of those that were found.
@@ -93,17 +98,15 @@ class BltForCausalLM(nn.Module, HasInnerState):
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, *args, **kwargs) -> Tensor:
         """States `(T, W)` of the bytes `(T,)` of all requests; behind them may stand padding."""
-        width, head = self.config.decoder_config.hidden_size, self.lm_head.weight
-        output = torch.zeros(input_ids.shape[0], width, dtype=head.dtype, device=input_ids.device)
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:  # the engine measures memory
-            return output
-        step = metadata[self.state.prefix]
-        count = step.num_bytes
-        rows = RaggedRows(input_ids[:count].long(), positions[:count].long(), step.starts, step.pages)
-        output[:count] = self.ragged(rows, self.state.kv_cache, self)
-        self._counters.update(self.ragged)
-        return output
+        metadata, count = get_forward_context().attn_metadata, 0
+        output = self.lm_head.weight.new_zeros(0, self.config.decoder_config.hidden_size)
+        if metadata is not None:  # else the engine measures memory
+            step = metadata[self.state.prefix]
+            count = step.num_bytes
+            rows = RaggedRows(input_ids[:count].long(), positions[:count].long(), step.starts, step.pages)
+            output = self.ragged(rows, self.state.kv_cache, self)
+            self._counters.update(self.ragged)
+        return nn.functional.pad(output, (0, 0, 0, len(input_ids) - count)) if count < len(input_ids) else output
 
     # What the forward over ragged rows asks of an engine.
 

@@ -8,8 +8,10 @@ Dimension letters: `R` texts, `T` bytes of all texts, `P` patches that end in th
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -19,7 +21,7 @@ from ..model.configuration_blt import BltConfig
 from ..model.layers_blt import ngram_hashes
 from ..model.modeling_blt import BltModel
 from ..model.patching_blt import PatchingRule, entropy_from_logits, find_patch_ends
-from .row_layers import RowCrossAttention, RowKernels, RowStack
+from .row_layers import Product, RowCrossAttention, RowKernels, RowLatents, RowStack, check_plain
 
 
 _DEFAULT_OPEN_BYTES = 512  # of a model whose attention over bytes has no window
@@ -190,7 +192,8 @@ class _Bytes:
     patches_before: Tensor  # (R,)
     open_before: Tensor  # (R,)
     windows: Tensor  # (T, history + 1) ids up to each byte, 0 before the text
-    past_entropies: Tensor  # (T, history) entropies before each byte, 0 before the text
+    past_entropies: Tensor | None  # (T, window - 1) entropies before each byte that the rule reads, 0 before the text
+    rotations: dict[str, Tensor] = field(default_factory=dict)  # of queries and keys, by the first stack that has them
 
 
 @dataclass
@@ -198,10 +201,10 @@ class _Patches:
     """Which bytes end patches."""
 
     ends: Tensor  # (T,) bool
-    closed: Tensor  # (T,) patches of the text closed in this forward, up to and with each byte
+    ended: Tensor  # (T,) patches that ended in this forward, up to and with each byte, of all texts
+    closed: Tensor  # (T,) those of the byte's own text
     open_after: Tensor  # (T,) bytes of the open patch after each byte
     new: Tensor  # (R,) patches that each text gets
-    base: Tensor  # (R,) patches of the texts before it
     counts: list[int]  # `new` on the host
     open_counts: list[int]  # bytes of each text's patch that was open before, on the host
 
@@ -284,11 +287,11 @@ class RaggedBlt:
         entropies = self._entropies(found, attention)
         patches = self._find_patches(found, entropies)
         byte_states = self._encode(found, attention)
-        latents = None
-        if sum(patches.counts):
-            latents = self._close(found, patches, byte_states, state[2], attention)
+        new_patches = latents = None
+        if any(patches.counts):
+            new_patches, latents = self._close(found, patches, byte_states, state[2], attention)
         output = self._decode(found, patches, byte_states[-1], latents, state[3], attention)
-        self._keep(found, patches, entropies, byte_states, latents, state)
+        self._keep(found, patches, entropies, byte_states, new_patches, latents, state)
         return output
 
     def _find_bytes(self, rows: RaggedRows, state: Sequence[Tensor]) -> _Bytes:
@@ -306,7 +309,10 @@ class RaggedBlt:
         exists = positions[:, None] >= age
         new, kept = (index[:, None] - age).clamp_min(0), (pages[row][:, None], (positions[:, None] - age) % slots)
         past = torch.where(is_new, ids[new], log[(*kept, 0)]) * exists
-        past_entropies = entropy_log[kept] * exists
+        past_entropies = None
+        if self._rule.uses_entropies:
+            window = slice(self.layout.history + 1 - self._rule.window, None)
+            past_entropies = entropy_log[kept[0], kept[1][:, window]] * exists[:, window]
         return _Bytes(
             rows, row, column, first, last[:, 1], last[:, 2], torch.cat([past, ids[:, None]], dim=1), past_entropies
         )
@@ -316,20 +322,35 @@ class RaggedBlt:
         ids = found.rows.input_ids
         if "patcher" not in self.stacks:
             return torch.zeros(ids.shape, device=ids.device)
-        patcher, stack = self.model.patcher, self._row_stacks.patcher
+        patcher = self.model.patcher
         states = patcher.embed_tokens(patcher.known_ids(ids))
-        rotation = stack.rotation(found.rows.positions, states)
+        *_, states = self._run_over_bytes("patcher", states, found, attention)
+        states = self._kernels.norm(states, patcher.norm.weight, patcher.norm.eps)
+        return entropy_from_logits(self._row_stacks.patcher_head(states))
+
+    def _run_over_bytes(self, name: str, states: Tensor, found: _Bytes, attention: RowAttention) -> Iterator[Tensor]:
+        """Runs the layers of encoder or entropy model; states `(T, W)` behind each."""
+        stack, rotation = self._row_stacks.over_bytes[name], self._rotation(name, found, states)
         for layer in range(len(stack.layers)):
-            states = stack.run(layer, states, rotation, _over_bytes("patcher", attention))
-        return entropy_from_logits(patcher.lm_head(patcher.norm(states)))
+            states = stack.run(layer, states, rotation, partial(attention.attend_bytes, name))
+            yield states
+
+    def _rotation(self, name: str, found: _Bytes, states: Tensor) -> Tensor:
+        """Computes the rotations of a stack over bytes, or takes those of another one that has the same."""
+        first = self._row_stacks.rotates_as[name]
+        if first not in found.rotations:
+            found.rotations[first] = self._row_stacks.over_bytes[name].rotation(found.rows.positions, states)
+        return found.rotations[first]
 
     def _find_patches(self, found: _Bytes, entropies: Tensor) -> _Patches:
-        positions, history = found.rows.positions, self.layout.history
-        index, starts = torch.arange(len(positions), device=positions.device), found.rows.starts[:-1]
-        # Every byte as a row of its own, whose past is the window before it.
-        age = torch.arange(history, 0, -1, device=positions.device)
-        new = entropies[(index[:, None] - age).clamp_min(0)] * (positions[:, None] >= age)
-        past_entropies = torch.where(found.column[:, None] >= age, new, found.past_entropies)
+        positions, starts = found.rows.positions, found.rows.starts[:-1]
+        index = torch.arange(len(positions), device=positions.device)
+        past_entropies = None
+        if self._rule.uses_entropies:
+            # Every byte as a row of its own, whose past is the window before it.
+            age = torch.arange(self._rule.window - 1, 0, -1, device=positions.device)
+            new = entropies[(index[:, None] - age).clamp_min(0)]
+            past_entropies = torch.where(found.column[:, None] >= age, new, found.past_entropies)
         ends = find_patch_ends(
             self._rule,
             found.rows.input_ids[:, None],
@@ -340,25 +361,24 @@ class RaggedBlt:
         )[:, 0]
         before_row = (starts - found.open_before)[found.row]
         start = torch.where(found.column == 0, before_row, self._last_end(ends, found, before_row - 1, index - 1) + 1)
-        split = ((index - start + 1) % self._max_patch == 0) & ~ends
+        length = (index - start) % self._max_patch + 1
+        split = (length == self._max_patch) & ~ends
         ends = ends | split
-        dropped = torch.zeros_like(ends)
+        open_after = length.masked_fill(ends, 0)
+        dropped = split[:0]
         if self.bytes_per_slot > 1:
             kept = self._fitting_ends(ends, found)
             dropped, ends = ends & ~kept, kept
-        closed = self._count_in_row(ends, found)
+            open_after = index - self._last_end(ends, found, before_row - 1, index)
+        ended, closed = self._count_ends(ends, found)
         last = found.rows.starts[1:] - 1
-        is_empty = last < starts
-        new = torch.where(is_empty, 0, closed[last.clamp_min(0)])
-        open_after = index - self._last_end(ends, found, before_row - 1, index)
+        new = torch.where(last < starts, 0, closed[last.clamp_min(0)])
         # All that the host has to know, in one transfer.
         facts = torch.cat([new, found.open_before, torch.stack([split.sum(), dropped.sum()])]).tolist()
         num_rows = len(starts)
         self.num_split += facts[-2] if self._counts_splits else 0
         self.num_merged += facts[-1]
-        return _Patches(
-            ends, closed, open_after, new, new.cumsum(0) - new, facts[:num_rows], facts[num_rows : 2 * num_rows]
-        )
+        return _Patches(ends, ended, closed, open_after, new, facts[:num_rows], facts[num_rows : 2 * num_rows])
 
     @staticmethod
     def _last_end(ends: Tensor, found: _Bytes, none: Tensor, upto: Tensor) -> Tensor:
@@ -368,11 +388,11 @@ class RaggedBlt:
         return torch.where(last >= found.rows.starts[found.row], last, none)
 
     @staticmethod
-    def _count_in_row(ends: Tensor, found: _Bytes) -> Tensor:
-        """Counts the ends up to and with each byte, in its text alone; int64 `(T,)`."""
-        counts = ends.long().cumsum(0)
+    def _count_ends(ends: Tensor, found: _Bytes) -> tuple[Tensor, Tensor]:
+        """Counts the ends up to and with each byte, in all texts and in its own alone; int64 `(T,)` each."""
+        counts = ends.cumsum(0)
         start = found.rows.starts[found.row]
-        return counts - torch.where(start > 0, counts[(start - 1).clamp_min(0)], 0)
+        return counts, counts - torch.where(start > 0, counts[(start - 1).clamp_min(0)], 0)
 
     def _fitting_ends(self, ends: Tensor, found: _Bytes) -> Tensor:
         """Drops the `ends` for which no slot is left in the pages that a text has when it gets to that byte.
@@ -382,7 +402,7 @@ class RaggedBlt:
         """
         slots = self.slots_per_page
         room = (found.rows.positions // (slots * self.bytes_per_slot) + 1) * slots
-        wanted = self._count_in_row(ends, found)
+        wanted = self._count_ends(ends, found)[1]
         apart = (
             found.row + 1
         ) << 32  # later texts have smaller numbers, so the minimum does not look back into others
@@ -404,11 +424,7 @@ class RaggedBlt:
                 config.encoder_hash_byte_group_nb_functions, config.encoder_hash_byte_group_vocab,
             )  # fmt: skip
             states = states + self.model.encoder_hash_tok_embedding(hashes.transpose(0, 1))[0]
-        stack, found_states = self._row_stacks.encoder, []
-        rotation = stack.rotation(found.rows.positions, states)
-        for layer in range(len(stack.layers)):
-            states = stack.run(layer, states, rotation, _over_bytes("encoder", attention))
-            found_states.append(states)
+        found_states = list(self._run_over_bytes("encoder", states, found, attention))
         return found_states[-len(encoder.cross_attn_layers) :]
 
     def _close(
@@ -418,39 +434,44 @@ class RaggedBlt:
         byte_states: list[Tensor],
         states_log: Tensor,
         attention: RowAttention,
-    ) -> Tensor:
-        """Computes keys and values `(P, layers, 2, F)` of the latents of the patches that end."""
-        model, device, slots = self.model, found.row.device, self.layout.num_bytes
-        total = sum(patches.counts)
+    ) -> tuple[NewPatches, Tensor]:
+        """Computes keys and values `(P, layers * F)` of the latents of the patches that end."""
+        device, slots, stacks = found.row.device, self.layout.num_bytes, self._row_stacks
         closing = [row for row, count in enumerate(patches.counts) if count]
-        rows = torch.tensor(closing, device=device)
-        counts, before = patches.new[rows], found.patches_before[rows]
-        within = patches.closed - patches.ends.long()
-        segment = torch.where(within < patches.new[found.row], patches.base[found.row] + within, -1)
-        # Bytes of the patches that were open before, which are in the pages. Where patches were kept from ending for
+        counts = [patches.counts[row] for row in closing]
+        total = sum(counts)
+        # The bytes of these patches: those that were open before are in the pages. Where patches were kept from ending for
         # want of slots, one may be longer than what is kept.
-        kept = [min(patches.open_counts[row], slots - 1) for row in closing]
-        if sum(kept):
-            lengths = torch.tensor(kept, device=device)
-            held_row = torch.repeat_interleave(rows, lengths, output_size=sum(kept))
-            ends = torch.repeat_interleave(lengths.cumsum(0), lengths, output_size=sum(kept))
-            back = ends - torch.arange(sum(kept), device=device)
-            held = states_log[found.rows.pages[held_row], (found.first[held_row] - back) % slots]
-            parts = held.chunk(len(byte_states), dim=-1)
+        within = patches.ended - patches.ends.long()
+        is_new = patches.closed - patches.ends.long() < patches.new[found.row]
+        chosen = is_new.nonzero()[:, 0]
+        segment = within[chosen]
+        byte_states = [states[chosen] for states in byte_states]
+        held = [min(patches.open_counts[row], slots - 1) for row in closing]
+        if sum(held):
+            first = accumulate(counts[:-1], initial=0)
+            entries = [
+                (row, back, patch) for row, length, patch in zip(closing, held, first) for back in range(length, 0, -1)
+            ]
+            row, back, patch = torch.tensor(entries, device=device).unbind(dim=1)
+            states = states_log[found.rows.pages[row], (found.first[row] - back) % slots]
+            parts = states.chunk(len(byte_states), dim=-1)
             byte_states = [torch.cat([old, new]) for old, new in zip(parts, byte_states)]
-            segment = torch.cat([patches.base[held_row], segment])
-        latents = model.local_encoder.make_latents([states[None] for states in byte_states], segment[None], total)
-        row = torch.repeat_interleave(torch.arange(len(closing), device=device), counts, output_size=total)
-        number = torch.arange(total, device=device) - patches.base[rows][row]
+            segment = torch.cat([patch, segment])
+        latents = stacks.latents.run(byte_states, segment, total)
+        rows = torch.tensor(closing, device=device)
+        entries = [(row, number) for row, count in enumerate(counts) for number in range(count)]
+        row, number = torch.tensor(entries, device=device).unbind(dim=1)
+        before = found.patches_before[rows]
         positions = before[row] + number
-        attention.start_patches(NewPatches(rows, before, counts, row, positions, [patches.counts[i] for i in closing]))
-        stack, cross_layers = self._row_stacks.global_transformer, self._row_stacks.cross_layers
-        states = model.global_transformer.token_embedding_projection(latents[0].flatten(1))
-        rotation = stack.rotation(positions, states)
-        for layer in range(len(stack.layers)):
-            states = stack.run(layer, states, rotation, attention.attend_patches)
-        latents = model.local_decoder.split_latents(states[None])[0]
-        return torch.stack([cross.project(latents) for cross in cross_layers], dim=1)
+        new_patches = NewPatches(rows, before, patches.new[rows], row, positions, counts)
+        attention.start_patches(new_patches)
+        states = stacks.embed_latents(latents.flatten(1))
+        rotation = stacks.global_transformer.rotation(positions, states)
+        for layer in range(len(stacks.global_transformer.layers)):
+            states = stacks.global_transformer.run(layer, states, rotation, attention.attend_patches)
+        latents = stacks.split_latents(states).unflatten(-1, (self.config.cross_attn_k, -1))
+        return new_patches, torch.cat([cross.project(latents) for cross in stacks.cross_layers], dim=1)
 
     def _decode(
         self,
@@ -461,20 +482,21 @@ class RaggedBlt:
         latent_log: Tensor,
         attention: RowAttention,
     ) -> Tensor:
-        stack, cross_layers, num_rows = self._row_stacks.decoder, self._row_stacks.cross_layers, len(found.first)
-        kept = latent_log[found.rows.pages, (found.patches_before - 1) % self.layout.num_latents]
-        kept = kept.view(num_rows, len(cross_layers), 2, -1)  # (R, layers, 2, F)
+        stacks, num_rows = self._row_stacks, len(found.first)
+        kept = latent_log[found.rows.pages, (found.patches_before - 1) % self.layout.num_latents]  # (R, layers * F)
+        index = found.row
         if latents is not None:
             kept = torch.cat([kept, latents])
-        index = torch.where(
-            patches.closed > 0, num_rows + patches.base[found.row] + patches.closed - 1, found.row
-        )  # the last closed patch of each byte
-        rotation = stack.rotation(found.rows.positions, states)
+            # The last closed patch of each byte.
+            index = torch.where(patches.closed > 0, patches.ended + (num_rows - 1), index)
+        latents = kept.chunk(len(stacks.cross_layers), dim=1)
+        stack, rotation = stacks.over_bytes["decoder"], self._rotation("decoder", found, states)
         for layer in range(len(stack.layers)):
-            if layer < len(cross_layers):
-                states = cross_layers[layer].run(states, *kept[:, layer].unbind(dim=1), index)
-            states = stack.run(layer, states, rotation, _over_bytes("decoder", attention))
-        return self.model.local_decoder.norm(states)
+            if layer < len(stacks.cross_layers):
+                states = stacks.cross_layers[layer].run(states, latents[layer], index)
+            states = stack.run(layer, states, rotation, partial(attention.attend_bytes, "decoder"))
+        norm = self.model.local_decoder.norm
+        return self._kernels.norm(states, norm.weight, norm.eps)
 
     def _keep(
         self,
@@ -482,33 +504,38 @@ class RaggedBlt:
         patches: _Patches,
         entropies: Tensor,
         byte_states: list[Tensor],
+        new_patches: NewPatches | None,
         latents: Tensor | None,
         state: Sequence[Tensor],
     ) -> None:
         """Writes what the next bytes need to the pages."""
         log, entropy_log, states_log, latent_log = state
         rows, slots, num_latents = found.rows, self.layout.num_bytes, self.layout.num_latents
-        left = rows.starts[1:][found.row] - torch.arange(len(found.row), device=found.row.device)
-        # The last byte of each slot alone, as one write to two places at once has no order; the others to no matter where.
-        is_last = left <= slots
-        chosen = is_last.nonzero()[:, 0] if len(found.row) > slots else slice(None)
-        where = rows.pages[found.row[chosen]], rows.positions[chosen] % slots
         entries = torch.stack(
             [rows.input_ids, found.patches_before[found.row] + patches.closed, patches.open_after], 1
         )
-        log[where] = entries[chosen]
-        entropy_log[where] = entropies[chosen]
-        states_log[where] = torch.cat(byte_states, dim=-1)[chosen].to(states_log.dtype)
+        states = byte_states[0] if len(byte_states) == 1 else torch.cat(byte_states, dim=-1)
+        positions, row = rows.positions, found.row
+        if len(row) > slots:
+            # The last byte of each slot alone, as one write to two places at once has no order.
+            left = rows.starts[1:][row] - torch.arange(len(row), device=row.device)
+            chosen = (left <= slots).nonzero()[:, 0]
+            positions, row, entries, entropies, states = (
+                values[chosen] for values in (positions, row, entries, entropies, states)
+            )
+        where = rows.pages[row], positions % slots
+        log[where] = entries
+        entropy_log[where] = entropies
+        states_log[where] = states.to(states_log.dtype)
         if latents is None:
             return
-        total = len(latents)
-        row = torch.repeat_interleave(
-            torch.arange(len(patches.new), device=log.device), patches.new, output_size=total
-        )
-        number = torch.arange(total, device=log.device) - patches.base[row]
-        chosen = ((patches.new[row] - number) <= num_latents).nonzero()[:, 0]
-        where = rows.pages[row[chosen]], (found.patches_before[row] + number)[chosen] % num_latents
-        latent_log[where] = latents[chosen].flatten(1).to(latent_log.dtype)
+        row, positions = new_patches.row, new_patches.positions
+        if max(new_patches.counts_on_host) > num_latents:
+            left = (new_patches.before + new_patches.counts)[row] - positions
+            chosen = (left <= num_latents).nonzero()[:, 0]
+            row, positions, latents = row[chosen], positions[chosen], latents[chosen]
+        where = rows.pages[new_patches.rows[row]], positions % num_latents
+        latent_log[where] = latents.to(latent_log.dtype)
 
 
 class _RowStacks:
@@ -518,15 +545,26 @@ class _RowStacks:
         def stack(module: nn.Module) -> RowStack:
             return RowStack(module.layers, module.rotary_emb, kernels)
 
-        self.encoder, self.decoder = stack(model.local_encoder), stack(model.local_decoder)
-        self.global_transformer = stack(model.global_transformer)
-        self.patcher = stack(model.patcher) if model.config.uses_patcher else None
-        self.cross_layers = [RowCrossAttention(cross, kernels) for cross in model.local_decoder.cross_attn_layers]
+        def product(linear: nn.Module) -> Product:
+            if isinstance(linear, nn.Identity):
+                return linear
+            check_plain([linear])
+            return kernels.make_product([linear.weight])
 
-
-def _over_bytes(stack: str, attention: RowAttention) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
-    """Names the stack to the engine."""
-    return lambda *layer: attention.attend_bytes(stack, *layer)
+        encoder, decoder, patches = model.local_encoder, model.local_decoder, model.global_transformer
+        self.over_bytes = {"encoder": stack(encoder), "decoder": stack(decoder)}
+        if model.config.uses_patcher:
+            self.over_bytes["patcher"] = stack(model.patcher)
+            self.patcher_head = product(model.patcher.lm_head)
+        self.rotates_as = {
+            name: next(first for first, other in self.over_bytes.items() if own is other or own.rotates_as(other))
+            for name, own in self.over_bytes.items()
+        }
+        self.latents = RowLatents(encoder, kernels)
+        self.embed_latents = product(patches.token_embedding_projection)
+        self.global_transformer = stack(patches)
+        self.split_latents = product(decoder.patch_embedding_projection)
+        self.cross_layers = [RowCrossAttention(cross, kernels) for cross in decoder.cross_attn_layers]
 
 
 def check_served(config: BltConfig) -> None:

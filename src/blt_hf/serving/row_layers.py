@@ -4,15 +4,23 @@ An engine brings its own operations ([`RowKernels`]): it gets the weights that m
 it can join them, and lay them out as its kernels read them fastest.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
-from ..model.attention_blt import gathered_attention
-from ..model.layers_blt import BltByteCrossAttention, BltRotaryEmbedding, BltTransformerLayer, rotate_pairs
+from ..model.layers_blt import (
+    BltByteCrossAttention,
+    BltPatchCrossAttention,
+    BltRotaryEmbedding,
+    BltTransformerLayer,
+    rotate_pairs,
+)
 from ..model.packed_blt import is_plain
+from ..model.stacks_blt import BltLocalEncoder
 
 
 Product = Callable[[Tensor], Tensor]
@@ -40,7 +48,7 @@ class _Layer(NamedTuple):
     down: Product
     attention_norm: Tensor
     mlp_norm: Tensor
-    activation: nn.Module
+    activation: Callable[[Tensor], Tensor]
 
 
 class RowStack:
@@ -62,7 +70,11 @@ class RowStack:
         self.num_heads = attention.q_proj.out_features // self.head_dim
         self.num_kv_heads = attention.k_proj.out_features // self.head_dim
         rope_type = getattr(rotary, "rope_type", None)
-        self.has_fixed_angles = type(rope_type) is str and "dynamic" not in rope_type and "longrope" not in rope_type
+        is_fixed = type(rope_type) is str and "dynamic" not in rope_type and "longrope" not in rope_type
+        # What rotations depend on beside positions, if nothing else.
+        scaling = rotary.inv_freq.new_tensor(rotary.attention_scaling) if is_fixed else None
+        self.angles = None if scaling is None else (rotary.inv_freq, scaling)
+        self.dtype = layers[0].input_layernorm.weight.dtype
         self.layers = [self._make_layer(layer) for layer in layers]
 
     def _make_layer(self, layer: BltTransformerLayer) -> _Layer:
@@ -74,7 +86,7 @@ class RowStack:
             make_product([mlp.down_proj.weight]),
             layer.input_layernorm.weight,
             layer.post_attention_layernorm.weight,
-            mlp.act_fn,
+            nn.functional.silu if type(mlp.act_fn) is SiLUActivation else mlp.act_fn,  # in fewer calls
         )
 
     def run(
@@ -96,20 +108,52 @@ class RowStack:
         gate, up = layer.gate_up(kernels.norm(states, layer.mlp_norm, self.eps)).chunk(2, dim=-1)
         return layer.down(layer.activation(gate) * up).add_(states)
 
+    def rotates_as(self, other: "RowStack") -> bool:
+        """Tells whether [`rotation`](RowStack.rotation) gives the same for both stacks."""
+        if self.angles is None or other.angles is None or self.dtype != other.dtype:
+            return False
+        return all(torch.equal(own, theirs) for own, theirs in zip(self.angles, other.angles))
+
     def rotation(self, positions: Tensor, states: Tensor) -> Tensor:
         """Computes the rotations of queries and keys at `positions` `(T,)`.
 
         Complex factors `(T, 1, D / 2)` for `states` in fp32, else cosines and sines `(2, T, 1, D)`.
         """
         is_exact = states.dtype == torch.float32
-        if is_exact and self.has_fixed_angles:
-            scaling = self.rotary.inv_freq.new_tensor(self.rotary.attention_scaling)
-            return torch.polar(scaling, positions[:, None, None] * self.rotary.inv_freq)
+        if is_exact and self.angles is not None:
+            frequencies, scaling = self.angles
+            return torch.polar(scaling, positions[:, None, None] * frequencies)
         cos, sin = (part[0] for part in self.rotary(states, positions[None]))
         return torch.complex(cos[..., ::2], sin[..., 1::2]) if is_exact else torch.stack([cos, sin])
 
 
-class RowCrossAttention:
+class _RowCross:
+    """The projections of a cross attention, in either direction."""
+
+    def __init__(self, cross: BltByteCrossAttention | BltPatchCrossAttention, kernels: RowKernels):
+        check_plain([cross])
+        self.kernels = kernels
+        self.query = kernels.make_product([cross.q_proj.weight])
+        self.output = kernels.make_product([cross.o_proj.weight])
+        self.keys_values = kernels.make_product([cross.k_proj.weight, cross.v_proj.weight])
+        self.query_norm, self.key_norm, self.eps = cross.q_norm.weight, cross.k_norm.weight, cross.q_norm.eps
+        self.scaling, self.num_latents = cross.scaling, cross.num_latents
+        self.heads = -1, cross.num_key_value_groups, cross.head_dim
+
+    def find_queries(self, states: Tensor) -> Tensor:
+        """Computes the queries of `(N, W)`, `(N, H_kv, H / H_kv, D)`."""
+        return self.query(self.kernels.norm(states, self.query_norm, self.eps)).unflatten(1, self.heads)
+
+    def find_keys_values(self, states: Tensor) -> Tensor:
+        """Computes keys and values of `(N, W)` side by side, `(N, 2 * H_kv * D)`."""
+        return self.keys_values(self.kernels.norm(states, self.key_norm, self.eps))
+
+    def split(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Splits them, `(N, ..., 2 * H_kv * D)`, to keys and values `(N, ..., H_kv, 1, D)`."""
+        return keys_values.unflatten(-1, (2, -1, 1, self.heads[-1])).unbind(dim=-4)
+
+
+class RowCrossAttention(_RowCross):
     """A cross attention of the decoder: the latents of one patch for each byte.
 
     Args:
@@ -117,27 +161,73 @@ class RowCrossAttention:
         kernels: operations.
     """
 
-    def __init__(self, cross: BltByteCrossAttention, kernels: RowKernels):
-        check_plain([cross])
-        self.kernels = kernels
-        self.query = kernels.make_product([cross.q_proj.weight])
-        self.output = kernels.make_product([cross.o_proj.weight])
-        self.keys_values = kernels.make_product([cross.k_proj.weight, cross.v_proj.weight])
-        self.query_norm, self.key_norm, self.eps = cross.q_norm.weight, cross.k_norm.weight, cross.q_norm.eps
-        self.head_dim, self.num_latents, self.scaling = cross.head_dim, cross.num_latents, cross.scaling
-
     def project(self, latents: Tensor) -> Tensor:
-        """Computes keys and values `(P, 2, F)` of latents `(P, K, W)`."""
-        both = self.keys_values(self.kernels.norm(latents.flatten(0, 1), self.key_norm, self.eps))
-        return both.view(*latents.shape[:2], 2, -1).transpose(1, 2).flatten(2)
+        """Computes keys and values `(P, F)` of latents `(P, K, W)`."""
+        return self.find_keys_values(latents.flatten(0, 1)).view(len(latents), -1)
 
-    def run(self, states: Tensor, keys: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    def run(self, states: Tensor, keys_values: Tensor, index: Tensor) -> Tensor:
         """Adds to states `(T, W)` what they read of the patches `index` `(T,)` among keys and values `(P, F)`."""
-        query = self.query(self.kernels.norm(states, self.query_norm, self.eps))
-        query = query.view(1, len(states), -1, self.head_dim)
-        keys, values = (part.view(1, len(part), self.num_latents, -1, self.head_dim) for part in (keys, values))
-        attended = gathered_attention(query, keys, values, index[None, :, None], None, self.scaling)
-        return self.output(attended[0].flatten(1)).add_(states, alpha=2)  # the released weights need both
+        query = self.find_queries(states)[:, None]
+        key, value = self.split(keys_values.index_select(0, index).unflatten(1, (self.num_latents, -1)))
+        scores = (query * key).sum(dim=-1).float().mul_(self.scaling)  # (T, K, H_kv, H / H_kv)
+        weights = scores.softmax(dim=1).to(value.dtype)
+        attended = (weights[..., None] * value).sum(dim=1)
+        return self.output(attended.flatten(1)).add_(states, alpha=2)  # the released weights need both
+
+
+class RowLatents:
+    """What makes the latents of patches from the states of their bytes: the pool, and the encoder's cross attentions.
+
+    Args:
+        encoder: in evaluation mode.
+        kernels: operations.
+    """
+
+    def __init__(self, encoder: BltLocalEncoder, kernels: RowKernels):
+        check_plain([encoder.patch_embedding_projection])
+        self.queries = kernels.make_product([encoder.patch_embedding_projection.weight])
+        self.cross_layers = [_RowPatchCrossAttention(cross, kernels) for cross in encoder.cross_attn_layers]
+        self.num_latents = encoder.config.cross_attn_k
+        self.pooling, self.least = _POOLINGS[encoder.config.patch_pooling]
+
+    def run(self, byte_states: list[Tensor], patch: Tensor, num_patches: int) -> Tensor:
+        """Computes latents `(P, K, W)`.
+
+        Args:
+            byte_states: states `(N, W)` that each cross attention reads.
+            patch: int64 `(N,)`, patch of each byte, in `[0, P)`; each has a byte.
+            num_patches: `P`.
+        """
+        states = byte_states[0]
+        pooled = states.new_full((num_patches, states.shape[1]), self.least)
+        index = patch[:, None].expand_as(states)
+        pooled.scatter_reduce_(0, index, states, self.pooling, include_self=self.pooling != "mean")
+        latents = self.queries(pooled).view(num_patches * self.num_latents, -1)
+        for cross, states in zip(self.cross_layers, byte_states):
+            latents = cross.run(latents, states, patch, num_patches)
+        return latents.view(num_patches, self.num_latents, -1)
+
+
+_POOLINGS = {"max": ("amax", -math.inf), "min": ("amin", math.inf), "mean": ("mean", 0.0)}
+
+
+class _RowPatchCrossAttention(_RowCross):
+    """A cross attention of the encoder: the bytes of one patch for each latent."""
+
+    def run(self, latents: Tensor, states: Tensor, patch: Tensor, num_patches: int) -> Tensor:
+        """Adds to latents `(P * K, W)` what they read of the states `(N, W)` of their bytes."""
+        queries = self.find_queries(latents).unflatten(0, (num_patches, self.num_latents)).index_select(0, patch)
+        key, value = self.split(self.find_keys_values(states)[:, None])
+        scores = (queries * key).sum(dim=-1).float().mul_(self.scaling)  # (N, K, H_kv, H / H_kv)
+        flat = scores.flatten(1)
+        peak = flat.new_full((num_patches, flat.shape[1]), -math.inf)
+        peak.scatter_reduce_(0, patch[:, None].expand_as(flat), flat, "amax")
+        weights = (flat - peak.index_select(0, patch)).exp_()
+        total = torch.zeros_like(peak).index_add_(0, patch, weights)
+        mixed = (weights.view_as(scores).to(value.dtype)[..., None] * value).flatten(1)  # (N, K * H * D)
+        attended = mixed.new_zeros(num_patches, mixed.shape[1]).index_add_(0, patch, mixed)
+        attended = attended.view(*total.shape, -1).div_(total[..., None])
+        return self.output(attended.view(len(latents), -1)).add_(latents, alpha=2)
 
 
 def _rotate(heads: Tensor, rotation: Tensor) -> None:
@@ -155,7 +245,7 @@ def check_plain(modules: Sequence[nn.Module]) -> None:
         ValueError: names the class of the module.
     """
     for module in modules:
-        if not is_plain(module, next(module.parameters())):
+        if not _is_plain(module):
             raise ValueError(
                 f"`model` must be plain weights in evaluation mode to be served so; a {type(module).__name__} of it has "
                 "an adapter, a hook, a forward of its own, a bias or weights of several dtypes, or is in training mode. "
@@ -163,4 +253,17 @@ def check_plain(modules: Sequence[nn.Module]) -> None:
             )
 
 
-__all__ = ["Product", "RowCrossAttention", "RowKernels", "RowStack", "check_plain"]
+def _is_plain(module: nn.Module) -> bool:
+    like = next(module.parameters())
+    if type(module) is not BltPatchCrossAttention:
+        return is_plain(module, like)
+    # `is_plain` does not know it, as it is never packed.
+    is_replaced = module.training or "forward" in vars(module) or type(module).forward is not _FORWARD
+    is_hooked = module._forward_hooks or module._forward_pre_hooks
+    return not is_replaced and not is_hooked and all(is_plain(part, like) for part in module.children())
+
+
+_FORWARD = BltPatchCrossAttention.forward  # unless somebody replaces it
+
+
+__all__ = ["Product", "RowCrossAttention", "RowKernels", "RowLatents", "RowStack", "check_plain"]
