@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
-from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 
 _WITH_ADDRESS = (torch.Tensor, nn.Parameter)  # subclasses may keep their values anywhere
@@ -197,6 +197,14 @@ class CudaGraphs:
                 value.copy_(made[name])
         return self._held[key][0]
 
+    def next_byte(self, text, do_sample: bool) -> "FixedNextByte | None":
+        """Makes a choice of bytes that a graph can hold; None: a logits processor of `text` asks the host."""
+        return FixedNextByte(text, do_sample) if all(map(is_penalty, text.with_context)) else None
+
+    def draw(self, most: int) -> "FixedDraw":
+        """Makes what draws up to `most` bytes in a graph."""
+        return FixedDraw(most)
+
     def run(self, key: tuple, function: Callable, *inputs: Tensor | None):
         """Runs `function(*inputs)`: replays its graph, or captures it the second time it is called.
 
@@ -231,15 +239,84 @@ class CudaGraphs:
         return result
 
 
-def draw(probs: Tensor, noise: Tensor) -> Tensor:
-    """Draws from `probs` `(B, V)` as `torch.multinomial` does, int64 `(B, 1)`, with noise made outside of a graph.
+class FixedDraw:
+    """Draws as `torch.multinomial` does, with numbers that `prepare` makes outside of a graph; the first time by itself.
 
-    `noise`: `torch.empty_like(probs).exponential_()`, which is all that `multinomial` takes from a generator.
+    Args:
+        most: bytes that a graph draws, at most.
     """
+
+    def __init__(self, most: int):
+        self.most = most
+        self._noise: Tensor | None = None  # fp32 `(most, B, V)`
+        self._like: Tensor | None = None  # probabilities that were drawn from
+
+    def prepare(self, count: int) -> None:
+        """Makes the numbers of the next `count` bytes, all that `multinomial` takes from a generator."""
+        if self._like is None:
+            return
+        if self._noise is None:
+            self._noise = self._like.new_empty(self.most, *self._like.shape)
+        for noise in self._noise[:count]:
+            noise.exponential_()
+
+    def __call__(self, probs: Tensor, index: int = 0) -> Tensor:
+        """Draws from `probs` `(B, V)`, int64 `(B, 1)`, with the numbers of byte `index`."""
+        if self._noise is None:
+            self._like = probs
+            return torch.multinomial(probs, num_samples=1)
+        return draw(probs, self._noise[index])
+
+
+def draw(probs: Tensor, noise: Tensor) -> Tensor:
+    """Draws from `probs` `(B, V)`, int64 `(B, 1)`, with exponentially distributed `noise` of the same shape."""
     ids = (probs / noise).argmax(dim=-1, keepdim=True)
     is_valid = (probs.gather(1, ids) > 0).all()  # NaN is the largest, and not larger than 0
     torch._assert_async(is_valid, "probability tensor contains either `inf`, `nan` or element < 0")
     return ids
+
+
+class FixedNextByte:
+    """Chooses as the `NextByte` of the model does, in shapes and tensors that stay what they are as a text grows.
+
+    Args:
+        text: a `RaggedText`, whose processors look at no text, or are penalties for which [`is_penalty`] holds.
+        do_sample: draw the byte.
+    """
+
+    is_on_device = True
+
+    def __init__(self, text, do_sample: bool):
+        self.text, self.do_sample, self._draw = text, do_sample, FixedDraw(1)
+        self._processors: LogitsProcessorList | None = None
+        self._has_stopped: Tensor | None = None  # bool `(B, 1)`
+        self._stops = [None] * len(text.lengths)
+
+    def prepare(self) -> None:
+        """Renews what the next choice reads."""
+        self._draw.prepare(1)
+        if self._stops != self.text.stops and self.text.waits:
+            self._stops = list(self.text.stops)
+            stopped = torch.tensor([[stop is not None] for stop in self._stops], device=self.text.device)
+            self._has_stopped = stopped if self._has_stopped is None else self._has_stopped.copy_(stopped)
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Chooses ids `(B, 1)` from fp32 logits `(B, 1, V)`; returns processed scores `(B, 1, V)` with them."""
+        text = self.text
+        if self._processors is None:
+            self._processors = LogitsProcessorList(
+                SeenPenalty(p, text, logits.shape[-1]) if is_penalty(p) else p for p in text.logits_processor
+            )
+            if text.waits and len(logits) > 1:
+                self._has_stopped = torch.zeros_like(logits[:, :, 0], dtype=torch.bool)
+        scores = self._processors(None, logits[:, 0])[:, None] if self._processors else logits
+        ids = self._draw(scores[:, 0].softmax(dim=-1)) if self.do_sample else scores.argmax(dim=-1)
+        if self._has_stopped is not None:
+            ids = ids.masked_fill(self._has_stopped, text.pad_token_id)
+        for processor in self._processors:
+            if isinstance(processor, SeenPenalty):
+                processor.add_seen(ids)
+        return ids, scores
 
 
 class SeenPenalty(LogitsProcessor):

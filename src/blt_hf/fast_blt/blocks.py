@@ -227,7 +227,7 @@ def fill_block(
     while num_reads == 0 or bool((is_masked & is_needed).any()):
         block = torch.cat([last, ids], dim=1)
         new_logits = read(model, cache, last_state, block, torch.nn.functional.pad(is_masked, (1, 0)), runner.packed)
-        if text.has_context:
+        if text.with_context:
             text.put_drafts(ids)
         new_scores = new_logits if text.is_in_order else text.process(new_logits)
         if do_sample:

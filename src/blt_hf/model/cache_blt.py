@@ -275,20 +275,14 @@ class BltCacheLayer(CacheLayerMixin):
 
     def slot_views(self, seen: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Views the slots of all rows `(2*H_kv, B*size, D)`, and keys and values `(B, H_kv, T, D)` in the first `seen`."""
-        stored = self.states.stored
-        if torch.compiler.is_compiling():
-            views = self._make_views(stored)
-        else:
-            if self._views is None or self._views[0] is not stored:
-                self._views = self._make_views(stored)
-            views = self._views
+        stored, is_compiling = self.states.stored, torch.compiler.is_compiling()
+        views = None if is_compiling else self._views
+        if views is None or views[0] is not stored:
+            views = stored, stored.flatten(2, 3).flatten(0, 1), *stored.transpose(1, 2).unbind()
+            if not is_compiling:
+                self._views = views
         _, slots, keys, values = views
         return (slots, keys, values) if seen is None else (slots, keys[:, :, :seen], values[:, :, :seen])
-
-    @staticmethod
-    def _make_views(stored: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        keys, values = stored.transpose(1, 2).unbind()  # (B, H_kv, size, D) each
-        return stored, stored.flatten(2, 3).flatten(0, 1), keys, values
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_views": None}
@@ -351,8 +345,8 @@ _HOST_COUNTS = ("row_bytes", "row_patches", "row_stale")
 class ByteHistory:
     """Keeps a [`RowState`] and the entropy after each of the last bytes of a row, and so the counters of the rows.
 
-    The host has counters of its own. Whatever is done to rows is done to both here; what a forward adds is counted by
-    `advance`, which a graph may hold, and by `advance_on_host`.
+    The host has counters of its own. What is done to rows is done to both here. What a forward adds is counted on the
+    device by `advance`, which a graph may hold, and on the host by [`BltCache.advance_on_host`].
 
     Attributes:
         entries: int64 `(B, size, F)` in slots, a [`RowState`] after each byte.
@@ -416,13 +410,6 @@ class ByteHistory:
             self._hide_other_texts()
         if entropies is not None:
             self.last_entropies.copy_(_newest(self.last_entropies, entropies, num_bytes))
-
-    def advance_on_host(self, row_bytes: list[int], counts=None) -> None:
-        """Moves the host's counters past `row_bytes` new bytes, and the patches of [`HostPatchCounts`] (None: none)."""
-        self.row_bytes = [old + new for old, new in zip(self.row_bytes, row_bytes)]
-        self.row_stale = [max(stale - new, 0) for stale, new in zip(self.row_stale, row_bytes)]
-        if counts is not None:
-            self.row_patches = [old + new for old, new in zip(counts.old, counts.new)]
 
     def _hide_other_texts(self) -> None:
         age = torch.arange(self.num_ids, 0, -1, device=self.last.device)
@@ -735,8 +722,11 @@ class BltCache(Cache):
             counts: its [`HostPatchCounts`]; None: it closed no patch.
             num_croppable: columns at its end that are text in every row; None: as many as the shortest row has.
         """
-        self.history.advance_on_host(row_bytes, counts)
+        history = self.history
+        history.row_bytes = [old + new for old, new in zip(history.row_bytes, row_bytes)]
+        history.row_stale = [max(stale - new, 0) for stale, new in zip(history.row_stale, row_bytes)]
         if counts is not None:
+            history.row_patches = [old + new for old, new in zip(counts.old, counts.new)]
             self.max_open_bytes = max(self.max_open_bytes, counts.max_open_bytes)
         croppable = min(row_bytes) if num_croppable is None else num_croppable
         self.num_croppable = croppable + (self.num_croppable if croppable == num_columns else 0)

@@ -34,24 +34,13 @@ def check_tensor(name: str, value, accepted: str) -> None:
 def check_inputs(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int, hidden_size: int
 ) -> tuple[tuple[int, int], torch.device]:
-    """Checks the bytes of a forward of an entropy model.
-
-    Args:
-        input_ids: int64 or int32 `(B, S)`, ids in `[0, vocab_size)`.
-        inputs_embeds: floats `(B, S, hidden_size)`, in their place.
-    Returns:
-        the shape `(B, S)` and the device of the input.
-    Raises:
-        ValueError: none or both were given; or type, shape, dtype or (on a CPU) an id is not as above.
-    """
+    """Checks the bytes of an entropy model, as [`check_byte_inputs`] does; embeddings stand in the place of ids."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(
             "exactly one of `input_ids` and `inputs_embeds` is needed; got "
             f"{'neither' if input_ids is None else 'both'}."
         )
-    if input_ids is None:
-        return _check_embeds("inputs_embeds", inputs_embeds, hidden_size)
-    return _check_ids(input_ids, vocab_size)
+    return check_byte_inputs(input_ids, inputs_embeds, None, vocab_size, hidden_size, False)
 
 
 def check_byte_inputs(
@@ -62,14 +51,18 @@ def check_byte_inputs(
     hidden_size: int,
     adds_hashes: bool,
 ) -> tuple[tuple[int, int], torch.device]:
-    """Does the same for a BLT, whose ids may come with embeddings.
+    """Checks the bytes of a forward, whose ids may come with embeddings.
 
     Args:
+        input_ids: int64 or int32 `(B, S)`, ids in `[0, vocab_size)`.
         inputs_embeds: floats `(B, S, hidden_size)`, byte embeddings.
         byte_embeds: floats `(B, S, hidden_size)`, sums of byte and hash embeddings.
         adds_hashes: hashes of ids are added to byte embeddings.
+    Returns:
+        the shape `(B, S)` and the device of the input.
     Raises:
-        ValueError: also where embeddings are given twice, differ in shape from the ids, or lack the ids for hashes.
+        ValueError: type, shape, dtype or (on a CPU) an id is not as above; there is nothing, there are two embeddings, or
+            no ids for hashes.
     """
     if input_ids is None and inputs_embeds is None and byte_embeds is None:
         raise ValueError("`input_ids` (or `inputs_embeds`, or `byte_embeds`) is needed; got none of them.")
@@ -79,8 +72,8 @@ def check_byte_inputs(
     for name, embeds in (("inputs_embeds", inputs_embeds), ("byte_embeds", byte_embeds)):
         if embeds is not None:
             shape, device = _check_embeds(name, embeds, hidden_size)
-            if input_ids is not None and tuple(getattr(input_ids, "shape", ())) != shape:
-                got = tuple(getattr(input_ids, "shape", ()))
+            got = tuple(getattr(input_ids, "shape", ()))
+            if input_ids is not None and got != shape:
                 raise ValueError(f"`{name}` and `input_ids` must hold the same bytes; got {shape} and {got}.")
     if input_ids is not None:
         return _check_ids(input_ids, vocab_size)
@@ -139,12 +132,7 @@ def _check_range(name: str, ids: Tensor, size: int, owner: str, ignored: int | N
 
 
 def check_attention_mask(attention_mask: Tensor, rows: int, columns: int, past: int) -> Tensor:
-    """Checks a mask; returns the columns that belong to the new bytes, `(B, S)`.
-
-    Args:
-        attention_mask: `(rows, columns)` or `(rows, past + columns)`.
-        past: columns in the cache.
-    """
+    """Checks a mask, which may begin with the `past` columns of the cache; returns those of the new bytes, `(B, S)`."""
     check_tensor("attention_mask", attention_mask, "1 for text and 0 for padding")
     accepted = (columns, past + columns) if past else (columns,)
     if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] not in accepted:
@@ -200,12 +188,7 @@ def check_patch_lengths(patch_lengths: Tensor, num_bytes: Tensor, is_symbolic: b
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Checks the classes of positions.
-
-    Args:
-        labels: int64 `(B, S)`, in `[0, C)` or -100.
-        logits: `(B, S, C)`.
-    """
+    """Checks the classes of positions, int64 `(B, S)`, in `[0, C)` or -100, for logits `(B, S, C)`."""
     shape, num_classes = tuple(logits.shape[:-1]), logits.shape[-1]
     check_tensor("labels", labels, f"int64 {shape}")
     if tuple(labels.shape) != shape:
@@ -218,11 +201,10 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 
 
 def check_row_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -> None:
-    """Checks the labels of a sequence classifier.
+    """Checks the labels of rows with logits `(B, C)`.
 
     Args:
         labels: int64 `(B,)` (classes), or floats `(B,)` or `(B, C)` (regression, several labels).
-        logits: `(B, C)`.
         problem_type: of the configuration; None: as transformers guesses it.
     """
     rows, num_classes = logits.shape

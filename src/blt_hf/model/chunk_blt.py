@@ -29,7 +29,6 @@ def _is_any_of(ids: Tensor, token_ids: tuple[int, ...]) -> Tensor:
 
 
 def _running_max(values: Tensor, carried: Tensor) -> Tensor:
-    """Takes the running maximum along the row, starting from `carried` `(B,)`."""
     return running_max(torch.maximum(values, carried[:, None]), carried)
 
 
@@ -155,12 +154,7 @@ class ByteChunk:
         return SlotIndex(source=slots.held(before + self.counts) - before[:, None], past=past)
 
     def span(
-        self,
-        cache: BltCache | None,
-        window: int | None,
-        implementation: str,
-        collector=None,
-        of_patcher: bool = False,
+        self, cache: BltCache | None, window: int | None, implementation: str, collector=None, of_patcher: bool = False
     ) -> AttentionSpan:
         """Says which keys each byte sees in encoder and decoder, or in the entropy model.
 
@@ -288,16 +282,8 @@ def _continue_rows(
         positions, text_positions = previous.num_bytes[:, None], previous.text_bytes[:, None]
         if index is not None:
             positions, text_positions = positions + index, text_positions + index
-    return ByteChunk(
-        input_ids=input_ids,
-        num_bytes=num_bytes,
-        row_positions=positions,
-        text_positions=text_positions,
-        previous=previous,
-        past_entropies=entropies,
-        history=history,
-        cached_bytes=None if cache is None else previous.num_bytes,
-    )
+    cached_bytes = None if cache is None else previous.num_bytes
+    return ByteChunk(input_ids, num_bytes, positions, text_positions, previous, entropies, history, cached_bytes)
 
 
 def _find_text(

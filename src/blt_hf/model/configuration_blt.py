@@ -364,9 +364,6 @@ class BltConfig(_SavedConfig):
         _check_rope("BltConfig", self.rope_parameters)
         self._validate_components()
         self.validate_patching()
-        self._validate_diffusion()
-
-    def _validate_diffusion(self) -> None:
         size, window = self.diffusion_block_size, self.local_attention_window_len
         _check(
             size is None or (size >= 1 and (window is None or size <= window)),

@@ -27,6 +27,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
 from .names_blt import CACHE_NAME, import_from_package, import_where_installed, takes_cache
+from .patching_blt import BOE_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID
 from .step_blt import StepRunner, captures_by_default, round_up_bytes
 
 
@@ -89,7 +90,8 @@ class RaggedText:
 
     Attributes:
         lengths: columns of each row, on the host.
-        is_in_order: a logits processor may keep a state, so drafts are made without the processors.
+        with_context: logits processors that look at the text.
+        is_in_order: one of them may keep a state, so drafts are made without the processors.
         stops: length at which each row met a stopping criterion; None: it has not.
     """
 
@@ -111,7 +113,7 @@ class RaggedText:
         self._written = [0] * rows  # how many of these the tensor has
         self.lengths, self.stops = [columns] * rows, [None] * rows
         self.logits_processor, self.streamer = logits_processor, streamer
-        self.has_context = any(type(processor) not in _WITHOUT_CONTEXT for processor in logits_processor)
+        self.with_context = [processor for processor in logits_processor if type(processor) not in _WITHOUT_CONTEXT]
         self.is_in_order = any(map(may_keep_state, logits_processor))
         # As in transformers, only `eos` makes a row that has stopped wait for the others; else it goes on beside them.
         self.waits = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
@@ -124,8 +126,7 @@ class RaggedText:
         # Of a user, who may do anything between two bytes.
         parts = (*logits_processor, *self._criteria, *([] if streamer is None else [streamer]))
         self.runs_other_code = any(not type(part).__module__.startswith("transformers.") for part in parts)
-        returns = generation_config.return_dict_in_generate
-        self.returns_dict = returns
+        self.returns_dict = returns = generation_config.return_dict_in_generate
         self.scores = [] if returns and generation_config.output_scores else None
         self.logits = [] if returns and generation_config.output_logits else None
         self._first = self._streamed = columns
@@ -162,6 +163,13 @@ class RaggedText:
         """Returns the last byte of each row, int64 `(B, 1)`."""
         return torch.tensor([ids[-1:] for ids in self._new_ids], device=self.device)
 
+    def pad_stopped(self, ids: Tensor) -> Tensor:
+        """Puts padding in the place of bytes `(B, 1)` of rows that wait for others."""
+        if not self.waits or not any(self.stops):
+            return ids
+        has_stopped = torch.tensor([[stop is not None] for stop in self.stops], device=ids.device)
+        return ids.masked_fill(has_stopped, self.pad_token_id)
+
     def put_drafts(self, ids: Tensor) -> None:
         """Writes drafts `(B, k)` behind the texts, for `process` to see; they are not part of them."""
         offsets = torch.arange(ids.shape[1], device=ids.device)
@@ -178,7 +186,7 @@ class RaggedText:
         if not self.logits_processor:
             return logits
         rows, steps, size = logits.shape
-        if not self.has_context:
+        if not self.with_context:
             return self.logits_processor(None, logits.flatten(0, 1)).view(rows, steps, size)
         scores = logits.clone()
         for step in range(steps):
@@ -267,12 +275,9 @@ class RaggedText:
             self.streamer.end()
         if not self.returns_dict:
             return sequences
-        new = end - self._first
-        fields = {
-            "scores": None if self.scores is None else tuple(self.scores[:new]),
-            "logits": None if self.logits is None else tuple(self.logits[:new]),
-        }
-        return GenerateDecoderOnlyOutput(sequences=sequences, **fields, **{CACHE_NAME: cache})
+        new = slice(end - self._first)
+        scores, logits = (None if kept is None else tuple(kept[new]) for kept in (self.scores, self.logits))
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits, **{CACHE_NAME: cache})
 
 
 @dataclass
@@ -293,85 +298,48 @@ class Drafts:
 class NextByte:
     """Chooses the next byte of each row.
 
-    What differs from byte to byte lies in tensors that stay where they are, so that a CUDA graph can hold a choice that
-    `is_on_device`, which asks the host for nothing.
-
     Args:
         text: the texts so far, all of one length.
         do_sample: draw the byte.
-        num_drawn: bytes that a graph draws at once, at most; 0: there are no graphs.
+        draw: draws with numbers that `prepare` makes outside of a CUDA graph; None: torch's `multinomial` draws.
     """
 
-    def __init__(self, text: RaggedText, do_sample: bool, num_drawn: int = 0):
-        self.text, self.do_sample, self.num_drawn = text, do_sample, num_drawn
-        self.shapes = import_where_installed("cuda_graphs")  # of choices in shapes that do not change as a text grows
-        self.is_on_device = all(type(p) in _WITHOUT_CONTEXT or self._is_penalty(p) for p in text.logits_processor)
-        self._processors: LogitsProcessorList | None = None
-        self._noise: Tensor | None = None  # fp32 `(num_drawn, B, V)`
-        self._like: Tensor | None = None  # probabilities that were drawn from
-        self._has_stopped: Tensor | None = None  # bool `(B, 1)`
-        self._stops = [None] * len(text.lengths)
+    is_on_device = False  # it asks nothing of the host, so that a CUDA graph can hold it
+
+    def __init__(self, text: RaggedText, do_sample: bool, draw=None):
+        self.text, self.do_sample, self.draw = text, do_sample, draw
 
     def prepare(self, count: int = 1) -> None:
         """Renews what the next `count` choices read."""
-        if self.num_drawn and self._like is not None:
-            if self._noise is None:
-                self._noise = self._like.new_empty(self.num_drawn, *self._like.shape)
-            for noise in self._noise[:count]:
-                noise.exponential_()
-        if self._stops != self.text.stops and self.text.waits:
-            self._stops = list(self.text.stops)
-            stopped = torch.tensor([[stop is not None] for stop in self._stops], device=self.text.device)
-            self._has_stopped = stopped if self._has_stopped is None else self._has_stopped.copy_(stopped)
+        if self.draw is not None:
+            self.draw.prepare(count)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Chooses ids `(B, 1)` from fp32 logits `(B, 1, V)`; returns processed scores `(B, 1, V)` with them."""
-        text = self.text
-        if self._processors is None:
-            self._processors = LogitsProcessorList(
-                self.shapes.SeenPenalty(p, text, logits.shape[-1]) if self.is_on_device and self._is_penalty(p) else p
-                for p in text.logits_processor
-            )
-            if self.num_drawn and text.waits and len(logits) > 1:
-                self._has_stopped = torch.zeros_like(logits[:, :, 0], dtype=torch.bool)
-        scores = logits
-        if self._processors:
-            scores = self._processors(None, logits[:, 0])[:, None] if self.is_on_device else text.process(logits)
-        ids, _ = self._draw(scores)
-        if self._has_stopped is not None:
-            ids = ids.masked_fill(self._has_stopped, text.pad_token_id)
-        for processor in self._processors:
-            if hasattr(processor, "add_seen"):
-                processor.add_seen(ids)
-        return ids, scores
+        scores = self.text.process(logits)
+        return self.text.pad_stopped(self.choose(scores)[0]), scores
 
-    def _is_penalty(self, processor) -> bool:
-        return self.shapes is not None and self.shapes.is_penalty(processor)
-
-    def _draw(self, scores: Tensor, index: int = 0) -> tuple[Tensor, Tensor | None]:
+    def choose(self, scores: Tensor, index: int = 0) -> tuple[Tensor, Tensor | None]:
         """Chooses ids `(B, 1)`; where they are drawn, returns the probabilities of all `(B, V)` with them."""
         if not self.do_sample:
             return scores.argmax(dim=-1), None
         probs = scores[:, 0].softmax(dim=-1)
-        if self._noise is not None:
-            return self.shapes.draw(probs, self._noise[index]), probs
-        self._like = probs
-        return torch.multinomial(probs, num_samples=1), probs
+        return torch.multinomial(probs, num_samples=1) if self.draw is None else self.draw(probs, index), probs
 
 
 class DraftedByte(NextByte):
     """Chooses each byte of a draft, for [`StepRunner.draft`]."""
 
-    def __init__(self, text: RaggedText, do_sample: bool, num_drawn: int = 0):
-        super().__init__(text, do_sample, num_drawn)
-        self.is_on_device, self._ids = text.is_in_order or not text.has_context, []
+    def __init__(self, text: RaggedText, do_sample: bool, draw=None):
+        super().__init__(text, do_sample, draw)
+        self.is_on_device, self._ids = text.is_in_order or not text.with_context, []
 
     def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """Chooses ids `(B, 1)`; where they are drawn, returns the probabilities of all `(B, V)` with them."""
+        """Chooses ids, and gives the probabilities, as `choose` does."""
         text, self._ids = self.text, self._ids if step else []
-        if step and text.has_context:
+        if step and text.with_context:
             text.put_drafts(torch.cat(self._ids, dim=1))
-        ids, probs = self._draw(logits if text.is_in_order else text.process(logits, ahead=step), step)
+        ids, probs = self.choose(logits if text.is_in_order else text.process(logits, ahead=step), step)
         self._ids.append(ids)
         return ids, probs
 
@@ -418,7 +386,8 @@ class SelfSpeculation(DraftSource):
         if not window:
             return Drafts(pending[:, :0], [0] * len(limits))
         if self.choose is None or self.choose.text is not text:
-            self.choose = DraftedByte(text, self.do_sample, cache.slack if self.runner.graphs else 0)
+            draw = None if self.runner.graphs is None else self.runner.graphs.draw(cache.slack)
+            self.choose = DraftedByte(text, self.do_sample, draw)
         self.choose.prepare(window)
         ids, probs = zip(*self.runner.draft(pending, window, self.choose))
         lengths = [min(limit, window) for limit in limits]
@@ -455,7 +424,7 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
         return ids, lengths, logits, scores
     input_ids = torch.cat([text.last_ids(), drafts.ids], dim=1)
     logits = runner.step(input_ids, None if is_full else lengths)
-    if text.has_context:
+    if text.with_context:
         text.put_drafts(drafts.ids)
     if text.is_in_order:
         ids, accepted, scores = accept_in_order(text, logits, drafts, do_sample)
@@ -528,11 +497,9 @@ def decode_drafted(runner: StepRunner, source: DraftSource, text: RaggedText, do
     """
     cache = runner.cache
     while not text.is_done:
-        limits = [
-            max(text.max_length - length - 1, 0) if active else 0 for length, active in zip(text.lengths, text.active)
-        ]
-        drafts = source.propose(text, cache, limits)
         is_active = text.active
+        limits = [max(text.max_length - n - 1, 0) if active else 0 for n, active in zip(text.lengths, is_active)]
+        drafts = source.propose(text, cache, limits)
         ids, counts, logits, scores = verify(runner, text, drafts, do_sample)
         added = text.append(ids, counts, logits, scores)
         cache.crop_rows([count - new for count, new in zip(counts, added)])
@@ -562,7 +529,7 @@ _OWN_FIELDS = (
 _LEAST_PACKED = 8  # new bytes from which packing weights pays
 _LEAST_CAPTURED = 16  # the same for capturing CUDA graphs
 _SCHEDULES = ("constant", "heuristic")
-_SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SPECIAL_TOKEN_IDS = {"pad_token_id": BOE_TOKEN_ID, "bos_token_id": BOS_TOKEN_ID, "eos_token_id": EOS_TOKEN_ID}
 
 
 class BltGenerationMixin(GenerationMixin):
@@ -627,9 +594,7 @@ class BltGenerationMixin(GenerationMixin):
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         streamer = kwargs.get("streamer")
-        model_kwargs = {
-            name: value for name, value in kwargs.items() if name not in ("streamer", "synced_gpus", "tokenizer")
-        }
+        model_kwargs = {n: v for n, v in kwargs.items() if n not in ("streamer", "synced_gpus", "tokenizer")}
         if kwargs.get("synced_gpus") or not self._decodes_itself(generation_config, model_kwargs):
             if getattr(generation_config, "diffusion_block_size", None) is not None:
                 raise ValueError(
@@ -650,7 +615,8 @@ class BltGenerationMixin(GenerationMixin):
         source = self._draft_source(generation_config, runner, len(text.lengths))
         size = None if source is not None else getattr(generation_config, "diffusion_block_size", None)
         do_sample = generation_config.do_sample
-        choose = NextByte(text, do_sample, 1 if runner.graphs else 0)
+        choose = None if runner.graphs is None else runner.graphs.next_byte(text, do_sample)
+        choose = NextByte(text, do_sample) if choose is None else choose
         with torch.no_grad(), closing(runner):
             if source is None and size is None:
                 self._decode_bytes(runner, text, choose, logits)
@@ -809,19 +775,8 @@ class BltGenerationMixin(GenerationMixin):
             ValueError: the model is not a [`BltForCausalLM`].
             ImportError: this code came with a checkpoint, and `blt_hf` is not installed.
         """
-        module = import_where_installed("serving.continuous", "continuous batching")
-        manager_class = module.BltContinuousBatchingManager
-        manager = getattr(self, "_cached_continuous_batching_manager", None)
-        if isinstance(manager, manager_class):
-            return manager
-        if not hasattr(self, "make_runner"):
-            raise ValueError(f"continuous batching needs a BltForCausalLM; got {type(self).__name__}.")
-        return manager_class(
-            self,
-            generation_config or self.generation_config,
-            continuous_batching_config or generation.ContinuousBatchingConfig(),
-            workload_hints,
-        )
+        serving = import_where_installed("serving.continuous", "continuous batching")
+        return serving.manager_of(self, generation_config, continuous_batching_config, workload_hints)
 
     def adjust_generation_fn(self, *args, **kwargs):
         super().adjust_generation_fn(*args, **kwargs)

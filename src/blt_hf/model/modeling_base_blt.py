@@ -15,7 +15,15 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from .cache_blt import BltCache, cache_to_write
 from .configuration_blt import BltConfig
 from .generation_blt import BltGenerationMixin
-from .names_blt import CACHE_NAME, CACHE_NAMES, add_default_targets, import_from_package, is_compiling, is_exporting
+from .names_blt import (
+    AUTO_CLASSES,
+    CACHE_NAME,
+    CACHE_NAMES,
+    add_default_targets,
+    import_from_package,
+    is_compiling,
+    is_exporting,
+)
 from .patching_blt import PatchingRule
 
 
@@ -132,12 +140,8 @@ class BltPreTrainedModel(PreTrainedModel):
             std = module.weight.shape[-1] ** -0.5
             init.trunc_normal_(module.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
 
-    _auto_map = {
-        "AutoConfig": "configuration_blt.BltConfig",
-        "AutoModel": "modeling_blt.BltModel",
-        "AutoModelForCausalLM": "modeling_blt.BltForCausalLM",
-        "AutoModelForSequenceClassification": "modeling_blt.BltForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_blt.BltForTokenClassification",
+    _auto_map = {"AutoConfig": "configuration_blt.BltConfig"} | {
+        auto_class: f"modeling_blt.{name}" for name, auto_class in AUTO_CLASSES.items() if name != "BltPatcher"
     }
 
     @classmethod

@@ -14,13 +14,7 @@ from .configuration_blt import BltConfig
 from .forward_blt import BytesRead, ForwardInputs, ForwardSettings, embed_bytes, run_chunk
 from .generation_blt import BltGenerationMixin
 from .layers_blt import BltHashEmbedding, BltSelfAttention, BltTransformerLayer, OutputCollector
-from .modeling_base_blt import (
-    BltCausalLMOutput,
-    BltKwargs,
-    BltModelOutput,
-    BltPreTrainedModel,
-    keep_positions,
-)
+from .modeling_base_blt import BltCausalLMOutput, BltKwargs, BltModelOutput, BltPreTrainedModel, keep_positions
 from .names_blt import CACHE_NAME, check_patcher, import_from_package, takes_cache
 from .packed_blt import PackedStacks
 from .patching_blt import VOCAB_SIZE, patch_ends_from_lengths, patch_lengths_from_ends
@@ -343,7 +337,9 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
 
 
 class _BltClassifier(_BltWithHead):
-    """Holds the parts that both classifiers have."""
+    """Scores of states; `_classify` says of which, and makes the output."""
+
+    _score_bias = False
 
     def __init__(self, config: BltConfig):
         super().__init__(config)
@@ -352,12 +348,6 @@ class _BltClassifier(_BltWithHead):
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
         self.score = nn.Linear(config.decoder_config.hidden_size, config.num_labels, bias=self._score_bias)
         self.post_init()
-
-    _score_bias = False
-
-
-class BltForSequenceClassification(_BltClassifier):
-    """A label for each row, from the state of its last byte."""
 
     @takes_cache
     @can_return_tuple
@@ -372,27 +362,34 @@ class BltForSequenceClassification(_BltClassifier):
         patch_lengths: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[BltKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        """Classifies rows; other arguments as [`BltModel.forward`].
+    ) -> SequenceClassifierOutputWithPast | TokenClassifierOutput:
+        """Classifies rows or bytes; other arguments as [`BltModel.forward`].
 
         Args:
-            attention_mask: also tells the last byte; None: every column is text.
-            labels: int64 `(B,)` (classes), or floats `(B,)` / `(B, num_labels)` (regression, several labels).
+            labels: of rows, int64 `(B,)` (classes), or floats `(B,)` / `(B, num_labels)` (regression, several labels);
+                of bytes, int64 `(B, S)`, -100 is ignored.
         Returns:
-            `logits` `(B, num_labels)`.
+            `logits` `(B, num_labels)` of rows, `(B, S, num_labels)` of bytes.
         """
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, patch_lengths=patch_lengths, use_cache=use_cache,
             return_dict=True, **kwargs,
         )  # fmt: skip
+        return self._classify(outputs, attention_mask, labels, **kwargs)
+
+
+class BltForSequenceClassification(_BltClassifier):
+    """A label for each row, from the state of its last byte, which `attention_mask` tells (None: the last column)."""
+
+    def _classify(
+        self, outputs: BltModelOutput, attention_mask: Tensor | None, labels: Tensor | None, **kwargs
+    ) -> SequenceClassifierOutputWithPast:
         states = outputs.last_hidden_state
         last = torch.full((states.shape[0],), states.shape[1] - 1, device=states.device)
         if attention_mask is not None:
             columns = torch.arange(states.shape[1], device=states.device)
-            if attention_mask.shape[1] != states.shape[1]:
-                attention_mask = attention_mask[:, -states.shape[1] :]
-            last = ((attention_mask != 0) * columns).argmax(dim=1)
+            last = ((attention_mask[:, -states.shape[1] :] != 0) * columns).argmax(dim=1)
         logits = self.score(self.dropout(states[torch.arange(states.shape[0], device=states.device), last]))
         loss = None
         if labels is not None:
@@ -412,26 +409,9 @@ class BltForTokenClassification(_BltClassifier):
 
     _score_bias = True
 
-    @takes_cache
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: BltCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        patch_lengths: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[BltKwargs],
+    def _classify(
+        self, outputs: BltModelOutput, attention_mask: Tensor | None, labels: Tensor | None, **kwargs
     ) -> TokenClassifierOutput:
-        """Classifies bytes: `logits` `(B, S, num_labels)`; `labels` int64 `(B, S)`, -100 is ignored."""
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, patch_lengths=patch_lengths, use_cache=use_cache,
-            return_dict=True, **kwargs,
-        )  # fmt: skip
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:

@@ -1,8 +1,7 @@
 """The names under which other libraries know a BLT, and the way from code that travels to the rest of the package.
 
-**The cache** is called `past_key_values` up to transformers 5.23, `cache` from 5.24 on. Our own code says
-`past_key_values` in arguments. In outputs, and in the keyword arguments that `generate` hands around, the name is that of
-the installed transformers.
+**The cache** is called `past_key_values` up to transformers 5.23, `cache` from 5.24 on. Our own arguments say
+`past_key_values`; outputs, and the keyword arguments of `generate`, say what the installed transformers says.
 
 **Architectures.** TRL and `transformers serve` do `getattr(transformers, config.architectures[0])`. The names `Blt...`
 there are those of the in-tree classes, and code that comes with a checkpoint overrides nothing. So a checkpoint with code

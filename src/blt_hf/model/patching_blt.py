@@ -107,14 +107,10 @@ def shift_right(values: Tensor, first: Tensor) -> Tensor:
 
 
 def entropy_patch_ends(rule: PatchingRule, entropies: Tensor, previous_entropies: Tensor, positions: Tensor) -> Tensor:
-    """Finds where patches end by the entropy rules.
+    """Finds where patches end by the entropy rules, bool `(B, S)`.
 
-    Args:
-        entropies: `(B, S)` nats, of the byte after each byte.
-        previous_entropies: `(B, S)` the same, one byte earlier; ignored at the first byte of a text.
-        positions: int64 `(B, S)`, index of each byte in its text.
-    Returns:
-        bool `(B, S)`.
+    Arguments as [`find_patch_ends`]; `previous_entropies`: one byte earlier, ignored at the first byte of a text.
+
     Source: arXiv 2412.09871 section 2.3; exact edges from the recorded vectors of Meta's code: with a rule on
         differences position 2 always starts a patch, and with `threshold_add` position 3 never does.
     """
@@ -132,11 +128,8 @@ def space_patch_ends(input_ids: Tensor, previous_ids: Tensor, positions: Tensor)
     """Finds where patches end by the space rule, bool `(B, S)`.
 
     A patch ends after a space-like byte that follows one that is not, and after every special id. Space-like is every
-    byte but `0-9`, `A-Z`, `a-z` and UTF-8 continuation bytes (0x80-0xBF).
-
-    Args:
-        input_ids, previous_ids: int64 `(B, S)`, ids and the ids before them (ignored at the first byte of a text).
-        positions: int64 `(B, S)`, index of each byte in its text.
+    byte but `0-9`, `A-Z`, `a-z` and UTF-8 continuation bytes (0x80-0xBF). Arguments as [`find_patch_ends`];
+    `previous_ids`: one byte earlier, ignored at the first byte of a text.
     """
 
     def is_special(ids):
@@ -154,14 +147,11 @@ def space_patch_ends(input_ids: Tensor, previous_ids: Tensor, positions: Tensor)
 
 
 def split_long_patches(ends: Tensor, text_starts: Tensor, open_bytes: Tensor, max_patch_length: int) -> Tensor:
-    """Adds to `ends` an end wherever a patch has reached `max_patch_length` bytes.
+    """Adds to `ends` `(B, S)` an end wherever a patch has reached `max_patch_length` bytes `m`: `m, m, ..., remainder`.
 
     Args:
-        ends: bool `(B, S)`.
         text_starts: bool `(B, S)`, where a text begins inside the row.
         open_bytes: int64 `(B,)`, bytes of the patch that was still open before these.
-    Returns:
-        bool `(B, S)`. Lengths `L > m` become `m, m, ..., remainder`.
     """
     index = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
     follows_end = shift_right(ends, torch.zeros_like(open_bytes))
@@ -172,9 +162,7 @@ def split_long_patches(ends: Tensor, text_starts: Tensor, open_bytes: Tensor, ma
 def open_patch_bytes(ends: Tensor, open_bytes: Tensor) -> Tensor:
     """Counts the bytes of the open patch after each byte, int64 `(B, S)`; 0 where the byte ends its patch.
 
-    Args:
-        ends: bool `(B, S)`.
-        open_bytes: int64 `(B,)`, bytes of the patch that was still open before these.
+    `open_bytes`: int64 `(B,)`, bytes of the patch that was still open before these.
     """
     if ends.shape[1] == 1 and not is_exporting():
         return (open_bytes[:, None] + 1).masked_fill(ends, 0)
@@ -236,9 +224,8 @@ def find_patch_ends(
     """Applies `rule` to the next bytes of each row.
 
     Args:
-        rule: the patching rule.
         input_ids: int64 `(B, S)`; needed if the rule reads ids.
-        entropies: `(B, S)` nats; needed if it reads entropies.
+        entropies: `(B, S)` nats of the byte after each byte; needed if it reads entropies.
         positions: int64 `(B, S)`, index of each byte in its text; 0 begins a text.
         past_ids, past_entropies: `(B, H)`, those before the first byte, the newest last: one of them, or as many as
             the window of a registered rule says. Any values at the start of a text. None: all rows start here.

@@ -522,4 +522,23 @@ def _drained(messages) -> list:
     return drained
 
 
-__all__ = ["BltContinuousBatchingManager", "RunningBatch", "row_memory"]
+def manager_of(model, generation_config=None, continuous_batching_config=None, workload_hints=None):
+    """Returns the manager that `model` keeps, or makes one.
+
+    Raises:
+        ValueError: the model is not a `BltForCausalLM`.
+    """
+    manager = getattr(model, "_cached_continuous_batching_manager", None)
+    if isinstance(manager, BltContinuousBatchingManager):
+        return manager
+    if not hasattr(model, "make_runner"):
+        raise ValueError(f"continuous batching needs a BltForCausalLM; got {type(model).__name__}.")
+    return BltContinuousBatchingManager(
+        model,
+        generation_config or model.generation_config,
+        continuous_batching_config or ContinuousBatchingConfig(),
+        workload_hints,
+    )
+
+
+__all__ = ["BltContinuousBatchingManager", "RunningBatch", "manager_of", "row_memory"]
