@@ -820,10 +820,6 @@ class BltCache(Cache):
         history.row_bytes = [held - n for n, held in zip(counts, history.row_bytes)]
         history.take_back(torch.tensor(history.row_bytes, device=self.num_bytes.device), self.has_documents)
 
-    def set_columns(self, count: int) -> None:
-        """Sets how many columns of `input_ids` the rows stand for, which may have grown differently."""
-        self.seq_length, self.num_croppable = count, 0
-
     def select_rows(self, index: Tensor) -> None:
         """Makes row `index[i]` the new row `i`; rows may be repeated or left out."""
         if self.is_empty:

@@ -9,6 +9,7 @@ keeps its distribution. The mixin makes the cache and hands the model its next b
 from abc import ABC, abstractmethod
 from contextlib import closing
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -264,7 +265,7 @@ class RaggedText:
         """Columns of what is returned."""
         return max(self.lengths) if None in self.stops else max(self.stops)
 
-    def finish(self, cache):
+    def finish(self, cache: BltCache) -> Tensor | GenerateDecoderOnlyOutput:
         """Makes the result of `generate`; rows that ended before others are padded."""
         end = self.end
         for row, length in enumerate(self.lengths):
@@ -402,7 +403,7 @@ class SelfSpeculation(DraftSource):
 
 
 @torch.no_grad()
-def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool):
+def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool) -> tuple:
     """Runs the whole model over the last byte of each row and its drafts, and accepts some of them.
 
     Each row accepts drafts up to the first that the model would not have written (greedy), or by speculative sampling
@@ -519,7 +520,7 @@ def finish_rows(runner: StepRunner, text: RaggedText) -> None:
     is_behind = [int(length < text.end) for length in text.lengths]
     if any(is_behind):
         runner.step(text.last_ids(), is_behind)
-    cache.set_columns(text.end - 1)
+    cache.seq_length, cache.num_croppable = text.end - 1, 0  # rows may have grown differently
 
 
 _OWN_FIELDS = (
@@ -649,7 +650,7 @@ class BltGenerationMixin(GenerationMixin):
             else:
                 values, logits, scores = runner.next(choose, text.goes_on)
 
-    def _import_blocks(self):
+    def _import_blocks(self) -> ModuleType:
         return import_from_package("fast_blt.blocks", "`generate` with `diffusion_block_size`")
 
     def _decodes_itself(self, generation_config, model_kwargs: dict) -> bool:

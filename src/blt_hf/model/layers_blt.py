@@ -293,18 +293,9 @@ class OutputCollector:
 
 # Multipliers of the hash functions, in the order in which the released checkpoints use them.
 HASH_PRIMES = (
-    1000000007,
-    5915587277,
-    1500450271,
-    3267000013,
-    5754853343,
-    4093082899,
-    9576890767,
-    3628273133,
-    2860486313,
-    5463458053,
-    3367900313,
-)
+    1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899, 9576890767, 3628273133, 2860486313,
+    5463458053, 3367900313,
+)  # fmt: skip
 
 
 # Results of `hash_weights`. A plain dictionary, because torch.compile traces through it and not through functools.cache.
@@ -348,12 +339,9 @@ def ngram_hashes(
     before the text count as 0.
 
     Args:
-        input_ids: int64 `(B, S)`.
-        history: int64 `(B, H)`, the ids before them; None: none.
+        history: int64 `(B, H)`, the ids before `input_ids` `(B, S)`; None: none.
         text_positions: int64 `(B, S)`, index of each byte in its text. None: ids before a text are 0 already.
-        sizes: n-gram sizes.
-        num_functions: hash functions; each has a table for each size.
-        num_rows: rows of one table.
+        sizes: n-gram sizes. Each of `num_functions` hash functions has a table of `num_rows` rows for each size.
     Returns:
         int64 `(B, S, num_functions * len(sizes))`, function-major, with each table's offset added.
     Source: facebookresearch/blt `bytelatent/model/blt.py`, same values from one product of windows and powers.

@@ -62,12 +62,8 @@ class BltLocalEncoder(BltPreTrainedModel):
         cache: BltCache | None = None,
         collector: OutputCollector | None = None,
     ) -> list[Tensor]:
-        """Runs the layers over bytes.
+        """Runs the layers over byte embeddings `(B, S, W)`, those of hashes included.
 
-        Args:
-            inputs_embeds: `(B, S, W)`, byte embeddings with their hash embeddings.
-            chunk: the bytes.
-            span: keys of each byte.
         Returns:
             states `(B, S, W)` that each cross attention reads; the last are the encoder's own.
         """
@@ -133,11 +129,9 @@ class BltLocalEncoder(BltPreTrainedModel):
         return states, torch.where(is_held, segment, NO_PATCH)
 
     def make_latents(self, byte_states: list[Tensor], segment: Tensor, num_patches: int) -> Tensor:
-        """Makes latents `(B, P, K, W)` of the patches that consist of bytes `(B, T, W)`.
+        """Makes latents `(B, P, K, W)` of patches from the states `(B, T, W)` that each cross attention reads.
 
-        Args:
-            byte_states: states that each cross attention reads.
-            segment: int64 `(B, T)`, patch of each byte among the `P`.
+        `segment`: int64 `(B, T)`, patch of each byte among the `P`.
         """
         latents = self._pool(byte_states[0], segment, num_patches)
         is_read = segment > -(self.config.cross_attn_window or 1)  # also bytes of patches before the first new one
@@ -389,12 +383,10 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         """Predicts the next byte.
 
         Args:
-            input_ids: int64 `(B, S)`; or `inputs_embeds` `(B, S, W)`.
-            attention_mask: `(B, S)` or `(B, past + S)`; 0 is padding, on either side.
-            position_ids: `(B, S)`; where they restart, another text begins.
+            input_ids, attention_mask, position_ids, past_key_values, use_cache: as in [`BltModel.forward`].
+            inputs_embeds: `(B, S, W)`, in the place of `input_ids`.
             labels: int64 `(B, S)`, -100 is ignored; shifted inside.
             output_patches: also return `entropies`.
-            logits_to_keep: as in transformers.
         Returns:
             [`BltCausalLMOutput`].
         """
