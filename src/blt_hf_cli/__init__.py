@@ -1,7 +1,7 @@
 """The `blt-hf` command, also `python -m blt_hf_cli`; one module for each of its commands.
 
-It is a package beside `blt_hf` because everything below `blt_hf` imports torch and transformers first, and neither
-`--help` nor completing a word at the TAB key is to wait for that: a command imports its modules when it runs.
+This package lies beside `blt_hf`, because everything below `blt_hf` imports torch and transformers first. `--help` and the
+TAB key do not wait for that: a command imports its modules when it runs.
 """
 
 import typer

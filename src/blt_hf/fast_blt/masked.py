@@ -9,8 +9,8 @@ bytes from where the patch starts, some of them masked. The decoder reads both i
     latents          every byte of a block reads those that the last byte before the block reads: the last patch that
                      is complete there.
     self-attention   a byte of a block sees the whole block, before and behind it, and the clean bytes before the block
-                     as far back as the window of its own position reaches. It sees no other block, and clean bytes
-                     see no block, so the clean stream does not depend on the other.
+                     as far back as the window of its own position reaches, but no other block. Clean bytes see no
+                     block, so the clean stream does not depend on the other.
     predicts         the next byte, in both streams: the state in front of a masked byte predicts it. So all states keep
                      their meaning in the plain model, and fine-tuning one takes far fewer steps.
 

@@ -51,8 +51,8 @@ _CLASSES = (
 def transformers_modules() -> list[ModuleType]:
     """Finds every object that has been `sys.modules["transformers"]`.
 
-    There are two in most processes: `transformers.processing_utils` runs `transformers/__init__.py` again, and those who
-    imported transformers before that keep the first object. It is imported here, so that no third one comes later.
+    Most processes have two: `transformers.processing_utils` runs `transformers/__init__.py` again, and whoever imported
+    transformers before that keeps the first object. That module is imported here, so that no third object comes later.
     """
     importlib.import_module("transformers.processing_utils")
     current = sys.modules["transformers"]

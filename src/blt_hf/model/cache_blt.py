@@ -1,7 +1,7 @@
 """The cache of a Byte Latent Transformer: slots, addressed by each row's own counters of bytes and patches.
 
-Entry `p` of a row (a byte, or a patch) lies in slot `p % size` of its kind. Which entry a slot holds, and whether a query
-sees it, follows from the counters `num_bytes` and `num_patches` by arithmetic, so nothing is shifted, aligned or masked:
+Entry `p` of a row (a byte, or a patch) lies in slot `p % size` of its kind. The counters `num_bytes` and `num_patches`
+tell, by arithmetic, which entry a slot holds and whether a query sees it. So nothing is shifted, aligned or masked:
 
 - a row that received fewer bytes than others has smaller counters; entries past them are overwritten later;
 - to take bytes back (`crop`) is to lower the counters, by at most `slack` bytes, each row by its own number;
@@ -345,8 +345,8 @@ _HOST_COUNTS = ("row_bytes", "row_patches", "row_stale")
 class ByteHistory:
     """Keeps a [`RowState`] and the entropy after each of the last bytes of a row, and so the counters of the rows.
 
-    The host has counters of its own. What is done to rows is done to both here. What a forward adds is counted on the
-    device by `advance`, which a graph may hold, and on the host by [`BltCache.advance_on_host`].
+    The host has counters of its own. Methods that select, replace or reset rows change both. A forward counts its bytes on
+    the device by `advance`, which a graph may hold, and on the host by [`BltCache.advance_on_host`].
 
     Attributes:
         entries: int64 `(B, size, F)` in slots, a [`RowState`] after each byte.
