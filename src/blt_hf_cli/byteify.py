@@ -376,12 +376,15 @@ def joint(
     token_weight: Annotated[
         float, typer.Option(min=0, help="Weight of the divergence between the next tokens that the head reads.")
     ] = 0.3,
+    word_weight: Annotated[
+        float, typer.Option(min=0, help="Weight of the error of a word with a mark, against the word's embedding.")
+    ] = 0.1,
 ) -> None:
     """Train stage 3: bytes in, bytes out, through all layers."""
     from blt_hf.training.distillation import JointStage
 
     def make_stage(model, token_model):
-        return JointStage(model, state_weight, early_layer, byte_share, token_model, token_weight)
+        return JointStage(model, state_weight, early_layer, byte_share, token_model, token_weight, word_weight)
 
     run.run(make_stage, lora=lora)
 

@@ -27,10 +27,12 @@ from blt_hf.training.distillation import (
     freeze_layers,
     normalised_error,
     run_stage,
+    words_before_marks,
 )
 from blt_hf.training.teacher_data import (
     TeacherData,
     TeacherWriter,
+    TextRows,
     collate_teacher_rows,
     next_byte_targets,
     token_of_patches,
@@ -285,6 +287,34 @@ def test_encoder_and_decoder_learn_at_once_as_they_do_apart(token_model, folder)
         gradients[weight] = torch.cat([gradient.flatten() for gradient in hashes])
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
     assert not torch.allclose(gradients[0.0], gradients[1.0])
+
+
+def test_a_word_before_a_mark_stays_a_word(token_model, tokenizer):
+    """`cat?` is two tokens in one patch. Later patches must find the word there, so its embedding is asked for."""
+    alphabet = TokenAlphabet.of(tokenizer, {CHAT: 260})
+    texts = [" the cat? the dog, big", " a dog ran", f" a mat!?{CHAT} a zz. dog"]
+    rows = TextRows(texts, tokenizer, alphabet, PatchingRule("space"))
+    batch = collate_teacher_rows([rows[index] for index in range(len(rows))])
+    model, embeddings = make_blt(token_model), embeddings_of(token_model)
+    stage = JointStage(model, state_weight=0.0, token_model=token_model, word_weight=1.0)
+    read = stage.read(batch["input_ids"], batch["attention_mask"])
+    found = words_before_marks(read, batch["patch_tokens"])
+    words = [tokenizer.decode([token]) for token in batch["patch_tokens"][..., 0][found].tolist()]
+    assert words == [" cat", " dog", " mat"]  # not `?`, `zz.` or a special token
+
+    plain = JointStage(model, state_weight=0.0)
+    losses = [float(some(**batch)["loss"]) for some in (stage, plain)]
+    entered = model.model.global_transformer.token_embedding_projection(stage.patch_inputs(read))[found]
+    wanted = embeddings[batch["patch_tokens"][..., 0][found]]
+    error = (entered - wanted).square().sum() / wanted.square().sum()
+    assert losses[0] - losses[1] == pytest.approx(float(error), rel=1e-4)
+
+    encoder = EncoderStage(model, embeddings, layers=1)
+    early = torch.zeros(*batch["patch_tokens"].shape[:2], embeddings.shape[1])
+    spoiled = early.clone()
+    spoiled[found] += 100.0
+    half, whole = (float(encoder(**batch, early_states=states)["loss"]) for states in (early, spoiled))
+    assert half != whole  # the state of the mark still counts there, for half
 
 
 def test_the_divergence_is_of_what_the_head_of_the_token_model_says(token_model, folder):

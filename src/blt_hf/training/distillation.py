@@ -32,6 +32,7 @@ from .teacher_data import teacher_states
 
 LEARNED_FILE = "learned.safetensors"
 NOISES = ("drop", "upper", "case")
+_MARKS = torch.tensor([byte + BYTE_OFFSET for byte in range(128) if not chr(byte).isalnum() and byte != 0x20])
 
 
 class Stage(nn.Module):
@@ -164,6 +165,24 @@ def normalised_error(states: Tensor, targets: Tensor, weights: Tensor) -> tuple[
     return (error / (variance + floor)).mean(), (error.sum() / (variance + energy / count + 1e-12).sum()).detach()
 
 
+def words_before_marks(read: BytesRead, patch_tokens: Tensor) -> Tensor:
+    """Finds patches of a word and a mark, a token each, such as `France?`; bool `(B, P)`.
+
+    The mark's state says little of the word, which later patches must find there.
+    """
+    number = read.patches.closes.cumsum(dim=1).sub(1).clamp(0, patch_tokens.shape[1] - 1)
+    ends_with_mark = read.patches.closes & torch.isin(read.chunk.input_ids, _MARKS.to(number.device))
+    counts = torch.zeros(patch_tokens.shape[:2], dtype=torch.long, device=number.device)
+    return (counts.scatter_add(1, number, ends_with_mark.long()) > 0) & (patch_tokens[..., 1] == 2)
+
+
+def embedding_error(inputs: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Computes the squared error of inputs `(B, P, W)` over the energy of targets, weighted by `(B, P)`; and these two."""
+    wrong = ((inputs - targets.to(inputs.dtype)).square().sum(dim=-1) * weights).sum()
+    energy = (targets.square().sum(dim=-1) * weights).sum()
+    return wrong / energy.clamp_min(1e-9), (wrong, energy)
+
+
 class EncoderStage(Stage):
     """The encoder learns to make the vectors that the layers of the token model are used to.
 
@@ -212,31 +231,30 @@ class EncoderStage(Stage):
         num_patches = min(inputs.shape[1], patch_tokens.shape[1])
         inputs, first = inputs[:, :num_patches], patch_tokens[:, :num_patches, 0]
         counts = patch_tokens[:, :num_patches, 1]
+        keep_word = words_before_marks(read, patch_tokens)[:, :num_patches]
         several = 1.0 if self.layers == 0 else 0.1  # the layers say better what a word of several tokens is
-        weights = (counts == 1) + several * (counts > 1)
-        targets = self.embeddings[first.clamp_min(0)].to(inputs.dtype)
-        wrong = (inputs - targets).square().sum(dim=-1)
-        energy = targets.square().sum(dim=-1)
-        loss = (wrong * weights).sum() / (energy * weights).sum().clamp_min(1e-9)
-        is_one = counts == 1
-        self.note("embedding_error", (wrong * is_one).detach().sum(), (energy * is_one).sum())
+        weights = ((counts == 1) | keep_word).float() + several * ((counts > 1) & ~keep_word)
+        targets = self.embeddings[first.clamp_min(0)]
+        loss, _ = embedding_error(inputs, targets, weights)
+        _, (wrong, energy) = embedding_error(inputs.detach(), targets, counts == 1)
+        self.note("embedding_error", wrong, energy)
         if self.layers:
             if early_states is None:
                 raise ValueError(
                     "`layers` needs rows with `early_states` (written with `early_layer`), or `token_model`."
                 )
-            behind, error = self._error_behind_layers(inputs, early_states[:, :num_patches], counts)
+            weights = (counts > 0).float() - 0.5 * keep_word
+            behind, error = self._error_behind_layers(inputs, early_states[:, :num_patches], weights)
             self.note("state_error", error, 1)
             loss = behind + self.embedding_weight * loss
         return loss
 
-    def _error_behind_layers(self, inputs: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _error_behind_layers(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         stack = self.model.model.global_transformer
         positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
         span = AttentionSpan(0, inputs.shape[1], None, None, stack.config._attn_implementation)
         rotary = stack.rotary_emb(inputs, positions)
         states = run_layers(stack.layers[: self.layers], inputs, rotary, span, None)
-        weights = (counts > 0).float()
         weights[:, 0] = 0  # the first patch draws attention to itself in ways that no other does
         return normalised_error(states.float(), targets, weights)
 
@@ -312,6 +330,7 @@ class JointStage(Stage):
         early_layer: the layer behind which rows hold `early_states`; their error has the same weight. None: unused.
         token_model: whose norm and head read both states, with `token_weight`.
         token_weight: of the divergence between what they say: of the next token, a patch.
+        word_weight: of the error of patches that are a word and a mark, against the word's embedding. Needs `token_model`.
     """
 
     name = "joint"
@@ -325,6 +344,7 @@ class JointStage(Stage):
         byte_share: float = 0.5,
         token_model: nn.Module | None = None,
         token_weight: float = 0.0,
+        word_weight: float = 0.0,
     ):
         super().__init__(model)
         self.state_weight, self.early_layer, self.byte_share = state_weight, early_layer, byte_share
@@ -334,6 +354,9 @@ class JointStage(Stage):
             head = token_model.get_output_embeddings().weight.detach()
             layers = model.model.global_transformer.layers
             self.register_buffer("head", head.to(next(layers.parameters()).dtype), persistent=False)
+        self.word_weight = word_weight if token_model is not None else 0.0
+        if self.word_weight:
+            self.register_buffer("embeddings", embeddings_of(token_model).detach().clone(), persistent=False)
 
     def forward(
         self, input_ids, attention_mask, labels, states=None, early_states=None, target_ids=None, target_probs=None,
@@ -355,11 +378,18 @@ class JointStage(Stage):
                 continue
             weights = (patch_tokens[..., 1] > 0).float()
             weights[:, 0] = 0
+            if target is early_states:  # behind few layers a mark has not heard of the word before it
+                weights = weights * ~words_before_marks(read, patch_tokens)
             error, share = normalised_error(state.float(), target, weights)
             self.note(name, share, 1)
             loss = loss + self.state_weight * error
         if self.token_weight and states is not None:
             loss = loss + self.token_weight * self._token_divergence(made, states, patch_tokens[..., 1] > 0)
+        if self.word_weight and patch_tokens is not None:
+            entered = self.model.model.global_transformer.token_embedding_projection(inputs)
+            targets = self.embeddings[patch_tokens[..., 0].clamp_min(0)]
+            error, _ = embedding_error(entered, targets, words_before_marks(read, patch_tokens))
+            loss = loss + self.word_weight * error
         return {"loss": loss}
 
     def _token_divergence(self, states: Tensor, targets: Tensor, is_known: Tensor) -> Tensor:
@@ -559,8 +589,10 @@ __all__ = [
     "NOISES",
     "NoisyRows",
     "Stage",
+    "embedding_error",
     "embeddings_of",
     "freeze_layers",
     "normalised_error",
     "run_stage",
+    "words_before_marks",
 ]
