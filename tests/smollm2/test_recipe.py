@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import ceiling
+import marks
 import overlap
 import pytest
 import torch
@@ -53,6 +54,31 @@ def test_texts_and_prompts_hold_no_question(tmp_path):
     assert texts and question not in prompts
     assert not any(overlap.held_runs(text) for text in [*texts, *prompts])
     assert not any("Paket" in text for text in texts)
+
+
+def test_a_vector_for_a_word_and_its_mark_is_measured():
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            initializer_range=0.5,
+        )
+    )
+    tokens = tokenizer(" the cat, sat on. zz?").input_ids
+    groups = marks.group_tokens(tokenizer, tokens)
+    assert [tokenizer.decode([tokens[at] for at in group]) for group in groups if len(group) > 1] == [
+        " cat,", " on.", "z?"
+    ]  # fmt: skip
+    figures = marks.measure(model, tokenizer, [(tokens, 0)])
+    assert figures.keys() == marks.MIXES.keys() and all(entry["others"] > 0 for entry in figures.values())
+    plain = tokenizer(" the cat sat").input_ids
+    some = marks.measure(model, tokenizer, [(tokens, 0), (plain, 0)])  # nothing is lost where there are no marks
+    assert some["both"]["others"] < figures["both"]["others"] and some["both"]["itself"] == figures["both"]["itself"]
 
 
 def test_bits_are_split_by_what_they_are_spent_on():
