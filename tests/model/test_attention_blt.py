@@ -47,7 +47,7 @@ def leaf(*shape):
 
 @given(data=st.data(), rows=st.integers(1, 3), heads=st.sampled_from([1, 2, 4]), latents=st.integers(1, 3))
 def test_segment_attention_is_softmax_over_each_patch(data, rows, heads, latents):
-    num_keys, num_patches = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))  # some patches read nothing
+    num_keys, num_patches = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 10))  # some patches read nothing
     segments = data.draw(
         st.lists(
             st.lists(st.integers(-1, num_patches - 1), min_size=num_keys, max_size=num_keys),
@@ -62,7 +62,7 @@ def test_segment_attention_is_softmax_over_each_patch(data, rows, heads, latents
         leaf(rows, num_keys, heads, 4),
         leaf(rows, num_keys, heads, 4),
     )
-    actual = segment_attention(query, key, value, segment.clamp_min(0), segment >= 0, SCALING)
+    actual = segment_attention(query, key, value, segment, SCALING)
     visible = segment[:, None, :] == torch.arange(num_patches)[:, None]  # (B, P, T)
     visible = visible[:, None, :, None].expand(-1, heads, -1, latents, -1).flatten(2, 3)
     expected = dense_attention(
@@ -72,13 +72,31 @@ def test_segment_attention_is_softmax_over_each_patch(data, rows, heads, latents
     assert_same_gradients(actual, expected, (query, key, value))
     reads_nothing = ~(segment[:, None, :] == torch.arange(num_patches)[:, None]).any(-1)
     assert (actual[reads_nothing] == 0).all()
+    with torch.no_grad():  # few patches read under a mask then
+        again = segment_attention(query, key, value, segment, SCALING)
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
+    assert (again[reads_nothing] == 0).all()
+
+
+@pytest.mark.parametrize("pooling", ["max", "min", "mean"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_few_patches_are_made_alike_under_a_mask(pooling, window):
+    """Without gradients, few patches pool and read their bytes under a mask; many, and those in training, do not."""
+    config = tiny_config(encoder_config={"patch_pooling": pooling, "cross_attn_window": window})
+    encoder = make_model(config).model.local_encoder
+    states = [torch.randn(3, 20, config.encoder_config.hidden_size) for _ in encoder.cross_attn_layers]
+    segment = torch.randint(-2, 7, (3, 20))
+    segment[segment == 4] = 5  # which makes a patch without bytes
+    made = encoder.make_latents(states, segment, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.make_latents(states, segment, 6), made, atol=1e-5, rtol=1e-5)
 
 
 def test_segment_attention_survives_large_scores():
     query = torch.full((1, 2, 1, 1, 2), 300.0)
     key = torch.tensor([300.0, -300.0, -300.0]).view(1, 3, 1, 1).expand(1, 3, 1, 2).contiguous()
     value = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1).expand(1, 3, 1, 2).contiguous()
-    output = segment_attention(query, key, value, torch.tensor([[0, 0, 1]]), torch.ones(1, 3, dtype=torch.bool), 1.0)
+    output = segment_attention(query, key, value, torch.tensor([[0, 0, 1]]), 1.0)
     assert output[0, :, 0, 0].tolist() == [[1.0, 1.0], [3.0, 3.0]]
 
 

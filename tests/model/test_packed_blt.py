@@ -10,9 +10,10 @@ import weakref
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 
 from blt_hf import BltConfig, BltForCausalLM
-from blt_hf.model import modeling_blt
+from blt_hf.model import modeling_blt, packed_blt
 from blt_hf.model.layers_blt import BltMLP, BltRMSNorm, BltSelfAttention
 from blt_hf.model.packed_blt import PackedStacks
 from blt_hf.model.step_blt import StepRunner
@@ -266,7 +267,7 @@ def test_autocast_and_other_attention_run_the_modules():
     assert packed_stacks(model) == []
 
 
-def test_nothing_is_left_behind(monkeypatch):
+def test_nothing_is_left_behind(monkeypatch, tmp_path):
     model, made = make_model(seed=2), []
 
     class Seen(PackedStacks):
@@ -285,6 +286,9 @@ def test_nothing_is_left_behind(monkeypatch):
     assert file.tell() < 2 * before
     copied = copy.deepcopy(model)
     assert copied.generate(IDS, **SETTINGS).equal(model.generate(IDS, **SETTINGS))
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as saved:
+        assert set(saved.keys()) == set(model.state_dict())
 
 
 def test_a_call_of_a_few_bytes_packs_nothing(monkeypatch):
@@ -341,7 +345,7 @@ def test_copies_are_small_beside_the_released_models(shape):
     with torch.device("meta"):
         model = BltForCausalLM(_released_config(*shape)).model
     stacks = (model.patcher, model.local_encoder, model.local_decoder)
-    copied_names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+    copied_names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")  # and smaller models' `down_proj`
     weights = [
         w
         for s in stacks
@@ -349,6 +353,7 @@ def test_copies_are_small_beside_the_released_models(shape):
         for n, w in layer.named_parameters()
         if n.split(".")[-2] in copied_names
     ]
+    assert all(layer.mlp.down_proj.weight.numel() >= packed_blt._LARGE for s in stacks for layer in s.layers)
     weights += [
         w for n, w in model.local_decoder.cross_attn_layers.named_parameters() if n.split(".")[-2] in copied_names
     ]
@@ -369,7 +374,7 @@ def test_what_is_copied_is_what_is_joined():
             for weight in layer:
                 made += weight if isinstance(weight, tuple) else [weight]
     copies = [w for w in made if w is not None and w.dim() == 2 and w.untyped_storage().data_ptr() not in own]
-    copied_names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+    copied_names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     local = (model.model.patcher.layers, model.model.local_encoder.layers, model.model.local_decoder.layers)
     expected = [w for s in (*local, model.model.local_decoder.cross_attn_layers) for n, w in s.named_parameters()
                 if n.split(".")[-2] in copied_names]  # fmt: skip

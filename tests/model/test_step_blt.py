@@ -51,11 +51,11 @@ def costs(threshold: float, rows: int, width: int) -> list[float]:
 @pytest.mark.parametrize(
     ("threshold", "rows", "width", "limits"),
     [
-        pytest.param(1e9, 1, 1, (420, 235, 770), id="a byte that ends no patch"),
-        pytest.param(-1.0, 1, 1, (815, 470, 1380), id="a byte that ends its patch"),
-        pytest.param(-1.0, 1, 8, (885, 515, 1415), id="a verification of 8 bytes"),
-        pytest.param(1e9, 16, 1, (470, 260, 980), id="a byte of 16 rows that end no patch"),
-        pytest.param(-1.0, 16, 1, (855, 500, 1435), id="a byte of 16 rows that end their patches"),
+        pytest.param(1e9, 1, 1, (370, 220, 690), id="a byte that ends no patch"),
+        pytest.param(-1.0, 1, 1, (790, 445, 1340), id="a byte that ends its patch"),
+        pytest.param(-1.0, 1, 8, (805, 455, 1380), id="a verification of 8 bytes"),
+        pytest.param(1e9, 16, 1, (415, 235, 780), id="a byte of 16 rows that end no patch"),
+        pytest.param(-1.0, 16, 1, (810, 465, 1405), id="a byte of 16 rows that end their patches"),
     ],
 )
 def test_a_step_costs_no_more(threshold, rows, width, limits):

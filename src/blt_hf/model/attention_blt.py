@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .names_blt import is_exporting, sliding_windows, take_columns
+from .names_blt import is_exporting, kept_arange, sliding_windows, take_columns
+
+
+_FEW_PATCHES = 8  # so many read their bytes under a mask `(P, T)` where no gradients are recorded
+
+
+def reads_under_mask(num_patches: int) -> bool:
+    """Tells whether so few new patches read their bytes under a mask: more arithmetic by fewer operations."""
+    return num_patches == 1 or (num_patches <= _FEW_PATCHES and not torch.is_grad_enabled())
 
 
 def repeat_kv_heads(states: Tensor, groups: int, dim: int) -> Tensor:
@@ -120,13 +128,18 @@ class AttentionSpan:
         return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling)
 
     def _mask(self, name: str, query: Tensor, build: Callable[[torch.device], Tensor | None]):
-        """Returns an `attention_mask` of the attention interface, built once a forward and shared by all layers."""
+        """Returns an `attention_mask` of the attention interface, built once a forward and shared by all layers.
+
+        `build` says which keys are hidden, or makes a mask of flex attention.
+        """
         key = name, query.dtype, query.device  # stacks that share a span may differ
         if key not in self._masks:
             mask = None if self._sees_all else build(query.device)
             if isinstance(mask, Tensor) and self.implementation == "sdpa":
                 # Otherwise every layer makes, and keeps for its backward, floats of its own.
-                mask = (~mask * torch.finfo(torch.float32).min).to(query.dtype)
+                mask = (mask * torch.finfo(torch.float32).min).to(query.dtype)
+            elif isinstance(mask, Tensor):
+                mask = ~mask
             self._masks[key] = mask
         return self._masks[key]
 
@@ -143,10 +156,10 @@ class AttentionSpan:
             return self._build_block_mask(device, num_keys, window)
         keys = torch.arange(num_keys, device=device)
         queries = torch.arange(self.num_past, num_keys, device=device)[:, None]
-        visible = (keys <= queries) & (keys > queries - window)  # (S, T) or (B, S, T)
+        hidden = (keys > queries) | (keys <= queries - window)  # (S, T) or (B, S, T)
         if self.first_key is not None:
-            visible = visible & (keys >= self.first_key[:, :, None])
-        return visible[None, None] if visible.dim() == 2 else visible[:, None]
+            hidden = hidden | (keys < self.first_key[:, :, None])
+        return hidden[None, None] if hidden.dim() == 2 else hidden[:, None]
 
     def _build_block_mask(self, device: torch.device, num_keys: int, window: int):
         from torch.nn.attention.flex_attention import create_block_mask
@@ -210,7 +223,7 @@ class AttentionSpan:
         """Builds the mask of a block over its keys, `(1, 1, block, window - 1 + block)`."""
         keys = torch.arange(self.window - 1 + self.block, device=device)
         queries = torch.arange(self.block, device=device)[:, None]
-        return ((keys >= queries) & (keys < queries + self.window))[None, None]
+        return ((keys < queries) | (keys >= queries + self.window))[None, None]
 
     def _build_blocks_mask(self, device: torch.device) -> Tensor:
         """Builds the masks of all blocks of all rows, where `first_key` hides more, `(B*blocks, 1, block, keys)`."""
@@ -222,8 +235,8 @@ class AttentionSpan:
         tail = num_blocks * block - self.num_queries
         # Queries of the padding see themselves, so that no softmax is empty.
         first_key = nn.functional.pad(self.first_key.clamp_min(0), (0, tail)).view(rows, num_blocks, block, 1)
-        visible = self._build_interior_mask(device)[0] & (keys >= first_key - offset[:, None, None])
-        return _merge_rows(visible)[:, None]
+        hidden = self._build_interior_mask(device)[0] | (keys < first_key - offset[:, None, None])
+        return _merge_rows(hidden)[:, None]
 
 
 def _merge_rows(states: Tensor) -> Tensor:
@@ -263,48 +276,51 @@ class SlotSpan(AttentionSpan):
 
     def _build_mask(self, device: torch.device):
         queries = self.query_positions.to(device)
-        limit = queries + 1 if self.start is None else queries + 1 - self.start.to(device)
-        limit = limit if self.longest is None else limit.clamp_max(self.longest)
+        oldest = queries if self.start is None else queries - self.start.to(device)
+        oldest = oldest if self.longest is None else oldest.clamp_max(self.longest - 1)
         num_slots = self.num_slots
         if self.implementation != "flex_attention":
-            age = (queries[..., None] - torch.arange(num_slots, device=device)) % num_slots
-            return (age < limit[..., None])[:, None]
+            age = (queries[..., None] - kept_arange(0, num_slots, device)) % num_slots
+            return (age > oldest[..., None])[:, None]
         from torch.nn.attention.flex_attention import create_block_mask
 
         def visible(row, head, query, key):
-            return (queries[row, query] - key) % num_slots < limit[row, query]
+            return (queries[row, query] - key) % num_slots <= oldest[row, query]
 
         return create_block_mask(visible, queries.shape[0], None, queries.shape[1], num_slots, device=device)
 
 
-def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, segment: Tensor, weight_mask: Tensor, scaling: float
-) -> Tensor:
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, segment: Tensor, scaling: float) -> Tensor:
     """Attends from the queries of each patch to its own keys: a softmax over each patch's bytes.
 
-    Linear in bytes: scores exist for the pairs (byte, its patch's `K` queries) alone.
+    Linear in bytes: scores exist for the pairs (byte, its patch's `K` queries) alone, but where there are few patches.
 
     Args:
         query: `(B, P, K, H, D)`.
         key, value: `(B, T, H, D)`, key/value heads already repeated to `H`.
-        segment: int64 `(B, T)`, patch in `[0, P)` that reads each byte.
-        weight_mask: bool `(B, T)`, False for bytes that no patch reads.
+        segment: int64 `(B, T)`, patch that reads each byte; outside of `[0, P)`: none does.
         scaling: factor of the scores.
     Returns:
         `(B, P, K, H, D)`; 0 for a patch that reads no byte.
     """
     rows, num_patches, latents, heads, size = query.shape
-    if num_patches == 1:  # a decoding row closes one patch at a time, and all its bytes belong to that
-        hidden = ~weight_mask[:, None, None]  # (B, 1, 1, T)
-        mask = hidden.to(query.dtype) * torch.finfo(query.dtype).min
-        output = nn.functional.scaled_dot_product_attention(
-            query[:, 0].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, scale=scaling
+    if reads_under_mask(num_patches):  # each patch is a row of its own, which sees all bytes under a mask
+        hidden = hidden_bytes(segment, num_patches)
+        mask = (hidden * torch.finfo(torch.float32).min).to(query.dtype).flatten(0, 1)[:, None, None]
+        key, value = (
+            states[:, None].expand(-1, num_patches, -1, -1, -1).flatten(0, 1).transpose(1, 2)
+            for states in (key, value)
         )
-        return (output.transpose(1, 2) * weight_mask.any(dim=1)[:, None, None, None])[:, None]
+        output = nn.functional.scaled_dot_product_attention(
+            query.flatten(0, 1).transpose(1, 2), key, value, mask, scale=scaling
+        )
+        return output.transpose(1, 2).reshape(query.shape).masked_fill(hidden.all(dim=2)[..., None, None, None], 0)
+    is_read = (segment >= 0) & (segment < num_patches)
+    segment = segment.clamp(0, num_patches - 1)
     flat = (segment + torch.arange(rows, device=segment.device)[:, None] * num_patches).flatten()  # (B*T,)
     queries_of_bytes = query.flatten(0, 1).index_select(0, flat)  # (B*T, K, H, D)
     scores = (queries_of_bytes * key.flatten(0, 1)[:, None]).sum(dim=-1).float() * scaling  # (B*T, K, H)
-    scores = scores.masked_fill(~weight_mask.flatten()[:, None, None], float("-inf"))
+    scores = scores.masked_fill(~is_read.flatten()[:, None, None], float("-inf"))
     index = flat[:, None, None].expand_as(scores)
     peak = scores.new_full((rows * num_patches, latents, heads), float("-inf"))
     peak = peak.scatter_reduce(0, index, scores.detach(), "amax", include_self=True)
@@ -315,6 +331,11 @@ def segment_attention(
     mixed = weights.to(value.dtype)[..., None] * value.flatten(0, 1)[:, None]  # (B*T, K, H, D)
     output = mixed.new_zeros(rows * num_patches, latents, heads, size).index_add(0, flat, mixed)
     return output.view(rows, num_patches, latents, heads, size)
+
+
+def hidden_bytes(segment: Tensor, num_patches: int) -> Tensor:
+    """Says which bytes each of `P` patches does not hold, bool `(B, P, T)`, of the patch of each byte `(B, T)`."""
+    return segment[:, None] != kept_arange(0, num_patches, segment.device)[:, None]
 
 
 def gathered_attention(

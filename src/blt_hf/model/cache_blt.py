@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .checks_blt import cache_shapes, check_cache
-from .names_blt import import_where_installed
+from .names_blt import import_where_installed, kept_arange
 from .patching_blt import PATCHING_MODES, PatchingRule
 
 
@@ -84,6 +84,7 @@ class Slots:
         self.most: int | None = None  # entries that a row will have, where that is known
         self.is_static = False  # the tensors stay where they are as long as there is room
         self.moves = 0  # how often a tensor was made anew
+        self.seen: int | None = None  # slots at the beginning that hold all entries, and small chunks read; None: all
         self.tensors: list[SlotTensor] = []
 
     def held(self, counts: Tensor) -> Tensor:
@@ -273,16 +274,20 @@ class BltCacheLayer(CacheLayerMixin):
             return key_states, value_states
         return seen[:, :, 0].transpose(1, 2), seen[:, :, 1].transpose(1, 2)
 
-    def slot_views(self, seen: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Views the slots of all rows `(2*H_kv, B*size, D)`, and keys and values `(B, H_kv, T, D)` in the first `seen`."""
+    def slot_views(self, seen: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Views the slots of all rows `(2*H_kv, B*size, D)`; of the first `seen`, `(2, H_kv, B, T, D)`, keys, and values.
+
+        Keys and values are `(B, H_kv, T, D)`.
+        """
         stored, is_compiling = self.states.stored, torch.compiler.is_compiling()
         views = None if is_compiling else self._views
-        if views is None or views[0] is not stored:
-            views = stored, stored.flatten(2, 3).flatten(0, 1), *stored.transpose(1, 2).unbind()
+        if views is None or views[0] is not stored or views[1] != seen:
+            shown = stored if seen is None else stored[:, :, :, :seen]
+            slots = views[2] if views is not None and views[0] is stored else stored.flatten(2, 3).flatten(0, 1)
+            views = stored, seen, slots, shown, *shown.transpose(1, 2).unbind()
             if not is_compiling:
                 self._views = views
-        _, slots, keys, values = views
-        return (slots, keys, values) if seen is None else (slots, keys[:, :, :seen], values[:, :, :seen])
+        return views[2:]
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_views": None}
@@ -418,10 +423,12 @@ class ByteHistory:
     def take_back(self, num_bytes: Tensor, restarts: bool) -> None:
         """Returns to rows of `num_bytes` bytes `(B,)` on the device. `restarts`: rows may hold several texts."""
         length = max(self.last.shape[1], self.num_entropies)
-        positions = num_bytes[:, None] + torch.arange(-length, 0, device=num_bytes.device)
-        index, exists = self.slots.find(positions), (positions >= 0)[..., None]
+        positions = num_bytes[:, None] + kept_arange(-length, 0, num_bytes.device)
+        index, is_whole = self.slots.find(positions), min(self.row_bytes) >= length
         for tensor, last in ((self.entries, self.last), (self.entropies, self.last_entropies[..., None])):
-            last.copy_((tensor.read(index) * exists)[:, -last.shape[1] :])
+            held = tensor.read(index)
+            held = held if is_whole else held * (positions >= 0)[..., None]  # there is nothing before a text
+            last.copy_(held[:, -last.shape[1] :])
         if restarts:
             self._hide_other_texts()
 
@@ -656,8 +663,9 @@ class BltCache(Cache):
             self._recorded += num_columns
             self.reserve_slack(self._recorded)
         total, counts = max(history.row_bytes) + num_columns, history.state.num_bytes
-        self.patcher_slots.reserve(total, self.slack, counts)
-        self.local_slots.reserve(total, self.slack, counts)
+        for slots in (self.patcher_slots, self.local_slots):
+            slots.reserve(total, self.slack, counts)
+            slots.seen = None if self.is_fixed or _round_up(total) >= slots.size else _round_up(total)
         if is_small:
             history.row_stale = [max(stale, num_columns) for stale in history.row_stale]
             self.recent_slots.keep = self._needed_history(self.max_open_bytes + num_columns)

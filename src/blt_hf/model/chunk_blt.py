@@ -12,7 +12,7 @@ from torch import Tensor
 from .attention_blt import AttentionSpan, SlotSpan
 from .cache_blt import BltCache, RowState, SlotIndex, Slots, round_up_columns
 from .checks_blt import check_attention_mask, check_position_ids
-from .names_blt import is_compiling, is_exporting, largest_count, running_max, take_columns
+from .names_blt import is_compiling, is_exporting, kept_arange, largest_count, running_max, take_columns
 from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
 
 
@@ -145,7 +145,7 @@ class ByteChunk:
     def slot_index(self, slots: Slots, num_past: int) -> SlotIndex:
         """Finds the slots of the bytes of this chunk; a large chunk also reads `num_past` bytes before it."""
         if self.is_small:
-            return SlotIndex(index=slots.find(self.row_positions).flatten())
+            return SlotIndex(index=slots.find(self.row_positions).flatten(), seen=slots.seen)
         before, past = self.previous.num_bytes, None
         if num_past:
             past = slots.find(before[:, None] + torch.arange(-num_past, 0, device=before.device))
@@ -171,8 +171,8 @@ class ByteChunk:
             # Stacks of equal windows share a mask. torch 2.11 does not compile `id(None)`.
             key = slots.size, window, None if start is None else id(start), implementation
             if key not in self.spans:
-                slot_index = self.slot_index(slots, 0)
-                self.spans[key] = SlotSpan(slots.size, self.row_positions, window, start, implementation, slot_index)
+                num_slots, slot_index = slots.seen or slots.size, self.slot_index(slots, 0)
+                self.spans[key] = SlotSpan(num_slots, self.row_positions, window, start, implementation, slot_index)
             return self.spans[key]
         num_past, slot_index = 0, None
         if cache is not None:
@@ -271,7 +271,7 @@ def _continue_rows(
 ) -> ByteChunk:
     """Makes a chunk behind the bytes of `cache` (None: of empty rows), whose columns are text."""
     rows, columns = shape
-    index = None if columns == 1 and cache is not None else torch.arange(columns, device=device)
+    index = None if columns == 1 and cache is not None else kept_arange(0, columns, device)
     if cache is None:
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)
         previous, entropies, history = RowState(*[zeros] * len(RowState._fields)), zeros.float()[:, None], None
@@ -279,9 +279,11 @@ def _continue_rows(
     else:
         # Nothing of the cache that the host counts is read here: a compiled step would depend on it.
         previous, entropies, history = cache.history.state, cache.history.last_entropies, cache.history.last_ids
-        positions, text_positions = previous.num_bytes[:, None], previous.text_bytes[:, None]
+        positions = text_positions = previous.num_bytes[:, None]
         if index is not None:
-            positions, text_positions = positions + index, text_positions + index
+            positions = text_positions = positions + index
+        if cache.has_documents:  # a text may have begun behind the first byte of a row
+            text_positions = previous.text_bytes[:, None] if index is None else previous.text_bytes[:, None] + index
     cached_bytes = None if cache is None else previous.num_bytes
     return ByteChunk(input_ids, num_bytes, positions, text_positions, previous, entropies, history, cached_bytes)
 
@@ -451,7 +453,7 @@ def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> Patc
         closes = ends | unread
         # A patch that was open when another text begins is never closed.
         previous_open = torch.where(chunk.text_starts[:, 0], torch.zeros_like(previous_open), previous_open)
-    num_patches = previous.num_patches[:, None] + (closes if is_one else closes.long().cumsum(dim=1))
+    num_patches = previous.num_patches[:, None] + (closes if is_one else closes.cumsum(dim=1, dtype=torch.int64))
     read = num_patches - 1 if unread is None else num_patches - 1 - unread.long()
     byte_patch = previous.num_patches[:, None] if is_one else num_patches - closes.long()
     open_bytes = open_patch_bytes(closes, previous_open)

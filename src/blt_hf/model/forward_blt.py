@@ -20,6 +20,7 @@ from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotIndex, round_up_columns
 from .chunk_blt import ByteChunk, DocumentRules, HostPatchCounts, PatchAssignment, assign_patches
 from .layers_blt import LatentIndex, OutputCollector, ngram_hashes
+from .names_blt import kept_arange
 from .patching_blt import PatchingRule, find_patch_ends
 
 
@@ -109,7 +110,7 @@ class BytesRead:
 def read_bytes(
     model, settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None, inputs: ForwardInputs = PLAIN
 ) -> BytesRead:
-    """Runs entropy model, rule and encoder on a chunk. A small one is written to the history, too."""
+    """Runs entropy model, rule and encoder on a chunk. A small one that is no draft is written to the history, too."""
     if inputs.is_draft:
         entropies, ends = None, torch.zeros_like(chunk.input_ids, dtype=torch.bool)
     else:
@@ -121,7 +122,7 @@ def read_bytes(
     if collector is not None:
         collector.add(embeds)
     byte_states = model.local_encoder(embeds, chunk, span, cache, collector)
-    if chunk.is_small:
+    if chunk.is_small and not inputs.is_draft:
         keep_bytes(chunk, patches, byte_states, entropies, cache)
     return BytesRead(chunk, patches, byte_states, span, entropies)
 
@@ -142,13 +143,13 @@ def close_patches(
     Args:
         new_patches: int64 `0 .. P - 1`, for up to `P` patches of a row.
         cache_columns: int64 `0, 1, ...`, columns of the global transformer's cache to read.
-        byte_offsets: int64 `-T .. -1`, for the last `T` bytes, which hold all that these patches are made of.
+        byte_offsets: int64 `(T,)`, places of the last `T` bytes, which hold all that these patches are made of, counted
+            from the first byte of the chunk.
         rows: int64 `(R,)`, rows that close a patch. None: every row runs; results of rows that close none are not read.
         sees_all: there is one new patch of one row, which may see all `cache_columns`.
     """
     chunk, before = read.chunk, read.chunk.previous.num_patches
-    counts = chunk.cached_bytes + chunk.num_columns
-    states, segment = model.local_encoder.held_bytes(cache, chunk, counts, byte_offsets, rows)
+    states, segment = model.local_encoder.held_bytes(cache, chunk, byte_offsets, rows)
     latents = model.local_encoder.make_latents(states, segment, new_patches.shape[0])
     states = model.global_transformer(
         latents.flatten(2), chunk, read.patches, new_patches, cache_columns, rows, cache, collector, sees_all
@@ -360,9 +361,11 @@ def closing_inputs(
         seen = max(counts.old) + max_new
         seen = seen if sees_all(counts) else round_up_columns(seen)
     size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
-    byte_offsets = torch.arange(-size if is_fixed else -min(-(-needed // _HELD) * _HELD, size), 0, device=device)
-    new_patches, cache_columns = torch.arange(max_new, device=device), torch.arange(seen, device=device)
-    return new_patches, cache_columns, byte_offsets, None if all_rows else closing_rows(counts, device)
+    first = num_columns - (size if is_fixed else min(-(-needed // _HELD) * _HELD, size))
+    # A step marks the second as dynamic, which must not be said of a tensor that others use.
+    cache_columns = torch.arange(seen, device=device) if is_fixed else kept_arange(0, seen, device)
+    rows = None if all_rows else closing_rows(counts, device)
+    return kept_arange(0, max_new, device), cache_columns, kept_arange(first, num_columns, device), rows
 
 
 def reserve_closing(cache: BltCache, num_columns: int, counts: HostPatchCounts) -> tuple[int, int]:

@@ -163,14 +163,14 @@ class _BltCrossAttention(nn.Module):
 class BltPatchCrossAttention(_BltCrossAttention):
     """Encoder: the `K` queries of a patch read the bytes of that patch (and of `window - 1` patches before it)."""
 
-    def forward(self, patch_states: Tensor, byte_states: Tensor, segment: Tensor, is_read: Tensor) -> Tensor:
+    def forward(self, patch_states: Tensor, byte_states: Tensor, segment: Tensor) -> Tensor:
         """Attends to bytes.
 
         Args:
             patch_states: `(B, P, K, W)`, queries.
             byte_states: `(B, T, W)`.
-            segment: int64 `(B, T)`, patch that holds each byte, among the `P`; others are out of range.
-            is_read: bool `(B, T)`, False for columns that hold no byte.
+            segment: int64 `(B, T)`, patch that holds each byte, among the `P`; others, and columns without a byte, are
+                out of range.
         Returns:
             `(B, P, K, W)`.
         """
@@ -183,10 +183,8 @@ class BltPatchCrossAttention(_BltCrossAttention):
         value = repeat_kv_heads(self._split(project(self.v_proj, byte_states)), self.num_key_value_groups, dim=2)
         if self.window > 1:
             segment = torch.cat([segment + ahead for ahead in range(self.window)], dim=1)
-            is_read = is_read.repeat(1, self.window)
             key, value = key.repeat(1, self.window, 1, 1), value.repeat(1, self.window, 1, 1)
-        is_read = is_read & (segment >= 0) & (segment < num_patches)
-        output = segment_attention(query, key, value, segment.clamp(0, num_patches - 1), is_read, self.scaling)
+        output = segment_attention(query, key, value, segment, self.scaling)
         output = project(self.o_proj, output.flatten(-2).flatten(1, 2)).unflatten(1, (num_patches, latents))
         return output + patch_states
 
@@ -299,22 +297,30 @@ HASH_PRIMES = (
 
 
 # Results of `hash_weights`. A plain dictionary, because torch.compile traces through it and not through functools.cache.
-_hash_weights: dict[tuple, Tensor] = {}
+_hash_weights: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 
-def hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.device) -> Tensor:
-    """Computes the factor of the id `L - 1 - l` bytes back in each hash, wrapped to int64 `(L, functions * sizes)`."""
+def hash_weights(
+    sizes: tuple[int, ...], num_functions: int, num_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Computes factors of ids in hashes, and where the table of each hash begins among all rows.
+
+    Returns:
+        int64 `(L, functions * sizes)`, wrapped, the factor of the id `L - 1 - l` bytes back; int64 `(functions * sizes,)`.
+    """
     if is_exporting():  # a tensor of the program, that nothing else may use
-        return _make_hash_weights(sizes, num_functions, device)
-    key = (sizes, num_functions, device)
+        return _make_hash_weights(sizes, num_functions, num_rows, device)
+    key = (sizes, num_functions, num_rows, device)
     if key not in _hash_weights:
         # A tensor that is made in inference mode could not be used in training later.
         with torch.inference_mode(False):
-            _hash_weights[key] = _make_hash_weights(sizes, num_functions, device)
+            _hash_weights[key] = _make_hash_weights(sizes, num_functions, num_rows, device)
     return _hash_weights[key]
 
 
-def _make_hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch.device) -> Tensor:
+def _make_hash_weights(
+    sizes: tuple[int, ...], num_functions: int, num_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     longest = max(sizes)
     columns = []
     for function in range(num_functions):
@@ -322,7 +328,7 @@ def _make_hash_weights(sizes: tuple[int, ...], num_functions: int, device: torch
         for size in sizes:
             powers = [(pow(prime, power, 2**64) + 2**63) % 2**64 - 2**63 for power in range(size)]
             columns.append([0] * (longest - size) + powers)
-    return torch.tensor(columns, device=device).T.contiguous()
+    return torch.tensor(columns, device=device).T.contiguous(), torch.arange(len(columns), device=device) * num_rows
 
 
 def ngram_hashes(
@@ -356,10 +362,10 @@ def ngram_hashes(
     windows = sliding_windows(past, 1, longest)  # (B, S, L)
     if text_positions is not None:
         windows = windows * (text_positions[..., None] >= torch.arange(longest - 1, -1, -1, device=device))
-    products = windows[..., None] * hash_weights(tuple(sizes), num_functions, device)
+    weights, offsets = hash_weights(tuple(sizes), num_functions, num_rows, device)
+    products = windows[..., None] * weights
     # onnxruntime adds two numbers as torch does, but sums in floats.
     hashes = sum(products.unbind(dim=-2)) if is_exporting() else products.sum(dim=-2)
-    offsets = torch.arange(hashes.shape[-1], device=device) * num_rows
     # The products wrap around like the reference's; the remainder of a negative number is positive in torch.
     return hashes % num_rows + offsets
 

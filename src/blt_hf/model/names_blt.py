@@ -193,6 +193,23 @@ def largest_count(counts: Tensor, least: int) -> int:
     return largest
 
 
+_LONGEST_KEPT = 1024
+_aranges: dict[tuple, Tensor] = {}
+
+
+def kept_arange(start: int, stop: int, device: torch.device) -> Tensor:
+    """Does `torch.arange`, for short ranges once a process, so that a step need not."""
+    if is_compiling() or stop - start > _LONGEST_KEPT:
+        return torch.arange(start, stop, device=device)
+    key = start, stop, device
+    if (kept := _aranges.get(key)) is None:
+        with torch.inference_mode(False):
+            kept = torch.arange(start, stop, device=device)
+        if type(kept) is Tensor:  # not one of a trace
+            _aranges[key] = kept
+    return kept
+
+
 def sliding_windows(values: Tensor, dim: int, size: int, step: int = 1) -> Tensor:
     """Does `values.unfold(dim, size, step)`, which branches on the number of windows, and which ONNX does not have."""
     if not is_exporting():

@@ -51,6 +51,10 @@ _FORWARDS = {
 }
 
 
+# A weight from here on that could stay where it is does, so that the copies of released shapes are below 5 % of the model.
+_LARGE = 2**20
+
+
 class PackedLayer(NamedTuple):
     """Holds weights of a transformer layer, `(in, out)` each; those of norms are None where they are part of a product.
 
@@ -146,13 +150,13 @@ class PackedStack:
         self.rotary_scaling = self.inv_freq.new_tensor(float(rotary.attention_scaling))
 
     def _pack_layer(self, layer: BltTransformerLayer) -> PackedLayer:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, mlp, down = layer.self_attn, layer.mlp, layer.mlp.down_proj.weight
         before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         return PackedLayer(
             self._join([attention.q_proj, attention.k_proj, attention.v_proj], before),
             self._turned(attention.o_proj.weight),
             self._join([mlp.gate_proj, mlp.up_proj], between),
-            mlp.down_proj.weight.detach().t(),
+            self._turned(down) if down.numel() < _LARGE else down.detach().t(),
             *(None if self.is_exact and self.copies else self._scaled(norm) for norm in (before, between)),
         )
 
@@ -248,15 +252,17 @@ class PackedStack:
         else:
             rotated = heads[:, : -self.num_kv_heads].view(*shape, -1, self.head_dim)
             rotated.copy_(rotate_pairs(rotated, *rotation.unbind()))
-        slots, keys, values = cache_layer.slot_views(slot_index.seen)
+        slots, seen, keys, values = cache_layer.slot_views(slot_index.seen)
         slots.index_copy_(1, slot_index.index, keys_values.transpose(0, 1))
         if slot_index.rows is not None:
-            keys, values = keys.index_select(0, slot_index.rows), values.index_select(0, slot_index.rows)
-        query = query.view(*shape, -1, self.head_dim).transpose(1, 2)
+            keys, values = seen.index_select(2, slot_index.rows).transpose(1, 2).unbind()
+        is_one = shape[1] == 1  # a byte of each row: two views less
+        query = query.unsqueeze(2) if is_one else query.view(*shape, -1, self.head_dim).transpose(1, 2)
         attended = nn.functional.scaled_dot_product_attention(
             query, keys, values, mask, scale=self.scaling, enable_gqa=self.num_heads != self.num_kv_heads
         )
-        return addmm(states, attended.transpose(1, 2).reshape(states.shape[0], -1), layer.output)
+        attended = attended if is_one else attended.transpose(1, 2)
+        return addmm(states, attended.reshape(states.shape[0], -1), layer.output)
 
     def _cross_attend(
         self, cross: tuple, states: Tensor, number: int, products, latents: Tensor, mask: Tensor | None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .names_blt import is_exporting, largest_count, running_max, take_columns
+from .names_blt import is_exporting, kept_arange, largest_count, running_max, take_columns
 
 
 PATCHING_MODES = ("entropy", "space", "static", "byte")
@@ -106,10 +106,13 @@ def shift_right(values: Tensor, first: Tensor) -> Tensor:
     return torch.cat([first, values[:, :-1]], dim=1)
 
 
-def entropy_patch_ends(rule: PatchingRule, entropies: Tensor, previous_entropies: Tensor, positions: Tensor) -> Tensor:
+def entropy_patch_ends(
+    rule: PatchingRule, entropies: Tensor, previous_entropies: Tensor | None, positions: Tensor
+) -> Tensor:
     """Finds where patches end by the entropy rules, bool `(B, S)`.
 
-    Arguments as [`find_patch_ends`]; `previous_entropies`: one byte earlier, ignored at the first byte of a text.
+    Arguments as [`find_patch_ends`]; `previous_entropies`: one byte earlier, for rules on differences, ignored at the
+    first byte of a text.
 
     Source: arXiv 2412.09871 section 2.3; exact edges from the recorded vectors of Meta's code: with a rule on
         differences position 2 always starts a patch, and with `threshold_add` position 3 never does.
@@ -166,7 +169,7 @@ def open_patch_bytes(ends: Tensor, open_bytes: Tensor) -> Tensor:
     """
     if ends.shape[1] == 1 and not is_exporting():
         return (open_bytes[:, None] + 1).masked_fill(ends, 0)
-    index = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
+    index = kept_arange(0, ends.shape[1], ends.device)
     before = -1 - open_bytes
     return index - running_max(torch.where(ends, index, before[:, None]), before)
 
@@ -235,8 +238,11 @@ def find_patch_ends(
     """
     num_rows = positions.shape[0]
     if rule.mode == "entropy":
-        before = entropies.new_zeros(num_rows) if past_entropies is None else past_entropies[:, -1]
-        ends = entropy_patch_ends(rule, entropies, shift_right(entropies, before), positions)
+        previous = None
+        if rule.monotonicity or rule.threshold_add is not None:
+            before = entropies.new_zeros(num_rows) if past_entropies is None else past_entropies[:, -1]
+            previous = shift_right(entropies, before)
+        ends = entropy_patch_ends(rule, entropies, previous, positions)
     elif rule.mode == "space":
         before = input_ids.new_zeros(num_rows) if past_ids is None else past_ids[:, -1]
         ends = space_patch_ends(input_ids, shift_right(input_ids, before), positions)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
-from .attention_blt import AttentionSpan, SlotSpan
+from .attention_blt import AttentionSpan, SlotSpan, hidden_bytes, reads_under_mask
 from .cache_blt import BltCache, RowState, SlotIndex
 from .checks_blt import check_inputs, check_labels
 from .chunk_blt import ByteChunk, DocumentRules, PatchAssignment, assign_patches, first_visible_patches, make_chunk
@@ -97,36 +97,36 @@ class BltLocalEncoder(BltPreTrainedModel):
             return states, segment
         length = min(cache.needed_states(cache.max_open_bytes), max(cache.row_bytes))
         byte_offsets = torch.arange(-length, 0, device=old.device)
-        held, held_segment = self.held_bytes(cache, chunk, chunk.cached_bytes, byte_offsets)
+        held, held_segment = self.held_bytes(cache, chunk, byte_offsets)
         states = [torch.cat([before.to(new.dtype), new], dim=1) for before, new in zip(held, states)]
         return states, torch.cat([held_segment, segment], dim=1)
 
     def held_bytes(
-        self, cache: BltCache, chunk: ByteChunk, counts: Tensor, byte_offsets: Tensor, rows: Tensor | None = None
+        self, cache: BltCache, chunk: ByteChunk, byte_offsets: Tensor, rows: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """Reads the last bytes that the cache holds in rows of `counts` `(B,)` bytes; results as `patch_bytes`.
+        """Reads the last bytes that the cache holds; results as `patch_bytes`.
 
-        `byte_offsets`: int64 `(T,)`, `-T .. -1`.
+        `byte_offsets`: int64 `(T,)`, their places, counted from the first byte of the chunk.
         """
-        num_patches = chunk.previous.num_patches
+        counts, num_patches = chunk.cached_bytes, chunk.previous.num_patches
         if rows is not None:
             counts, num_patches = counts.index_select(0, rows), num_patches.index_select(0, rows)
         positions = counts[:, None] + byte_offsets
         index = cache.recent_slots.find(positions, rows)
         held = RowState(*cache.history.entries.read(index).unbind(-1))
         # The slot is valid unless the byte lies before the text, or this chunk wrote padding there.
-        is_held = (held.num_bytes == positions + 1) & (positions >= 0)
+        is_lost = (held.num_bytes != positions + 1) | (positions < 0)
         if chunk.num_bytes is not None:
             end = chunk.cached_bytes + chunk.num_bytes
             end = end if rows is None else end.index_select(0, rows)
-            is_held = is_held & (positions < end[:, None])
+            is_lost = is_lost | (positions >= end[:, None])
         if chunk.text_starts is not None:  # a text that begins here leaves the open patch unread
             first = torch.where(chunk.text_starts[:, 0], chunk.cached_bytes, 0)
             first = first if rows is None else first.index_select(0, rows)
-            is_held = is_held & (positions >= first[:, None])
+            is_lost = is_lost | (positions < first[:, None])
         segment = held.byte_patch - num_patches[:, None]
         states = [kept.read(index.to(kept.values.device)) for kept in cache.byte_states]
-        return states, torch.where(is_held, segment, NO_PATCH)
+        return states, segment.masked_fill(is_lost, NO_PATCH)
 
     def make_latents(self, byte_states: list[Tensor], segment: Tensor, num_patches: int) -> Tensor:
         """Makes latents `(B, P, K, W)` of patches from the states `(B, T, W)` that each cross attention reads.
@@ -134,20 +134,18 @@ class BltLocalEncoder(BltPreTrainedModel):
         `segment`: int64 `(B, T)`, patch of each byte among the `P`.
         """
         latents = self._pool(byte_states[0], segment, num_patches)
-        is_read = segment > -(self.config.cross_attn_window or 1)  # also bytes of patches before the first new one
         for cross_attention, states in zip(self.cross_attn_layers, byte_states):
-            latents = latents + cross_attention(latents, states, segment, is_read)
+            latents = latents + cross_attention(latents, states, segment)
         return latents
 
     def _pool(self, byte_states: Tensor, segment: Tensor, num_patches: int) -> Tensor:
         """Pools the bytes of each patch and projects the pool to its `K` queries, `(B, P, K, W)`."""
         rows, _, width = byte_states.shape
-        is_read = (segment >= 0) & (segment < num_patches)
-        if num_patches == 1:
-            pooled = self._pool_one(byte_states, is_read[..., None])
+        mode = {"max": "amax", "min": "amin", "mean": "mean"}[self.config.patch_pooling]
+        if reads_under_mask(num_patches):
+            pooled = self._pool_under_mask(byte_states, hidden_bytes(segment, num_patches)[..., None], mode)
         else:
-            index = torch.where(is_read, segment, num_patches)
-            mode = {"max": "amax", "min": "amin", "mean": "mean"}[self.config.patch_pooling]
+            index = torch.where((segment >= 0) & (segment < num_patches), segment, num_patches)
             pooled = byte_states.new_zeros(rows, num_patches + 1, width)
             index = index[..., None].expand_as(byte_states)
             if mode == "mean" and is_exporting():  # ONNX has no such mode
@@ -159,14 +157,15 @@ class BltLocalEncoder(BltPreTrainedModel):
         queries = project(self.patch_embedding_projection, pooled)
         return queries.view(rows, num_patches, self.config.cross_attn_k, width)
 
-    def _pool_one(self, byte_states: Tensor, is_read: Tensor) -> Tensor:
-        """Does the same for rows of one patch, `(B, 1, W)`, without a scatter; 0 for a patch without bytes."""
-        if self.config.patch_pooling == "mean":
-            return (byte_states * is_read).sum(dim=1, keepdim=True) / is_read.sum(dim=1, keepdim=True).clamp_min(1)
-        sign = 1 if self.config.patch_pooling == "max" else -1
-        lowest = torch.finfo(byte_states.dtype).min
-        pooled = (byte_states * sign).masked_fill(~is_read, lowest).amax(dim=1, keepdim=True) * sign
-        return pooled * is_read.any(dim=1, keepdim=True)
+    @staticmethod
+    def _pool_under_mask(byte_states: Tensor, hidden: Tensor, mode: str) -> Tensor:
+        """Does the same for few patches, `(B, P, W)`, of which `hidden` `(B, P, T, 1)` says what they do not hold."""
+        states = byte_states[:, None]
+        if mode == "mean":
+            return (states * ~hidden).sum(dim=2) / (~hidden).sum(dim=2).clamp_min(1)
+        limits = torch.finfo(states.dtype)
+        pooled = getattr(states.masked_fill(hidden, limits.min if mode == "amax" else limits.max), mode)(dim=2)
+        return pooled.masked_fill(hidden.all(dim=2), 0)  # a patch without bytes
 
 
 class BltGlobalTransformer(BltPreTrainedModel):
