@@ -39,7 +39,7 @@ from blt_hf.training.teacher_data import (
     tokens_of_patches,
 )
 from blt_hf.training.teacher_texts import strip_end, write_texts
-from blt_hf.training.token_models import TokenAlphabet, align, cut_texts, load_token_model
+from blt_hf.training.token_models import TokenAlphabet, TokenHead, align, cut_texts, load_token_model
 from helpers.token_models import CHAT, END, make_texts, make_tokenizer
 
 
@@ -188,6 +188,16 @@ def test_the_writer_goes_on_where_it_stopped(token_model, tokenizer, tmp_path, f
     for path in folder.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             torch.testing.assert_close(load_file(tmp_path / path.name)[name], tensor)
+
+
+@torch.no_grad()
+def test_a_token_head_reads_states_as_its_model_does(token_model):
+    states = torch.randn(2, 5, token_model.config.hidden_size)
+    expected = token_model.lm_head(token_model.model.norm(states))
+    torch.testing.assert_close(TokenHead(token_model)(states), expected)
+    halved = TokenHead(token_model, torch.bfloat16)(states)
+    assert halved.dtype == torch.float32
+    torch.testing.assert_close(halved, expected, atol=0.1, rtol=0.05)
 
 
 def test_kept_states_are_those_of_the_token_model(token_model, tokenizer, folder):

@@ -28,6 +28,7 @@ from ..model.patching_blt import BYTE_OFFSET, IGNORED_LABEL
 from . import learned
 from .byteify import _base_model
 from .teacher_data import teacher_states
+from .token_models import TokenHead
 
 
 LEARNED_FILE = "learned.safetensors"
@@ -350,10 +351,8 @@ class JointStage(Stage):
         self.state_weight, self.early_layer, self.byte_share = state_weight, early_layer, byte_share
         self.token_weight = token_weight if token_model is not None else 0.0
         if self.token_weight:
-            self.norm = copy.deepcopy(_base_model(token_model).norm).requires_grad_(False)
-            head = token_model.get_output_embeddings().weight.detach()
             layers = model.model.global_transformer.layers
-            self.register_buffer("head", head.to(next(layers.parameters()).dtype), persistent=False)
+            self.token_head = TokenHead(token_model, next(layers.parameters()).dtype)
         self.word_weight = word_weight if token_model is not None else 0.0
         if self.word_weight:
             self.register_buffer("embeddings", embeddings_of(token_model).detach().clone(), persistent=False)
@@ -395,14 +394,11 @@ class JointStage(Stage):
     def _token_divergence(self, states: Tensor, targets: Tensor, is_known: Tensor) -> Tensor:
         """Computes the Kullback-Leibler divergence of the next token, in nats a patch, after the token model's head."""
         with torch.no_grad():
-            expected = torch.log_softmax(self._token_logits(targets[is_known]), dim=-1)
-        found = torch.log_softmax(self._token_logits(states[is_known]), dim=-1)
+            expected = torch.log_softmax(self.token_head(targets[is_known]), dim=-1)
+        found = torch.log_softmax(self.token_head(states[is_known]), dim=-1)
         loss = nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean")
         self.note("token_divergence", loss.detach(), 1)
         return loss
-
-    def _token_logits(self, states: Tensor) -> Tensor:
-        return (self.norm(states.float()).to(self.head.dtype) @ self.head.T).float()
 
 
 class NoisyRows:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..model.patching_blt import IGNORED_LABEL, PatchingRule, find_patch_ends
 from .data import check_texts, pad_rows
-from .token_models import AlignedRow, TokenAlphabet, align, base_of, cut_texts
+from .token_models import AlignedRow, TokenAlphabet, TokenHead, align, base_of, cut_texts
 
 
 KEPT_TARGETS = 8  # ids of the next byte that are kept at each position; the rest has next to no probability
@@ -130,6 +130,7 @@ class TeacherWriter:
         self.token_model, self.tokenizer, self.alphabet, self.rule = token_model, tokenizer, alphabet, rule
         self.folder, self.early_layer = Path(folder), early_layer
         self.row_bytes, self.batch_size, self.shard_rows = row_bytes, batch_size, shard_rows
+        self.token_head = TokenHead(token_model)
         self.table = alphabet.table(min(_LONGEST_TOKEN, max(map(len, alphabet.ids))))
 
     def estimate(self, num_bytes: int) -> dict[str, float]:
@@ -188,8 +189,7 @@ class TeacherWriter:
         results = []
         for index, row in enumerate(rows):
             length = len(row.tokens)
-            logits = self._logits(states[index, : length - 1])
-            log_probs = torch.log_softmax(logits.float(), dim=-1)
+            log_probs = torch.log_softmax(self.token_head(states[index, : length - 1]), dim=-1)
             next_tokens = tokens[index, 1:length]
             top, candidates = (part.cpu() for part in log_probs.topk(min(KEPT_TOKENS, log_probs.shape[1]), dim=-1))
             target_ids, target_probs = next_byte_targets(top.exp(), candidates, next_tokens, self.table)
@@ -209,10 +209,6 @@ class TeacherWriter:
                 result["early_states"] = early[index, of_patch.to(device)].to("cpu", torch.bfloat16)
             results.append(result)
         return results
-
-    def _logits(self, states: Tensor) -> Tensor:
-        base, head = base_of(self.token_model), self.token_model.get_output_embeddings()
-        return head(base.norm(states))
 
     def _fit(self, ids: Tensor, probs: Tensor, row: AlignedRow) -> tuple[Tensor, Tensor]:
         """Returns targets `(N, 8)` of the ids after each of the `N` ids of a row; the last has none (probabilities 0)."""

@@ -1,5 +1,6 @@
 """Token models as teachers: loading them, and what their tokens are in the ids of a BLT."""
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -159,4 +160,22 @@ def base_of(token_model: nn.Module) -> nn.Module:
     return getattr(token_model, "base_model", token_model)
 
 
-__all__ = ["AlignedRow", "TokenAlphabet", "align", "base_of", "cut_texts", "load_token_model"]
+class TokenHead(nn.Module):
+    """Reads states `(..., W)` behind the last layer as a token model does: its norm, its head; fp32 logits `(..., V)`.
+
+    Args:
+        token_model: with its head.
+        dtype: of the head's weights; None: as they are.
+    """
+
+    def __init__(self, token_model: nn.Module, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.norm = copy.deepcopy(base_of(token_model).norm).requires_grad_(False)
+        weight = token_model.get_output_embeddings().weight.detach()
+        self.register_buffer("weight", weight if dtype is None else weight.to(dtype), persistent=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return (self.norm(states.float()).to(self.weight.dtype) @ self.weight.T).float()
+
+
+__all__ = ["AlignedRow", "TokenAlphabet", "TokenHead", "align", "base_of", "cut_texts", "load_token_model"]

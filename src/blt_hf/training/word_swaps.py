@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..model.patching_blt import BYTE_OFFSET, PatchingRule, find_patch_ends
 from .teacher_data import KEPT_TOKENS, next_byte_targets
-from .token_models import TokenAlphabet, base_of
+from .token_models import TokenAlphabet, TokenHead
 
 
 _SPACE = 0x20 + BYTE_OFFSET
@@ -88,9 +88,8 @@ class SwappedStates:
         share: float,
     ):
         self.collate, self.words, self.rule, self.share = collate, words, rule, share
-        self.norm = base_of(token_model).norm
-        self.head = token_model.get_output_embeddings().weight.detach()
-        self.head_of_products = self.head.to(torch.bfloat16)
+        self.token_head = TokenHead(token_model, torch.bfloat16)
+        self.rows_of_head = token_model.get_output_embeddings().weight.detach()
         self.table = alphabet.table(max(len(alphabet.ids[token]) for token in words.tokens.tolist()))
         centred = states.float() - states.float().mean(dim=0)
         self.covariance = centred.T @ centred / states.shape[0]
@@ -145,21 +144,19 @@ class SwappedStates:
 
     def _move(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Moves states `(N, W)` so that tokens `(N,)` become likely; targets of all ids of these tokens."""
-        directions = self.head[tokens].float() * self.norm.weight.float()
+        norm = self.token_head.norm
+        directions = self.rows_of_head[tokens].float() * norm.weight.float()
         steps = directions @ self.covariance
-        scale = states.square().mean(dim=-1, keepdim=True).add(self.norm.variance_epsilon).sqrt()
-        logits = self._logits(states)
+        scale = states.square().mean(dim=-1, keepdim=True).add(norm.variance_epsilon).sqrt()
+        logits = self.token_head(states)
         low, high = _MARGINS
         margins = torch.rand(len(tokens), generator=self.words.random) * (high - low) + low
         missing = logits.max(dim=-1).values + margins - logits.gather(1, tokens[:, None])[:, 0]
         rise = (steps * directions).sum(dim=-1) / scale[:, 0]
         states = states + steps * (missing / rise.clamp_min(1e-6))[:, None]
-        log_probs = torch.log_softmax(self._logits(states), dim=-1)
+        log_probs = torch.log_softmax(self.token_head(states), dim=-1)
         top, candidates = log_probs.topk(min(KEPT_TOKENS, log_probs.shape[1]), dim=-1)
         return states, *next_byte_targets(top.exp(), candidates, tokens, self.table)
-
-    def _logits(self, states: Tensor) -> Tensor:
-        return (self.norm(states).to(torch.bfloat16) @ self.head_of_products.T).float()
 
 
 __all__ = ["SwappedStates", "WordTokens"]
