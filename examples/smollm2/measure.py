@@ -165,6 +165,15 @@ def run_letters(pair, arguments) -> dict:
     return figures
 
 
+def keep_others(figures: dict, known: dict, names: set[str]) -> dict:
+    """Returns `figures` with those of models that were left out, from the file of before."""
+    kept = {name: known[name] for name in names if name in known}
+    for key, value in figures.items():
+        if key != "machine" and isinstance(value, dict) and isinstance(known.get(key), dict):
+            kept[key] = value | {name: known[key][name] for name in names if name in known[key]}
+    return {**figures, **kept}
+
+
 def machine() -> dict:
     """Returns what the figures were measured with."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
@@ -214,8 +223,11 @@ def main() -> None:
         "letters": run_letters,
     }
     for part in arguments.parts:
+        path = arguments.output / f"{part}.json"
         figures = {"machine": machine(), **runs[part](pair, arguments)}
-        (arguments.output / f"{part}.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+        if part in ("bits", "noise", "letters") and path.is_file():  # the weights of the other model are as they were
+            figures = keep_others(figures, json.loads(path.read_text()), {"blt", "teacher"} - pair.keys())
+        path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
         print(json.dumps({part: {key: value for key, value in figures.items() if part != "letters"}}))
 
 

@@ -100,6 +100,16 @@ def test_answers_of_the_other_model_are_read(pair, tmp_path):
     assert "teacher" not in measure.run_questions({"blt": pair["blt"]}, settings)
 
 
+def test_figures_of_the_other_model_are_kept():
+    known = {"machine": {"date": "a"}, "prose": {"bytes": 3, "blt": 2.0, "teacher": 1.0}, "teacher": {"none": 0.5}}
+    new = {"machine": {"date": "b"}, "prose": {"bytes": 3, "blt": 1.5}, "blt": {"none": 0.7}}
+    assert measure.keep_others(new, known, {"teacher"}) == {
+        "machine": {"date": "b"}, "prose": {"bytes": 3, "blt": 1.5, "teacher": 1.0}, "blt": {"none": 0.7},
+        "teacher": {"none": 0.5},
+    }  # fmt: skip
+    assert measure.keep_others(new, known, set()) == new
+
+
 def test_everything_at_once(folder, teacher_folder, tmp_path):
     documents = [("WordNet", TEXT), ("Jargon File", TEXT[30:]), ("Python code", "def f(x):\n    return x\n" * 40)]
     lines = [json.dumps({"source": source, "text": text}) + "\n" for source, text in documents]
