@@ -376,6 +376,24 @@ def test_a_stage_goes_on_from_its_checkpoint(token_model, folder, tmp_path):
         torch.testing.assert_close(weights["parts"][name], tensor)
 
 
+def test_rows_of_a_batch_have_like_lengths(token_model, tokenizer, tmp_path):
+    """Rows of kept states differ in length, as chats and pieces of texts do. Grouped, they need less padding."""
+    texts = [text[: 20 if index % 2 else 90] for index, text in enumerate(make_texts(64, 5))]
+    list(make_writer(token_model, tokenizer, tmp_path / "states").write(texts))
+    rows, padding = TeacherData([tmp_path / "states"]), []
+
+    def collate(some):
+        batch = collate_teacher_rows(some)
+        padding.append(1 - float(batch["attention_mask"].float().mean()))
+        return batch
+
+    stage = DecoderStage(make_blt(token_model))
+    options = {"use_bf16": False, "quiet": True, "use_cpu": True}
+    for strategy in ({}, {"train_sampling_strategy": "random"}):
+        run_stage(stage, rows, collate, tmp_path / str(len(padding)), 16, 4, **options, **strategy)
+    assert sum(padding[:16]) < sum(padding[16:]) / 3
+
+
 def test_figures_of_an_evaluation_are_of_its_rows(token_model, folder, tmp_path):
     """Also where an evaluation comes between two logs of training."""
     rows = TeacherData([folder])

@@ -27,7 +27,7 @@ from ..model.modeling_blt import BltForCausalLM
 from ..model.patching_blt import BYTE_OFFSET, IGNORED_LABEL
 from . import learned
 from .byteify import _base_model
-from .teacher_data import teacher_states
+from .teacher_data import TeacherData, teacher_states
 from .token_models import TokenHead
 
 
@@ -545,7 +545,9 @@ def run_stage(
         "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "max_grad_norm": 1.0,
         "logging_steps": log_steps, "save_steps": save_steps, "save_total_limit": 1, "seed": seed, "bf16": use_bf16,
         "eval_strategy": "no" if eval_rows is None else "steps", "eval_steps": save_steps, "report_to": [],
-        "remove_unused_columns": False, "disable_tqdm": quiet, "prediction_loss_only": True, **arguments,
+        "remove_unused_columns": False, "disable_tqdm": quiet, "prediction_loss_only": True,
+        # Little padding. Rows of texts are made when they are asked for, so their lengths cost too much.
+        "train_sampling_strategy": "group_by_length" if isinstance(rows, TeacherData) else "random", **arguments,
     }  # fmt: skip
     parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
     groups = [
