@@ -26,8 +26,8 @@ SENTENCES = (
 class DenseEngine:
     """Keeps keys and values of each page in lists, and attends with torch: what an engine does, as plainly as can be."""
 
-    def __init__(self, ragged: RaggedBlt, num_pages: int):
-        self.ragged = ragged
+    def __init__(self, ragged: RaggedBlt, num_pages: int, tells_longest: bool = True):
+        self.ragged, self.tells_longest = ragged, tells_longest
         layout = ragged.layout
         self.state = [
             torch.full((num_pages, *shape), 77).to(dtype) for shape, dtype in zip(layout.shapes, layout.dtypes)
@@ -45,6 +45,7 @@ class DenseEngine:
             torch.cat([torch.arange(first, first + len(ids)) for first, ids in chunks.values()]),
             starts,
             torch.tensor(self.pages),
+            max(self.lengths) if self.tells_longest else None,
         )
         return dict(zip(chunks, self.ragged(rows, self.state, self).split(self.lengths)))
 
@@ -96,7 +97,7 @@ def model_for(**options):
 def run(model, texts: list[list[int]], generator: random.Random, drafts: int = 0, **options):
     """Logits of each text from an engine that joins, chunks and takes back at random; 3 pages for all texts."""
     ragged = RaggedBlt(model.model, max_drafts=drafts, **options)
-    engine = DenseEngine(ragged, 3)
+    engine = DenseEngine(ragged, 3, tells_longest=not drafts)
     waiting, running, logits = list(range(len(texts))), {}, {}
     while waiting or running:
         free = [page for page in range(3) if page not in running]

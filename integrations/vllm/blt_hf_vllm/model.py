@@ -103,7 +103,9 @@ class BltForCausalLM(nn.Module, HasInnerState):
         if metadata is not None:  # else the engine measures memory
             step = metadata[self.state.prefix]
             count = step.num_bytes
-            rows = RaggedRows(input_ids[:count].long(), positions[:count].long(), step.starts, step.pages)
+            rows = RaggedRows(
+                input_ids[:count].long(), positions[:count].long(), step.starts, step.pages, step.longest
+            )
             output = self.ragged(rows, self.state.kv_cache, self)
             self._counters.update(self.ragged)
         return nn.functional.pad(output, (0, 0, 0, len(input_ids) - count)) if count < len(input_ids) else output

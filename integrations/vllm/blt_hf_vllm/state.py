@@ -20,11 +20,13 @@ class StateMetadata:
         pages: int64 `(R,)`, page of each.
         starts: int64 `(R + 1,)`, where their bytes begin.
         num_bytes: bytes of all requests, on the host.
+        longest: bytes of the request that has most.
     """
 
     pages: Tensor
     starts: Tensor
     num_bytes: int
+    longest: int
 
 
 class StateMetadataBuilder(AttentionMetadataBuilder):
@@ -39,6 +41,7 @@ class StateMetadataBuilder(AttentionMetadataBuilder):
             common.block_table_tensor[:, 0].long().clamp_min(0),
             common.query_start_loc.long(),
             int(common.query_start_loc_cpu[-1]),
+            common.max_query_len,
         )
 
 

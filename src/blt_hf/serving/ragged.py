@@ -113,12 +113,14 @@ class RaggedRows:
         positions: int64 `(T,)`, index of each byte in its text; they rise by 1 within a text. 0 begins a new one.
         starts: int64 `(R + 1,)`, where the bytes of each text begin in `T`; the last is `T`.
         pages: int64 `(R,)`, page of each text in the tensors of the state.
+        longest: the most bytes of a text, on the host. None: not known, which costs some operations where it is 1.
     """
 
     input_ids: Tensor
     positions: Tensor
     starts: Tensor
     pages: Tensor
+    longest: int | None = None
 
 
 @dataclass
@@ -186,6 +188,7 @@ class _Bytes:
     """What is known of the bytes of a forward. `(T,)` where nothing else is said."""
 
     rows: RaggedRows
+    is_step: bool  # each text has one byte, so `T` is `R`
     row: Tensor  # text of each byte
     column: Tensor  # index among the new bytes of its text
     first: Tensor  # (R,) bytes that each text had before
@@ -298,24 +301,29 @@ class RaggedBlt:
         log, entropy_log = state[:2]
         ids, positions, starts, pages = rows.input_ids, rows.positions, rows.starts, rows.pages
         total, slots, device = ids.shape[0], self.layout.num_bytes, ids.device
-        lengths = starts[1:] - starts[:-1]
-        row = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=total)
         index = torch.arange(total, device=device)
-        column = index - starts[row]
-        first = positions[starts[:-1].clamp_max(total - 1)]
+        is_step = rows.longest == 1 and total == len(pages) and self.bytes_per_slot == 1
+        if is_step:
+            row, column, first, page = index, torch.zeros_like(index), positions, pages
+        else:
+            row = torch.arange(len(pages), device=device)
+            row = torch.repeat_interleave(row, starts[1:] - starts[:-1], output_size=total)
+            column = index - starts[row]
+            first = positions[starts[:-1].clamp_max(total - 1)]
+            page = pages[row]
         last = log[pages, (first - 1) % slots] * (first > 0)[:, None]
         age = torch.arange(self.layout.history, 0, -1, device=device)
-        is_new = column[:, None] >= age  # among the bytes of this forward, else in the page
         exists = positions[:, None] >= age
-        new, kept = (index[:, None] - age).clamp_min(0), (pages[row][:, None], (positions[:, None] - age) % slots)
-        past = torch.where(is_new, ids[new], log[(*kept, 0)]) * exists
+        kept = page[:, None], (positions[:, None] - age) % slots
+        past = log[(*kept, 0)]
+        if not is_step:  # some are among the bytes of this forward
+            past = torch.where(column[:, None] >= age, ids[(index[:, None] - age).clamp_min(0)], past)
+        windows = torch.cat([past * exists, ids[:, None]], dim=1)
         past_entropies = None
         if self._rule.uses_entropies:
             window = slice(self.layout.history + 1 - self._rule.window, None)
             past_entropies = entropy_log[kept[0], kept[1][:, window]] * exists[:, window]
-        return _Bytes(
-            rows, row, column, first, last[:, 1], last[:, 2], torch.cat([past, ids[:, None]], dim=1), past_entropies
-        )
+        return _Bytes(rows, is_step, row, column, first, last[:, 1], last[:, 2], windows, past_entropies)
 
     def _entropies(self, found: _Bytes, attention: RowAttention) -> Tensor:
         """Computes nats of the byte after each byte, fp32 `(T,)`; 0 without an entropy model."""
@@ -345,8 +353,8 @@ class RaggedBlt:
     def _find_patches(self, found: _Bytes, entropies: Tensor) -> _Patches:
         positions, starts = found.rows.positions, found.rows.starts[:-1]
         index = torch.arange(len(positions), device=positions.device)
-        past_entropies = None
-        if self._rule.uses_entropies:
+        past_entropies = found.past_entropies
+        if self._rule.uses_entropies and not found.is_step:
             # Every byte as a row of its own, whose past is the window before it.
             age = torch.arange(self._rule.window - 1, 0, -1, device=positions.device)
             new = entropies[(index[:, None] - age).clamp_min(0)]
@@ -359,9 +367,13 @@ class RaggedBlt:
             found.windows[:, :-1],
             past_entropies,
         )[:, 0]
-        before_row = (starts - found.open_before)[found.row]
-        start = torch.where(found.column == 0, before_row, self._last_end(ends, found, before_row - 1, index - 1) + 1)
-        length = (index - start) % self._max_patch + 1
+        if found.is_step:
+            length = found.open_before
+        else:
+            before_row = (starts - found.open_before)[found.row]
+            last = self._last_end(ends, found, before_row - 1, index - 1)
+            length = index - torch.where(found.column == 0, before_row, last + 1)
+        length = length % self._max_patch + 1  # of the patch, up to and with each byte
         split = (length == self._max_patch) & ~ends
         ends = ends | split
         open_after = length.masked_fill(ends, 0)
@@ -371,8 +383,10 @@ class RaggedBlt:
             dropped, ends = ends & ~kept, kept
             open_after = index - self._last_end(ends, found, before_row - 1, index)
         ended, closed = self._count_ends(ends, found)
-        last = found.rows.starts[1:] - 1
-        new = torch.where(last < starts, 0, closed[last.clamp_min(0)])
+        new = closed
+        if not found.is_step:
+            last = found.rows.starts[1:] - 1
+            new = torch.where(last < starts, 0, closed[last.clamp_min(0)])
         # All that the host has to know, in one transfer.
         facts = torch.cat([new, found.open_before, torch.stack([split.sum(), dropped.sum()])]).tolist()
         num_rows = len(starts)
@@ -391,6 +405,8 @@ class RaggedBlt:
     def _count_ends(ends: Tensor, found: _Bytes) -> tuple[Tensor, Tensor]:
         """Counts the ends up to and with each byte, in all texts and in its own alone; int64 `(T,)` each."""
         counts = ends.cumsum(0)
+        if found.is_step:
+            return counts, ends.long()
         start = found.rows.starts[found.row]
         return counts, counts - torch.where(start > 0, counts[(start - 1).clamp_min(0)], 0)
 
