@@ -57,6 +57,16 @@ def tiny_config(**overrides) -> BltConfig:
     return BltConfig(**values)
 
 
+def draft_logits(runner, ids: torch.Tensor) -> torch.Tensor:
+    """Logits `(B, S, V)` of drafts of a `StepRunner` after each of given bytes."""
+
+    def choose(logits, step):
+        return ids[:, step + 1 : step + 2], logits
+
+    choose.is_on_device = True
+    return torch.cat([logits for _, logits in runner.draft(ids[:, :1], ids.shape[1], choose)], dim=1)
+
+
 def make_model(config: BltConfig | None = None, model_class=BltForCausalLM, seed: int = 0):
     """A model in eval mode whose norms and entropies vary as those of a trained one."""
     torch.manual_seed(seed)

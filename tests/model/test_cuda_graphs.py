@@ -14,7 +14,7 @@ from blt_hf.model import step_blt
 from blt_hf.model.step_blt import StepRunner
 from helpers.checks import assert_same
 from helpers.diffusion import diffusion_model
-from helpers.models import RULES, greedy, make_model, model_for, step_logits, tiny_config
+from helpers.models import RULES, draft_logits, greedy, make_model, model_for, step_logits, tiny_config
 from helpers.tape import Tape, record_on_tapes
 from helpers.texts import TEXTS, encode, pad, rows_of, text_ids
 
@@ -149,8 +149,7 @@ def test_what_is_not_recorded_in_between(tapes):
                 found.append(step_logits(model, byte, cache))
             else:
                 found.append(model(byte, past_key_values=cache).logits)
-            drafts = runner.draft(byte), StepRunner(model.model, cache, model.lm_head).draft(byte)
-            cache.crop_rows([2])
+            drafts = [draft_logits(r, byte) for r in (runner, StepRunner(model.model, cache, model.lm_head))]
             found[-1] = torch.cat([found[-1].flatten(), *(draft.flatten() for draft in drafts)])
         assert_same(found[0], found[1])
     assert replays(tapes) > 150

@@ -14,7 +14,7 @@ from blt_hf.model.generation_blt import Drafts, DraftSource, SelfSpeculation, ac
 from blt_hf.model.step_blt import StepRunner
 from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.checks import assert_samples_follow_the_model, cases
-from helpers.models import make_model, model_for, rules, tiny_config
+from helpers.models import draft_logits, make_model, model_for, rules, tiny_config
 from helpers.texts import encode, pad, text_ids, texts
 
 
@@ -239,10 +239,7 @@ def test_drafting_leaves_no_trace_in_the_cache():
     ids = torch.tensor([encode("some text, and more")])
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-        drafts = encode("wrong drafts")[1:]
-        for byte in drafts:
-            StepRunner(model.model, cache).draft(torch.tensor([[byte]]))
-        cache.crop_rows([len(drafts)])
+        draft_logits(StepRunner(model.model, cache, model.lm_head), torch.tensor([encode("wrong drafts")[1:]]))
         rest = torch.tensor([encode(" of the same text")[1:]])
         out = model(rest, past_key_values=cache).logits
         expected = model(torch.cat([ids, rest], dim=1), use_cache=False).logits[:, ids.shape[1] :]
@@ -255,7 +252,7 @@ def test_drafts_equal_the_whole_model_while_no_patch_ends():
     ids, more = torch.tensor([encode("ab")]), torch.tensor([encode("cdefgh")[1:]])
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-        drafted = StepRunner(model.model, cache, model.lm_head).draft(more)[:, -1]
+        drafted = draft_logits(StepRunner(model.model, cache, model.lm_head), more)[:, -1]
         expected = model(torch.cat([ids, more], dim=1), use_cache=False).logits[:, -1]
     torch.testing.assert_close(drafted, expected, atol=1e-4, rtol=1e-4)
 

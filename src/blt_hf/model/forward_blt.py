@@ -226,29 +226,24 @@ def find_patches(
     model, rule: PatchingRule, chunk: ByteChunk, cache: BltCache | None, given_ends: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
     """Finds patch ends `(B, S)`; returns entropies `(B, S)`, where the entropy model ran, before them."""
-    entropies = None
+    uses_patcher = rule.uses_entropies and model.patcher is not None
+    entropies, hides_ids = None, chunk.input_ids is None
+    if given_ends is None and hides_ids and (rule.uses_ids or uses_patcher):
+        raise ValueError(
+            f"`inputs_embeds` hide the bytes that `patching_mode={rule.mode!r}` reads; pass `patch_lengths`."
+        )
     # With given patches the entropy model only runs to leave its state in the cache.
-    if rule.uses_entropies and (given_ends is None or cache is not None) and model.patcher is not None:
-        if chunk.input_ids is None:
-            if given_ends is None:
-                raise ValueError(
-                    f"`inputs_embeds` hide the bytes that `patching_mode={rule.mode!r}` reads; pass `patch_lengths`."
-                )
-        else:
-            knows_all = model.config.vocab_size <= model.patcher.config.vocab_size
-            ids = chunk.input_ids if knows_all else model.patcher.known_ids(chunk.input_ids)
-            with torch.no_grad():
-                entropies = model.patcher.entropies(ids, chunk, cache)
+    if uses_patcher and not hides_ids and (given_ends is None or cache is not None):
+        knows_all = model.config.vocab_size <= model.patcher.config.vocab_size
+        ids = chunk.input_ids if knows_all else model.patcher.known_ids(chunk.input_ids)
+        with torch.no_grad():
+            entropies = model.patcher.entropies(ids, chunk, cache)
     if given_ends is not None:
         return entropies, given_ends
     if rule.uses_entropies and entropies is None:
         raise ValueError(
             f"`patching_mode={rule.mode!r}` needs an entropy model, and this model was built with "
             "`patch_in_forward=False`: pass `patch_lengths`, or give it one with `set_patcher`."
-        )
-    if rule.uses_ids and chunk.input_ids is None:
-        raise ValueError(
-            f"`inputs_embeds` hide the bytes that `patching_mode={rule.mode!r}` reads; pass `patch_lengths`."
         )
     ends = find_patch_ends(
         rule,

@@ -137,25 +137,17 @@ class StepRunner:
         return logits, scores, self._run_read(ids, None, False)
 
     @torch.no_grad()
-    def draft(self, input_ids: Tensor, count: int = 1, choose: Callable | None = None) -> Tensor | tuple:
+    def draft(self, input_ids: Tensor, count: int, choose: Callable) -> list[tuple]:
         """Runs the local models alone on the next bytes: they read the last closed patch, and close none.
 
         Args:
-            input_ids: int64 `(B, S)`, the next bytes.
+            input_ids: int64 `(B, 1)`, the next byte of each row.
             count: steps, each of which reads what the one before it chose.
-            choose: gives a tuple, first the next bytes `(B, 1)`, from logits and the number of the step. None: one step.
+            choose: gives a tuple, first the next bytes `(B, 1)`, from logits and the number of the step.
         Returns:
-            States or logits `(B, S, ...)` of one step, with bytes that the cache takes in; undo that with its
-            `crop_rows`. With `choose`, a list of what it gave, and the cache is as before.
+            what `choose` gave. The cache is as before.
         """
-        rows, columns = input_ids.shape
-        if choose is None:
-            self._hold_patch(False)
-            read = self._read(input_ids, is_draft=True)
-            result = self._predict(read)
-            self.cache.advance_on_host(columns, [columns] * rows)
-            return result
-        self._begin(rows, 1, count, input_ids.device)
+        self._begin(input_ids.shape[0], 1, count, input_ids.device)
         if self.graphs is None or not choose.is_on_device:
             return self._draft(input_ids, count, choose)
         return self.graphs.run(("drafts", count), lambda ids: self._draft(ids, count, choose), input_ids)
