@@ -46,6 +46,30 @@ def test_slots_hold_the_last_entries_of_each_row():
     assert slots.find(torch.tensor([[5], [2]])).tolist() == [[1], [6]]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("window", [150, None])
+def test_short_texts_read_the_slots_in_use(window, packs):
+    """A small chunk leaves out slots that no byte has reached, until the rows are as long as there are slots."""
+    model = make_model(tiny_config(local_attention_window_len=window, patcher_config={"sliding_window": 150}))
+    ids = torch.tensor([encode(TEXT * 9)[start : start + 190] for start in range(3)])
+    expected = model(ids, use_cache=False).logits
+    cache = model(ids[:, :97], use_cache=True).past_key_values
+    runner, start, seen = model.make_runner(cache, packs), 97, []
+    for width in (1, 3, 8, 1, 16, 2, 8, 1, 16, 16, 1, 16, 3, 1):
+        assert_same(runner.step(ids[:, start : start + width]), expected[:, start : start + width])
+        if width == 8:
+            cache.crop_rows([8, 3, 0])
+            lengths = [8, 3, 0]
+            again = torch.stack([row[start + 8 - n : start + 16 - n] for row, n in zip(ids, lengths)])
+            logits = runner.step(again, lengths)
+            assert_same(logits[0], expected[0, start : start + 8])
+            assert_same(logits[1, :3], expected[1, start + 5 : start + 8])
+        start += width
+        seen.append(cache.local_slots.seen)
+    assert 160 in seen and seen[-1] is None and cache.local_slots.size == 192 and start == 190
+
+
 def test_slots_against_lists():
     """Small and large writes, rows cropped and selected, and slots that become more or fewer: each row's last entries."""
     generator = torch.Generator().manual_seed(0)
