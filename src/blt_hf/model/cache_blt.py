@@ -351,7 +351,7 @@ class ByteHistory:
     """Keeps a [`RowState`] and the entropy after each of the last bytes of a row, and so the counters of the rows.
 
     The host has counters of its own. Methods that select, replace or reset rows change both. A forward counts its bytes on
-    the device by `advance`, which a graph may hold, and on the host by [`BltCache.advance_on_host`].
+    the device by `advance_on_device`, which a graph may hold, and on the host by [`BltCache.advance_on_host`].
 
     Attributes:
         entries: int64 `(B, size, F)` in slots, a [`RowState`] after each byte.
@@ -401,20 +401,18 @@ class ByteHistory:
             entropies = entries.new_zeros(entries.shape[:2], dtype=torch.float32) if entropies is None else entropies
             self.entropies.write(entropies[..., None], slot_index)
 
-    def advance(self, entries: Tensor, entropies: Tensor | None, num_bytes: Tensor | None, restarts: bool) -> None:
-        """Moves `last` and `last_entropies` past new bytes.
+    def advance_on_device(self, chunk, patches, entropies: Tensor | None = None) -> None:
+        """Moves `last` and `last_entropies`, and so the device's counters, past a chunk.
 
         Args:
-            entries: `(B, S, F)`, those of the new bytes.
-            entropies: `(B, S)`; None: the entropy model did not run.
-            num_bytes: int64 `(B,)`, how many of them count in each row; None: all.
-            restarts: a text may begin among them.
+            chunk, patches: the [`ByteChunk`] that was run, and its [`PatchAssignment`].
+            entropies: fp32 `(B, S)`, those of the entropy model; None: it did not run.
         """
-        self.last.copy_(_newest(self.last, entries, num_bytes))
-        if restarts:
+        self.last.copy_(_newest(self.last, patches.entries, chunk.num_bytes))
+        if chunk.text_starts is not None:
             self._hide_other_texts()
         if entropies is not None:
-            self.last_entropies.copy_(_newest(self.last_entropies, entropies, num_bytes))
+            self.last_entropies.copy_(_newest(self.last_entropies, entropies, chunk.num_bytes))
 
     def _hide_other_texts(self) -> None:
         age = torch.arange(self.num_ids, 0, -1, device=self.last.device)
@@ -493,7 +491,7 @@ class BltCache(Cache):
         num_bytes, num_patches: int64 `(B,)` on the device, bytes read and patches closed of each row; None while empty.
         row_bytes, row_patches: the same on the host; the latter is an upper bound. All four are those of `history`.
 
-    The last stage of each forward calls `advance_on_device`, so that a graph can hold it, and its caller
+    The last stage of each forward calls `history.advance_on_device`, so that a graph can hold it, and its caller
     `advance_on_host`, with what the host has learned of the patches.
     """
 
@@ -710,20 +708,10 @@ class BltCache(Cache):
             for slots in (self.patcher_slots, self.local_slots, self.recent_slots):
                 slots.reserve(max(self.row_bytes, default=0), self.slack, self.num_bytes)
 
-    def advance_on_device(self, chunk, patches, entropies: Tensor | None = None) -> None:
-        """Moves the counters of the device past a chunk.
-
-        Args:
-            chunk: the [`ByteChunk`] that was run.
-            patches: its [`PatchAssignment`].
-            entropies: fp32 `(B, S)`, those of the entropy model; None: it did not run.
-        """
-        self.history.advance(patches.entries, entropies, chunk.num_bytes, chunk.text_starts is not None)
-
     def advance_on_host(
         self, num_columns: int, row_bytes: list[int], counts=None, num_croppable: int | None = None
     ) -> None:
-        """Moves the host's counters past a chunk, as `advance_on_device` does on the device.
+        """Moves the host's counters past a chunk, as [`ByteHistory.advance_on_device`] does on the device.
 
         Args:
             num_columns, row_bytes: columns of the chunk, and bytes of each row in it.

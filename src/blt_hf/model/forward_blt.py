@@ -202,7 +202,7 @@ def predict_bytes(
         hidden_states = head(hidden_states).float()
     if cache is not None:
         # Last, so that an interrupt in the middle of a step leaves a cache that has not read it
-        cache.advance_on_device(chunk, read.patches, read.entropies)
+        cache.history.advance_on_device(chunk, read.patches, read.entropies)
     return hidden_states
 
 

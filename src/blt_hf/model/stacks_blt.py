@@ -407,7 +407,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             if not chunk.is_small:
                 cache.reserve_open(0, chunk.num_columns)
             cache.history.write(patches.entries, None, chunk.slot_index(cache.recent_slots, 0))
-            cache.advance_on_device(chunk, patches)
+            cache.history.advance_on_device(chunk, patches)
             cache.advance_chunk_on_host(chunk)
         hidden_states = chunk.unpack(hidden_states)
         states, attentions = collector.unpacked(chunk, last=chunk.pack(hidden_states))
