@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from vllm.platforms import current_platform
 
 from blt_hf_vllm.kernels import VllmKernels
@@ -92,8 +93,10 @@ def test_a_budget_of_patches_is_exact_until_it_is_reached(saved):
             short, long = PROMPTS[0], encode("x" * (slots + 30))
             check_equal(model, [short], write(llm, [short], slots - len(short)))
             assert ragged_of(llm).num_merged == 0
+            counted = REGISTRY.get_sample_value("blt_hf_merged_patches_total")
             found.append(write(llm, [long, long], 40))
             assert ragged_of(llm).num_merged > 0
+            assert REGISTRY.get_sample_value("blt_hf_merged_patches_total") == counted + ragged_of(llm).num_merged
     assert [ids for ids, _ in found[0]] == [ids for ids, _ in found[1]]
 
 
