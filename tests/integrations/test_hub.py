@@ -127,6 +127,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.timeout(900)  # a new process that imports everything, for machines that are busy
 def test_remote_code_without_the_package(saved, model):
     seen = run_elsewhere(REMOTE_CODE, saved)
     assert seen["AutoModelForCausalLM lm"] == seen["pipeline"] == "BltForCausalLM"
