@@ -53,5 +53,5 @@ else
         --encoder-weight 0.3 --layers 4 --batch-size 4 --learning-rate 1e-3 --steps "${STEPS_DECODER:-1500}"
 fi
 byteify joint "$wheel" $states $stage -o "$work/$sitting-joint" --start "$work/$sitting-decoder" --early-layer 4 \
-    --learning-rate 4e-4 --lora "${LORA:-0}" --steps "${STEPS_JOINT:-300}"
+    --learning-rate 6e-4 --lora "${LORA:-0}" --steps "${STEPS_JOINT:-300}"
 python "$recipe/keep.py" "$work/$sitting-joint/learned.safetensors" "$output"
