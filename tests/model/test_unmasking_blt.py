@@ -159,6 +159,16 @@ def test_rows_of_a_batch_are_those_of_their_own(options):
         assert together.tolist() == alone[0, len(row) :].tolist()
 
 
+@pytest.mark.parametrize("window", [150, None])
+def test_blocks_of_a_text_that_does_not_fill_its_slots(window):
+    """A short text leaves slots out until rows are as long as there are slots; blocks read as many as bytes do."""
+    model = diffusion_model(seed=1, local_attention_window_len=window)
+    ids = torch.tensor([encode(PROMPT)])
+    plain = model.generate(ids, **{**GREEDY, "max_new_tokens": 150})
+    verified = model.generate(ids, diffusion_block_size=8, verify=True, **{**GREEDY, "max_new_tokens": 150})
+    assert torch.equal(verified, plain)
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_eos_inside_a_block_ends_the_text(verify):
     model, ids = model_with_blocks(), torch.tensor([encode(PROMPT)])

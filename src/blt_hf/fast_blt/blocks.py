@@ -167,9 +167,10 @@ def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_maske
     patches, hidden = LatentIndex.find(last, settings.decoder_window)
     latent_index = LatentIndex(patches % cache.latent_slots.size, hidden)
     start = None if chunk.document_start is None else chunk.document_start[:, :1].expand_as(ids)
+    slots = cache.local_slots
     span = BlockSpan(
-        cache.local_slots.size, chunk.row_positions, settings.local_window, start, settings.attention,
-        chunk.slot_index(cache.local_slots, 0),
+        slots.seen or slots.size, chunk.row_positions, settings.local_window, start, settings.attention,
+        chunk.slot_index(slots, 0),
     )  # fmt: skip
     states = blt.local_decoder(states, cache.latents.values, chunk, latent_index, span, cache)
     return model.lm_head(states[:, :-1]).float()
