@@ -138,7 +138,7 @@ class BlockSpan(SlotSpan):
         end = torch.where(queries == queries[:, :1], queries, last)
         visible = (keys[:, None] >= first[..., None]) & (keys[:, None] <= end[..., None])
         if self.implementation != "flex_attention":
-            return visible[:, None]
+            return ~visible[:, None]
         from torch.nn.attention.flex_attention import create_block_mask
 
         def is_visible(row, head, query, key):

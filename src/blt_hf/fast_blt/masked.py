@@ -328,10 +328,10 @@ class TwoStreamSpan(AttentionSpan):
         return torch.cat([sees_clean, sees_own.flatten(-2)], dim=-1).flatten(1, 2)
 
     def _build_two_stream_mask(self, device: torch.device):
-        """Builds the same mask in the form of the attention interface, `(R, 1, M*K, T + M*K)`."""
+        """Builds what is hidden for the attention interface, `(R, 1, M*K, T + M*K)`."""
         visible = self._visible_keys()
         if self.implementation != "flex_attention":
-            return visible[:, None]
+            return ~visible[:, None]
         from torch.nn.attention.flex_attention import create_block_mask
 
         def is_visible(row, head, query_index, key_index):
@@ -349,8 +349,8 @@ class TwoStreamSpan(AttentionSpan):
         total = length + num_blocks * size
         seen = torch.zeros(total + 1, total + 1, dtype=torch.bool, device=device)
         whole = AttentionSpan(0, length, self.window, self.first_key, "eager", wants_weights=True)
-        clean = whole._build_mask(device)
-        seen[:length, :length] = clean[min(row, clean.shape[0] - 1), 0]
+        hidden = whole._build_mask(device)
+        seen[:length, :length] = ~hidden[min(row, hidden.shape[0] - 1), 0]
         # Each place of the attention's rows is a position of `[bytes | blocks]`, or nothing (the last index).
         block = torch.where(self._slots < 0, num_blocks, self._slots - row * num_blocks)[..., None]
         block = torch.where(block < num_blocks, length + block * size + torch.arange(size, device=device), total)
