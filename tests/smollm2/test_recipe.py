@@ -9,6 +9,7 @@ import ceiling
 import marks
 import overlap
 import pytest
+import states
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -79,6 +80,28 @@ def test_a_vector_for_a_word_and_its_mark_is_measured():
     plain = tokenizer(" the cat sat").input_ids
     some = marks.measure(model, tokenizer, [(tokens, 0), (plain, 0)])  # nothing is lost where there are no marks
     assert some["both"]["others"] < figures["both"]["others"] and some["both"]["itself"] == figures["both"]["itself"]
+
+
+def test_states_are_read_by_the_head_of_the_token_model():
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    llama = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, initializer_range=0.5, **shape)).eval()
+    config = json.loads((EXAMPLE / "config.json").read_text())
+    local = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    local["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    blt = byteify(llama, **{**config, "encoder_config": local, "decoder_config": local})
+    entry = {"question": "the cat?", "answer": " sat on, and ran"}
+    alphabet = TokenAlphabet.of(tokenizer, {"<|im|>": 261}, END)
+    found = states.measure(blt, llama, tokenizer, [entry], alphabet)
+    assert found["questions"] == 1 and found["patches"] == 4 and 0 <= found["same"] <= 4
+    messages = [{"role": "user", "content": entry["question"]}]
+    before = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(before + entry["answer"], add_special_tokens=False).input_ids
+    with torch.no_grad():
+        said = llama(torch.tensor([[alphabet.end_token, *ids]])).logits[0].argmax(dim=-1)
+    # Patches end behind the spaces of ` sat`, ` on`, and with the comma and the space behind ` and`.
+    assert set(found["answers"][0]["token_model"]) <= set(tokenizer.convert_ids_to_tokens(said.tolist()))
 
 
 def test_bits_are_split_by_what_they_are_spent_on():
