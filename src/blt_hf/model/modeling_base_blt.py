@@ -135,12 +135,10 @@ class BltPreTrainedModel(PreTrainedModel):
 
         Source: the reference's initialisation, with its depth factors switched off as in the released models.
         """
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
-            return super()._init_weights(module)
-        std = module.weight.shape[-1] ** -0.5
-        init.trunc_normal_(module.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
-        if getattr(module, "bias", None) is not None:
-            init.zeros_(module.bias)
+        super()._init_weights(module)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            std = module.weight.shape[-1] ** -0.5
+            init.trunc_normal_(module.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
 
     _auto_map = {"AutoConfig": "configuration_blt.BltConfig"} | {
         auto_class: f"modeling_blt.{name}" for name, auto_class in AUTO_CLASSES.items() if name != "BltPatcher"
