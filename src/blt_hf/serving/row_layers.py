@@ -224,10 +224,10 @@ class _RowPatchCrossAttention(_RowCross):
         peak.scatter_reduce_(0, patch[:, None].expand_as(flat), flat, "amax")
         weights = (flat - peak.index_select(0, patch)).exp_()
         total = torch.zeros_like(peak).index_add_(0, patch, weights)
-        mixed = (weights.view_as(scores).to(value.dtype)[..., None] * value).flatten(1)  # (N, K * H * D)
+        mixed = (weights.view_as(scores)[..., None] * value).flatten(1)  # (N, K * H * D), in fp32 at least
         attended = mixed.new_zeros(num_patches, mixed.shape[1]).index_add_(0, patch, mixed)
         attended = attended.view(*total.shape, -1).div_(total[..., None])
-        return self.output(attended.view(len(latents), -1)).add_(latents, alpha=2)
+        return self.output(attended.view(len(latents), -1).to(latents.dtype)).add_(latents, alpha=2)
 
 
 def _rotate(heads: Tensor, rotation: Tensor) -> None:
