@@ -165,11 +165,9 @@ def measure_parts(arguments, turns: int = 20) -> dict:
 
     def draft() -> float:
         start = cache.get_seq_length()
-        seconds = timed(
+        return timed(
             lambda: runner.draft(ids[:, start : start + 1], 1, lambda logits, step: (ids[:, :1],)), arguments.device
         )
-        cache.crop(-1)
-        return seconds
 
     parts = {"byte": lambda: read(1), "draft": draft, "verification of 8": lambda: read(8)}
     seconds = {name: [] for name in parts}
