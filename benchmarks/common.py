@@ -246,11 +246,14 @@ def processor() -> str:
 
 def environment(arguments: argparse.Namespace) -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = arguments.device
+    device, root = arguments.device, f"{Path(__file__).parents[1]}/"
+    given = {
+        name: value.removeprefix(root) if isinstance(value, str) else value for name, value in vars(arguments).items()
+    }
     return {
         "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
-        **vars(arguments),
+        **given,  # files of this project by their place in it
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -36,8 +36,8 @@ run)
     printf '#!/bin/sh\nexec python -m blt_hf.cli "$@"\n' > "$work/bin/blt-hf"
     chmod +x "$work/bin/blt-hf"
     export PATH="$work/bin:$PATH" PYTHONPATH="$PWD/src:$work/packages${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
-    # Two minutes of the token model, one of the encoder, two of the decoder, three of all.
-    DEVICE=${DEVICE-} SITTING=gpu PROMPTS=${PROMPTS:-2000} STATES=${STATES:-8000000} STEPS_ENCODER=${STEPS_ENCODER:-2000} \
+    # Two minutes of the token model, three of encoder and decoder, three of all.
+    DEVICE=${DEVICE-} SITTING=gpu PROMPTS=${PROMPTS:-2000} STATES=${STATES:-8000000} \
         STEPS_DECODER=${STEPS_DECODER:-6000} STEPS_JOINT=${STEPS_JOINT:-3000} LORA=${LORA:-8} SEED=7 \
         sh examples/smollm2/train.sh "$work" "$work" "${START:-examples/smollm2/learned.safetensors}" "$out/learned.safetensors"
     ;;

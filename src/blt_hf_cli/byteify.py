@@ -358,6 +358,8 @@ def decoder(
             return DecoderStage(model)
         return EncoderDecoderStage(model, embeddings_of(token_model), layers, encoder_weight)
 
+    if layers and not encoder_weight:
+        raise ValueError("--layers are those of the encoder's loss; it needs --encoder-weight above 0.")
     if encoder_weight and swap:
         raise ValueError("--swap changes words whose states the encoder would learn from; leave out --encoder-weight.")
     run.run(make_stage, make_collate=make_collate)

@@ -562,5 +562,6 @@ def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_pa
     assert "needs texts" in CliRunner().invoke(cli, wrong).output
     wrong = [*map(str, ["byteify", "decoder", llama, states, "-o", tmp_path / "e", "--swap", 0.5, *stage])]
     assert "leave out --encoder-weight" in CliRunner().invoke(cli, [*wrong, "--encoder-weight", "0.3"]).output
+    assert "needs --encoder-weight" in CliRunner().invoke(cli, [*wrong, "--layers", "1"]).output
     wrong = CliRunner().invoke(cli, ["byteify", "joint", str(llama), str(tmp_path), "-o", "x", *map(str, stage)])
     assert wrong.exit_code == 1 and "no shards" in wrong.output

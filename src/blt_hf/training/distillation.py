@@ -177,11 +177,13 @@ def words_before_marks(read: BytesRead, patch_tokens: Tensor) -> Tensor:
     return (counts.scatter_add(1, number, ends_with_mark.long()) > 0) & (patch_tokens[..., 1] == 2)
 
 
-def embedding_error(inputs: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Computes the squared error of inputs `(B, P, W)` over the energy of targets, weighted by `(B, P)`; and these two."""
-    wrong = ((inputs - targets.to(inputs.dtype)).square().sum(dim=-1) * weights).sum()
-    energy = (targets.square().sum(dim=-1) * weights).sum()
-    return wrong / energy.clamp_min(1e-9), (wrong, energy)
+def embedding_error(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the squared error of inputs `(B, P, W)` of the layers, and the energy of their targets, `(B, P)` each."""
+    return (inputs - targets.to(inputs.dtype)).square().sum(dim=-1), targets.square().sum(dim=-1)
+
+
+def _share(wrong: Tensor, energy: Tensor, weights: Tensor) -> Tensor:
+    return (wrong * weights).sum() / (energy * weights).sum().clamp_min(1e-9)
 
 
 class EncoderStage(Stage):
@@ -235,10 +237,9 @@ class EncoderStage(Stage):
         keep_word = words_before_marks(read, patch_tokens)[:, :num_patches]
         several = 1.0 if self.layers == 0 else 0.1  # the layers say better what a word of several tokens is
         weights = ((counts == 1) | keep_word).float() + several * ((counts > 1) & ~keep_word)
-        targets = self.embeddings[first.clamp_min(0)]
-        loss, _ = embedding_error(inputs, targets, weights)
-        _, (wrong, energy) = embedding_error(inputs.detach(), targets, counts == 1)
-        self.note("embedding_error", wrong, energy)
+        wrong, energy = embedding_error(inputs, self.embeddings[first.clamp_min(0)])
+        loss, is_one = _share(wrong, energy, weights), counts == 1
+        self.note("embedding_error", (wrong * is_one).detach().sum(), (energy * is_one).sum())
         if self.layers:
             if early_states is None:
                 raise ValueError(
@@ -387,8 +388,8 @@ class JointStage(Stage):
         if self.word_weight and patch_tokens is not None:
             entered = self.model.model.global_transformer.token_embedding_projection(inputs)
             targets = self.embeddings[patch_tokens[..., 0].clamp_min(0)]
-            error, _ = embedding_error(entered, targets, words_before_marks(read, patch_tokens))
-            loss = loss + self.word_weight * error
+            words = words_before_marks(read, patch_tokens)
+            loss = loss + self.word_weight * _share(*embedding_error(entered, targets), words)
         return {"loss": loss}
 
     def _token_divergence(self, states: Tensor, targets: Tensor, is_known: Tensor) -> Tensor:
