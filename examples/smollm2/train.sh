@@ -50,7 +50,7 @@ if [ -z "$start" ]; then
         --steps "${STEPS_DECODER:-1200}"
 else
     byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-decoder" --start "$start" \
-        --encoder-weight 0.3 --layers 4 --batch-size 4 --learning-rate 1e-3 --steps "${STEPS_DECODER:-1500}"
+        --encoder-weight 0.3 --layers 4 --swap 0.6 --swap-rows 0.5 --byte-share 0.5 --batch-size 4 --learning-rate 1e-3 --steps "${STEPS_DECODER:-1500}"
 fi
 byteify joint "$wheel" $states $stage -o "$work/$sitting-joint" --start "$work/$sitting-decoder" --early-layer 4 \
     --learning-rate 6e-4 --lora "${LORA:-0}" --steps "${STEPS_JOINT:-300}"

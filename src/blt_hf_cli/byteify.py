@@ -234,6 +234,8 @@ class _Run:
         set_seed(self.seed)
         token_model, tokenizer = _load(self.token_model, self.gguf_file)
         model = byteify(token_model, **_read_config(self.config))
+        if self.cpu or not torch.accelerator.is_available():
+            model.set_attn_implementation("eager")  # on a CPU, the backward of SDPA takes longer
         rule = PatchingRule.from_config(model.config)
         if make_rows is not None:
             rows = make_rows(tokenizer, rule)
@@ -278,6 +280,9 @@ def _say_size(stage, rows, steps: int, batch_size: int) -> None:
 
 Swap = Annotated[
     float, typer.Option(min=0, max=1, help="Share of words that are exchanged for words of the vocabulary.")
+]
+ByteShare = Annotated[
+    float, typer.Option(min=0, max=1, help="Of the byte that came in the loss; the rest is the token model's.")
 ]
 
 
@@ -329,17 +334,20 @@ def encoder(
 def decoder(
     run: _Run,
     swap: Swap = 0.0,
+    swap_rows: Annotated[float, typer.Option(min=0, max=1, help="Share of rows in which words are exchanged.")] = 1.0,
     encoder_weight: Annotated[
         float, typer.Option(min=0, help="Weight of the encoder's loss, with which it learns as well; 0: it stays.")
     ] = 0.0,
     layers: Annotated[int, typer.Option(min=0, help="Of that loss: layers that run.")] = 0,
+    byte_share: ByteShare = 0.0,
     special: Specials = None,
     end_token: EndToken = None,
 ) -> None:
     """Train stage 2: the decoder learns to spell what the token model's states say.
 
     With --encoder-weight, the encoder learns with it: its n-grams can hold how words are spelled. With --swap, states are
-    moved so that they say words of the vocabulary, which few texts hold often enough.
+    moved so that they say words of the vocabulary, which few texts hold often enough. States behind the first layers say
+    nothing of new words, so the encoder learns from them in the other rows alone (--swap-rows).
     """
     from blt_hf.training.distillation import DecoderStage, EncoderDecoderStage, embeddings_of
     from blt_hf.training.teacher_data import collate_teacher_rows
@@ -351,17 +359,16 @@ def decoder(
             return collate_teacher_rows
         alphabet = TokenAlphabet.of(tokenizer, _special_ids(special), end_token)
         words = WordTokens(alphabet, run.seed)
-        return SwappedStates(collate_teacher_rows, token_model, words, rule, rows.some_states(), alphabet, swap)
+        states = rows.some_states()
+        return SwappedStates(collate_teacher_rows, token_model, words, rule, states, alphabet, swap, swap_rows)
 
     def make_stage(model, token_model):
         if not encoder_weight:
-            return DecoderStage(model)
-        return EncoderDecoderStage(model, embeddings_of(token_model), layers, encoder_weight)
+            return DecoderStage(model, byte_share)
+        return EncoderDecoderStage(model, embeddings_of(token_model), layers, encoder_weight, byte_share)
 
     if layers and not encoder_weight:
         raise ValueError("--layers are those of the encoder's loss; it needs --encoder-weight above 0.")
-    if encoder_weight and swap:
-        raise ValueError("--swap changes words whose states the encoder would learn from; leave out --encoder-weight.")
     run.run(make_stage, make_collate=make_collate)
 
 
@@ -372,9 +379,7 @@ def joint(
     lora: Annotated[int, typer.Option(min=0, help="Rank of adapters on the layers; 0: none.")] = 0,
     state_weight: Annotated[float, typer.Option(min=0, help="Weight of the error of patch states.")] = 0.1,
     early_layer: Annotated[int | None, typer.Option(help="Also compare states behind so many layers.")] = None,
-    byte_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Of the byte that came in the loss; the rest is the token model's.")
-    ] = 0.5,
+    byte_share: ByteShare = 0.5,
     token_weight: Annotated[
         float, typer.Option(min=0, help="Weight of the divergence between the next tokens that the head reads.")
     ] = 0.3,

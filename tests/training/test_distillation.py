@@ -554,14 +554,14 @@ def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_pa
     with torch.no_grad():
         torch.testing.assert_close(blt(ids).logits, expected.eval()(ids).logits)
     run("decoder", llama, states, "-o", tmp_path / "f", "--start", tmp_path / "d", *stage)
-    run("decoder", llama, states, "-o", tmp_path / "g", "--encoder-weight", 0.3, "--layers", 1, *stage)
+    both = ("--encoder-weight", 0.3, "--layers", 1, "--swap", 0.5, "--swap-rows", 0.5, "--byte-share", 0.5)
+    run("decoder", llama, states, "-o", tmp_path / "g", *both, *stage, *special)
     last, later = (load_file(tmp_path / name / LEARNED_FILE) for name in "df")
     assert learned.rank_of(tmp_path / "f" / LEARNED_FILE) == 2 and learned.rank_of(tmp_path / "c" / LEARNED_FILE) == 0
     assert all(later[name].equal(tensor) for name, tensor in last.items() if ".lora_" in name)
     wrong = [*map(str, ["byteify", "encoder", llama, states, "-o", tmp_path / "e", "--swap", 0.5, *stage])]
     assert "needs texts" in CliRunner().invoke(cli, wrong).output
     wrong = [*map(str, ["byteify", "decoder", llama, states, "-o", tmp_path / "e", "--swap", 0.5, *stage])]
-    assert "leave out --encoder-weight" in CliRunner().invoke(cli, [*wrong, "--encoder-weight", "0.3"]).output
     assert "needs --encoder-weight" in CliRunner().invoke(cli, [*wrong, "--layers", "1"]).output
     wrong = CliRunner().invoke(cli, ["byteify", "joint", str(llama), str(tmp_path), "-o", "x", *map(str, stage)])
     assert wrong.exit_code == 1 and "no shards" in wrong.output

@@ -8,6 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from blt_hf.model.patching_blt import BYTE_OFFSET, PatchingRule, find_patch_ends
 from blt_hf.tokenizer.encoding import byte_ids
+from blt_hf.training.byteify import byteify
+from blt_hf.training.distillation import EncoderDecoderStage, embeddings_of
 from blt_hf.training.teacher_data import TeacherData, TeacherWriter, TextRows, collate_teacher_rows
 from blt_hf.training.token_models import TokenAlphabet
 from blt_hf.training.word_swaps import SwappedStates, WordTokens
@@ -86,14 +88,14 @@ def test_a_changed_row_fits_together(token_model, alphabet, rows):
         before = rows[index]
         after = collator._change(before)
         old, new = patches_of(before), patches_of(after)
-        assert len(old) == len(new) and after["patch_tokens"].equal(before["patch_tokens"])
+        assert len(old) == len(new) and after["patch_tokens"][:, 1].equal(before["patch_tokens"][:, 1])
         is_moved = (after["states"] != before["states"]).any(dim=1).tolist()
         length = len(after["input_ids"])
         assert len(after["target_ids"]) == len(after["target_probs"]) == length
         position = old_position = 0
         for number, (was, now) in enumerate(zip(old, new)):
             if not (number and is_moved[number - 1]):
-                assert was == now
+                assert was == now and after["patch_tokens"][number].equal(before["patch_tokens"][number])
                 same = slice(position, position + len(now) - 1), slice(old_position, old_position + len(was) - 1)
                 for name in ("target_ids", "target_probs"):
                     assert after[name][same[0]].equal(before[name][same[1]])
@@ -101,6 +103,7 @@ def test_a_changed_row_fits_together(token_model, alphabet, rows):
                 changes += 1
                 assert was[-1] == now[-1]  # the byte behind the word
                 token = alphabet.ids.index(tuple(byte_ids(" ")) + tuple(now[:-1]))
+                assert after["patch_tokens"][number, 0] == token
                 logits = token_model.lm_head(token_model.model.norm(after["states"][number - 1].float()))
                 # Other words may gain as much, when states are so few; the new one gains more than any before.
                 old_logits = token_model.lm_head(token_model.model.norm(before["states"][number - 1].float()))
@@ -122,6 +125,38 @@ def test_marks_and_special_ids_stay(token_model, alphabet, rows):
     assert b"<1>" in text and b"sang" in text  # `sang` is several tokens
     row = rows[0]
     assert make_collator(token_model, alphabet, rows, 0.0)._change(row) is row
+
+
+def test_an_encoder_learns_with_it_from_rows_that_stayed(tmp_path, token_model, tokenizer, alphabet):
+    """States behind the first layers are of the old words: rows with new ones say nothing of them."""
+    writer = TeacherWriter(token_model, tokenizer, alphabet, RULE, tmp_path, early_layer=1, row_bytes=200)
+    list(writer.write(make_texts(12, 2)))
+    rows = TeacherData([tmp_path])
+    torch.manual_seed(0)
+    model = byteify(
+        token_model, patching_mode="space", patch_in_forward=False, encoder_hash_byte_group_vocab=50, vocab_size=261
+    )
+    stage = EncoderDecoderStage(model, embeddings_of(token_model), layers=1)
+    words = WordTokens(alphabet, seed=1)
+
+    def collator(row_share):
+        states = rows.some_states()
+        return SwappedStates(collate_teacher_rows, token_model, words, RULE, states, alphabet, 1.0, row_share)
+
+    batch = collator(0.5)([rows[index] for index in range(8)])
+    is_swapped = batch["early_states"][:, 0, 0].isnan()
+    assert 0 < is_swapped.sum() < 8
+    stage(**batch)["loss"].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in stage.parameters())
+    stage.take_figures()
+    stays = {name: value[~is_swapped] for name, value in batch.items()}
+    read = stage.read(stays["input_ids"], stays["attention_mask"])
+    stage.encoder_loss(read, stays["patch_tokens"], stays["early_states"])
+    alone = stage.take_figures()["state_error"]
+    read = stage.read(batch["input_ids"], batch["attention_mask"])
+    stage.encoder_loss(read, batch["patch_tokens"], batch["early_states"])
+    assert stage.take_figures()["state_error"] == pytest.approx(alone, rel=1e-4)
+    assert all(row["early_states"].isfinite().all() for row in map(collator(0.0)._change, rows))
 
 
 def test_no_words_are_refused(alphabet):

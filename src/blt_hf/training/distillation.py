@@ -245,8 +245,10 @@ class EncoderStage(Stage):
                 raise ValueError(
                     "`layers` needs rows with `early_states` (written with `early_layer`), or `token_model`."
                 )
-            weights = (counts > 0).float() - 0.5 * keep_word
-            behind, error = self._error_behind_layers(inputs, early_states[:, :num_patches], weights)
+            early_states = early_states[:, :num_patches]
+            is_known = early_states[..., 0].isfinite()  # rows with other words have no such states
+            weights = ((counts > 0).float() - 0.5 * keep_word) * is_known
+            behind, error = self._error_behind_layers(inputs, early_states.nan_to_num(), weights)
             self.note("state_error", error, 1)
             loss = behind + self.embedding_weight * loss
         return loss
@@ -274,10 +276,19 @@ def _first_layers(token_model: nn.Module, layers: int) -> nn.Module:
 
 
 class DecoderStage(Stage):
-    """The decoder learns to spell what states of the token model say; no layer runs."""
+    """The decoder learns to spell what states of the token model say; no layer runs.
+
+    Args:
+        model: a byteified model.
+        byte_share: of the byte that came in the loss; the rest is the token model's distribution of it.
+    """
 
     name = "decoder"
     trained = ("model.local_decoder.", "lm_head.", "mask_embedding.")
+
+    def __init__(self, model: BltForCausalLM, byte_share: float = 0.0):
+        super().__init__(model)
+        self.byte_share = byte_share
 
     def forward(
         self, input_ids, attention_mask, labels, states, target_ids=None, target_probs=None, **unused
@@ -285,7 +296,7 @@ class DecoderStage(Stage):
         with torch.no_grad():
             read = self.read(input_ids, attention_mask)
         logits = self.predict(read, states)
-        return {"loss": self.byte_loss(logits, labels, target_ids, target_probs)}
+        return {"loss": self.byte_loss(logits, labels, target_ids, target_probs, self.byte_share)}
 
 
 class EncoderDecoderStage(EncoderStage):
@@ -556,7 +567,7 @@ def run_stage(
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW, {"params": groups, "lr": learning_rate, "betas": (0.9, 0.95)}
+    optimizer = torch.optim.AdamW, {"params": groups, "lr": learning_rate, "betas": (0.9, 0.95), "fused": True}
     stop = _StopWhenAsked()
     trainer = _StageTrainer(
         stage, TrainingArguments(**settings), collate, train_dataset=rows, eval_dataset=eval_rows, callbacks=[stop],

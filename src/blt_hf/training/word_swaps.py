@@ -75,6 +75,7 @@ class SwappedStates:
         states: `(N, W)`, some states of the token model.
         alphabet: of the token model.
         share: of the words that are one token each.
+        row_share: of the rows in which words are exchanged.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class SwappedStates:
         states: Tensor,
         alphabet: TokenAlphabet,
         share: float,
+        row_share: float = 1.0,
     ):
-        self.collate, self.words, self.rule, self.share = collate, words, rule, share
+        self.collate, self.words, self.rule, self.share, self.row_share = collate, words, rule, share, row_share
         self.token_head = TokenHead(token_model, torch.bfloat16)
         self.rows_of_head = token_model.get_output_embeddings().weight.detach()
         self.table = alphabet.table(max(len(alphabet.ids[token]) for token in words.tokens.tolist()))
@@ -99,6 +101,8 @@ class SwappedStates:
 
     @torch.no_grad()
     def _change(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
+        if float(torch.rand((), generator=self.words.random)) >= self.row_share:
+            return row
         places = self._places(row)
         keep = torch.rand(len(places), generator=self.words.random) < self.share
         places = [place for place, is_kept in zip(places, keep.tolist()) if is_kept]
@@ -109,6 +113,8 @@ class SwappedStates:
         states, target_ids, target_probs = self._move(row["states"][patches - 1].float(), torch.tensor(tokens))
         moved = row["states"].clone()
         moved[patches - 1] = states.to(moved.dtype)
+        patch_tokens = row["patch_tokens"].clone()
+        patch_tokens[patches, 0] = torch.tensor(tokens, dtype=patch_tokens.dtype)
         parts: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "target_ids", "target_probs")}
         position = first = 0
         for (_, start, length), token in zip(places, tokens):
@@ -123,7 +129,10 @@ class SwappedStates:
         for name, before in (("input_ids", 0), ("target_ids", 1), ("target_probs", 1)):
             parts[name].append(row[name][position - before :])
         changed = {name: torch.cat([part.to(row[name].dtype) for part in several]) for name, several in parts.items()}
-        return {**row, **changed, "states": moved}
+        changed |= {"states": moved, "patch_tokens": patch_tokens}
+        if "early_states" in row:  # the layers have not read these words
+            changed["early_states"] = torch.full_like(row["early_states"], torch.nan)
+        return {**row, **changed}
 
     def _places(self, row: dict[str, Tensor]) -> list[tuple[int, int, int]]:
         """Finds patches that are one token's letters and one byte behind them: index, start, number of letters."""
