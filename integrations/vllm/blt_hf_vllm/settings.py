@@ -4,13 +4,14 @@ import re
 from dataclasses import dataclass, replace
 
 import torch
+from vllm.config import ModelConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from blt_hf import BltConfig
 from blt_hf.serving.ragged import StateLayout, bytes_per_patch, check_served
 
-from . import FIRST_UNTESTED_VLLM, OLDEST_VLLM, logger, tested_versions
+from . import FIRST_UNTESTED_VLLM, OLDEST_VLLM, tested_versions
 
 
 _SLOT_MULTIPLE = 32  # slots of a page for which every attention backend has a kernel
@@ -186,12 +187,25 @@ def num_drafts(vllm_config) -> int:
     return 0 if speculation is None else speculation.num_speculative_tokens
 
 
+class BltModelConfig(ModelConfig):
+    """vLLM's settings of a model, for one whose requests share no pages: prefix caching is off unless it is asked for."""
+
+    @property
+    def is_prefix_caching_supported(self) -> bool:
+        return False
+
+
 class BltSettings(VerifyAndUpdateConfig):
     """What vLLM asks before it builds an engine for a BLT."""
 
     @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Gives the settings the class that knows the defaults of a BLT; vLLM has no field for them."""
+        model_config.__class__ = BltModelConfig
+
+    @staticmethod
     def verify_and_update_config(vllm_config) -> None:
-        """Refuses what a BLT cannot do here, and turns off what is on by default and cannot be.
+        """Refuses what a BLT cannot do here, and turns off graphs, which are on by default.
 
         Raises:
             ValueError: names the setting, what was given and what is accepted.
@@ -202,12 +216,6 @@ class BltSettings(VerifyAndUpdateConfig):
             if given != accepted and given is not accepted:
                 raise ValueError(f"`{name}` must be {accepted!r} for a BLT in vLLM ({reason}); got {given!r}.")
         MemoryPlan.of(vllm_config)  # raises for options that do not fit
-        if vllm_config.cache_config.enable_prefix_caching:
-            # On is vLLM's default, and nothing says whether somebody asked for it.
-            logger.warning(
-                "Prefix caching is off for BLT models: patches do not end where pages do, so requests share no pages."
-            )
-            vllm_config.cache_config.enable_prefix_caching = False
         # The number of patches is known in the middle of a forward, which no recorded graph allows.
         vllm_config.model_config.enforce_eager = True
 
@@ -219,6 +227,9 @@ def _refusals(vllm_config):
     yield "pipeline_parallel_size", parallel.pipeline_parallel_size, 1, "its layers are not divided; run replicas"
     context = getattr(parallel, "decode_context_parallel_size", 1)
     yield "decode_context_parallel_size", context, 1, "its pages are not divided"
+    # By default it is off here, see [`BltModelConfig`]: somebody has asked for it.
+    caching = bool(cache.enable_prefix_caching)
+    yield "enable_prefix_caching", caching, False, "patches do not end where pages do, so requests share none"
     yield "enable_lora", vllm_config.lora_config is not None, False, "merge the adapter: `merge_and_unload()` of PEFT"
     yield "quantization", model.quantization, None, "weights are read as they are"
     yield "kv_cache_dtype", cache.cache_dtype, "auto", "keys and values have the dtype of the model"
@@ -254,4 +265,13 @@ def check_version() -> None:
         )
 
 
-__all__ = ["BltOptions", "BltSettings", "MemoryPlan", "StackShape", "blt_config", "check_version", "num_drafts"]
+__all__ = [
+    "BltModelConfig",
+    "BltOptions",
+    "BltSettings",
+    "MemoryPlan",
+    "StackShape",
+    "blt_config",
+    "check_version",
+    "num_drafts",
+]

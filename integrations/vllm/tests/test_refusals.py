@@ -1,10 +1,13 @@
 """What a BLT cannot do in vLLM is an error when the engine is built, that names the setting and what is accepted."""
 
-import logging
+import copy
+import pickle
 
 import pytest
 import vllm
-from vllm.engine.arg_utils import EngineArgs
+from vllm.config import ModelConfig
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from blt_hf_vllm import tested_versions
 from blt_hf_vllm.settings import BltOptions, MemoryPlan, check_version
@@ -17,7 +20,24 @@ def build(folder: str, **options):
     return EngineArgs(model=folder, **{**values, **options}).create_engine_config()
 
 
-DRAFTS = {"method": "suffix", "num_speculative_tokens": 2}
+def build_from_flags(folder: str, *flags: str):
+    """The same from the command line of the server."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = [
+        "--model",
+        folder,
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "512",
+        "--kv-cache-memory-bytes",
+        str(64 << 20),
+    ]
+    return AsyncEngineArgs.from_cli_args(parser.parse_args([*given, *flags])).create_engine_config()
+
+
+DRAFTS = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+TRANSFER = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +51,9 @@ DRAFTS = {"method": "suffix", "num_speculative_tokens": 2}
         ({"dtype": "float16"}, "float32 or bfloat16"),
         ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager"),
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"speculative_config": DRAFTS}, "speculative_config.method.*must be 'ngram'.*got 'ngram_gpu'"),
+        ({"runner": "pooling"}, "runner.*must be 'generate'.*got 'pooling'"),
+        ({"kv_transfer_config": TRANSFER}, "kv_transfer_config.*must be None"),
         ({"additional_config": {"blt": {"bytes_per_slot": 2}}}, "bytes_per_slot=2.*entropy.*merge_patches"),
         ({"additional_config": {"blt": {"bytes_per_slot": 0}}}, "bytes_per_slot.*at least 1 byte; got 0"),
         ({"additional_config": {"blt": {"max_patch": True}}}, "max_patch.*got True"),
@@ -70,12 +93,25 @@ def test_tested_versions(monkeypatch, version):
     check_version()
 
 
-def test_prefix_caching_is_off_and_said_to_be(saved, caplog):
-    caplog.set_level(logging.WARNING)
-    logging.getLogger("vllm").propagate = True
-    settings = build(saved("entropy")[1], enable_prefix_caching=True)
-    assert not settings.cache_config.enable_prefix_caching
-    assert "Prefix caching is off for BLT models" in caplog.text
+@pytest.mark.parametrize("flags", [[], ["--no-enable-prefix-caching"]])
+def test_prefix_caching_is_off_by_default(saved, flags):
+    """In vLLM it is on by default; a BLT says what its default is, and nobody is warned of what he has not asked for."""
+    assert not build_from_flags(saved("entropy")[1], *flags).cache_config.enable_prefix_caching
+
+
+def test_prefix_caching_is_refused_where_it_is_asked_for(saved):
+    folder, refusal = saved("entropy")[1], "`enable_prefix_caching` must be False for a BLT.*got True"
+    with pytest.raises(ValueError, match=refusal):
+        build(folder, enable_prefix_caching=True)
+    with pytest.raises(ValueError, match=refusal):
+        build_from_flags(folder, "--enable-prefix-caching")
+
+
+def test_settings_of_a_model_travel_to_other_processes(saved):
+    settings = build(saved("entropy")[1])
+    copies = pickle.loads(pickle.dumps(settings)), copy.deepcopy(settings)
+    assert not any(found.model_config.is_prefix_caching_supported for found in copies)
+    assert all(isinstance(found.model_config, ModelConfig) for found in copies)
 
 
 def test_graphs_are_off(saved):
