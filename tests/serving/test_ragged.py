@@ -168,6 +168,15 @@ def test_an_engine_may_bring_its_operations():
     assert len(normed) > 2 * num_layers
 
 
+def test_rotations_of_all_positions_may_be_computed_once():
+    model = model_for(**RULES["entropy"])
+    texts = [encode(text) for text in SENTENCES]
+    ragged, found = run(model, texts, random.Random(0), 3, max_patch=100, longest_text=200)
+    assert ragged._row_stacks.over_bytes["encoder"]._rotations.shape[0] == 200
+    for ids, logits in zip(texts, found):
+        torch.testing.assert_close(logits, model(torch.tensor([ids])).logits[0], atol=2e-5, rtol=1e-4)
+
+
 def test_a_model_in_float64():
     model = model_for(**RULES["entropy"]).double()
     texts = [encode(text) for text in SENTENCES]

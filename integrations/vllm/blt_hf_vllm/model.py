@@ -60,6 +60,7 @@ class BltForCausalLM(nn.Module, HasInnerState):
             plan.slots["global"],
             options.max_patch,
             self._kernels,
+            vllm_config.model_config.max_model_len,
         )
         self.state = BltState(plan, "blt.state.0")
         self.attentions = nn.ModuleDict()
@@ -98,16 +99,14 @@ class BltForCausalLM(nn.Module, HasInnerState):
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, *args, **kwargs) -> Tensor:
         """States `(T, W)` of the bytes `(T,)` of all requests; behind them may stand padding."""
-        metadata, count = get_forward_context().attn_metadata, 0
-        output = self.lm_head.weight.new_zeros(0, self.config.decoder_config.hidden_size)
-        if metadata is not None:  # else the engine measures memory
-            step = metadata[self.state.prefix]
-            count = step.num_bytes
-            rows = RaggedRows(
-                input_ids[:count].long(), positions[:count].long(), step.starts, step.pages, step.longest
-            )
-            output = self.ragged(rows, self.state.kv_cache, self)
-            self._counters.update(self.ragged)
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:  # the engine measures memory
+            return self.lm_head.weight.new_zeros(len(input_ids), self.config.decoder_config.hidden_size)
+        step = metadata[self.state.prefix]
+        count = step.num_bytes
+        rows = RaggedRows(input_ids[:count].long(), positions[:count].long(), step.starts, step.pages, step.longest)
+        output = self.ragged(rows, self.state.kv_cache, self)
+        self._counters.update(self.ragged)
         return nn.functional.pad(output, (0, 0, 0, len(input_ids) - count)) if count < len(input_ids) else output
 
     # What the forward over ragged rows asks of an engine.

@@ -64,8 +64,8 @@ class StateLayout:
         num_latents: slots for the latents of patches.
         history: ids before a byte that hashes and rule read.
         shapes, dtypes: of the four tensors of a page. They hold, in this order: id, number of closed patches and bytes
-            of the open patch after each byte (int64); entropy after each byte (fp32, nats); the encoder's states of each
-            byte; keys and values of the decoder's cross attentions, of each patch.
+            of the open patch after each byte (int64); entropy after each byte (fp32, nats), where the rule reads earlier
+            ones; the encoder's states of each byte; keys and values of the decoder's cross attentions, of each patch.
     """
 
     num_bytes: int
@@ -190,7 +190,7 @@ class _Bytes:
     rows: RaggedRows
     is_step: bool  # each text has one byte, so `T` is `R`
     row: Tensor  # text of each byte
-    column: Tensor  # index among the new bytes of its text
+    column: Tensor | None  # index among the new bytes of its text; None in a step, where it is 0
     first: Tensor  # (R,) bytes that each text had before
     patches_before: Tensor  # (R,)
     open_before: Tensor  # (R,)
@@ -226,6 +226,7 @@ class RaggedBlt:
         bytes_per_slot: bytes of a text for which the engine has memory for one patch. 1 is enough for every text.
         slots_per_page: patches of a page of the engine's memory; needed with `bytes_per_slot` above 1.
         max_patch: bytes of the longest patch; longer ones are split. None: what [`largest_patch`] says.
+        longest_text: bytes of the longest text, if the engine knows it: rotations of all positions are then computed once.
         kernels: operations of the engine. The first call gives it the weights, so these may be loaded until then.
     Attributes:
         layout: the [`StateLayout`] of the pages that calls are given.
@@ -245,19 +246,22 @@ class RaggedBlt:
         slots_per_page: int | None = None,
         max_patch: int | None = None,
         kernels: RowKernels | None = None,
+        longest_text: int | None = None,
     ):
         check_served(model.config)
         if bytes_per_slot > 1 and slots_per_page is None:
             raise ValueError(f"`bytes_per_slot={bytes_per_slot}` needs `slots_per_page`; got None.")
         config = self.config = model.config
         self.model, self.bytes_per_slot, self.slots_per_page = model, bytes_per_slot, slots_per_page
-        self._kernels, self._row_stacks = kernels or RowKernels(), None
+        self._kernels, self._row_stacks, self._longest_text = kernels or RowKernels(), None, longest_text
         dtype = model.local_encoder.embed_tokens.weight.dtype
         self.layout = StateLayout.of(config, dtype, max_drafts, max_patch)
         own, longest = config.max_patch_length, max_patch or largest_patch(config)
         self._max_patch = longest if own is None else min(own, longest)
         self._counts_splits = own != self._max_patch  # else it is the model's own rule
-        self._rule = replace(PatchingRule.from_config(config), max_patch_length=None)
+        self._rule = rule = replace(PatchingRule.from_config(config), max_patch_length=None)
+        is_threshold = rule.mode == "entropy" and not rule.monotonicity and rule.threshold_add is None
+        self._reads_past_entropies = rule.uses_entropies and not is_threshold
         self.num_split = self.num_merged = 0
         window = config.local_attention_window_len
         self.stacks = {
@@ -285,7 +289,7 @@ class RaggedBlt:
             `(T, W)`.
         """
         if self._row_stacks is None:
-            self._row_stacks = _RowStacks(self.model, self._kernels)
+            self._row_stacks = _RowStacks(self.model, self._kernels, self._longest_text)
         found = self._find_bytes(rows, state)
         entropies = self._entropies(found, attention)
         patches = self._find_patches(found, entropies)
@@ -303,24 +307,24 @@ class RaggedBlt:
         total, slots, device = ids.shape[0], self.layout.num_bytes, ids.device
         index = torch.arange(total, device=device)
         is_step = rows.longest == 1 and total == len(pages) and self.bytes_per_slot == 1
-        if is_step:
-            row, column, first, page = index, torch.zeros_like(index), positions, pages
-        else:
+        row, column, first, page = index, None, positions, pages
+        if not is_step:
             row = torch.arange(len(pages), device=device)
             row = torch.repeat_interleave(row, starts[1:] - starts[:-1], output_size=total)
-            column = index - starts[row]
-            first = positions[starts[:-1].clamp_max(total - 1)]
-            page = pages[row]
-        last = log[pages, (first - 1) % slots] * (first > 0)[:, None]
+            column, page = index - starts[row], pages[row]
         age = torch.arange(self.layout.history, 0, -1, device=device)
         exists = positions[:, None] >= age
         kept = page[:, None], (positions[:, None] - age) % slots
-        past = log[(*kept, 0)]
-        if not is_step:  # some are among the bytes of this forward
+        entries = log[kept] * exists[..., None]
+        past, last = entries[..., 0], entries[:, -1]
+        if not is_step:
+            begin = starts[:-1].clamp_max(total - 1)
+            first, last = positions[begin], last[begin]
+            # Some of the past is among the bytes of this forward.
             past = torch.where(column[:, None] >= age, ids[(index[:, None] - age).clamp_min(0)], past)
-        windows = torch.cat([past * exists, ids[:, None]], dim=1)
+        windows = torch.cat([past, ids[:, None]], dim=1)
         past_entropies = None
-        if self._rule.uses_entropies:
+        if self._reads_past_entropies:
             window = slice(self.layout.history + 1 - self._rule.window, None)
             past_entropies = entropy_log[kept[0], kept[1][:, window]] * exists[:, window]
         return _Bytes(rows, is_step, row, column, first, last[:, 1], last[:, 2], windows, past_entropies)
@@ -331,7 +335,9 @@ class RaggedBlt:
         if "patcher" not in self.stacks:
             return torch.zeros(ids.shape, device=ids.device)
         patcher = self.model.patcher
-        states = patcher.embed_tokens(patcher.known_ids(ids))
+        if self.config.vocab_size > patcher.config.vocab_size:
+            ids = patcher.known_ids(ids)
+        states = patcher.embed_tokens(ids)
         *_, states = self._run_over_bytes("patcher", states, found, attention)
         states = self._kernels.norm(states, patcher.norm.weight, patcher.norm.eps)
         return entropy_from_logits(self._row_stacks.patcher_head(states))
@@ -352,9 +358,10 @@ class RaggedBlt:
 
     def _find_patches(self, found: _Bytes, entropies: Tensor) -> _Patches:
         positions, starts = found.rows.positions, found.rows.starts[:-1]
-        index = torch.arange(len(positions), device=positions.device)
         past_entropies = found.past_entropies
-        if self._rule.uses_entropies and not found.is_step:
+        if not found.is_step:
+            index = torch.arange(len(positions), device=positions.device)
+        if self._reads_past_entropies and not found.is_step:
             # Every byte as a row of its own, whose past is the window before it.
             age = torch.arange(self._rule.window - 1, 0, -1, device=positions.device)
             new = entropies[(index[:, None] - age).clamp_min(0)]
@@ -374,24 +381,24 @@ class RaggedBlt:
             last = self._last_end(ends, found, before_row - 1, index - 1)
             length = index - torch.where(found.column == 0, before_row, last + 1)
         length = length % self._max_patch + 1  # of the patch, up to and with each byte
-        split = (length == self._max_patch) & ~ends
-        ends = ends | split
+        counted = []  # what makes a text another than the model's
+        if self._counts_splits:
+            counted.append(((length == self._max_patch) > ends).sum(dim=0, keepdim=True))
+        ends = ends | (length == self._max_patch)
         open_after = length.masked_fill(ends, 0)
-        dropped = split[:0]
         if self.bytes_per_slot > 1:
             kept = self._fitting_ends(ends, found)
-            dropped, ends = ends & ~kept, kept
-            open_after = index - self._last_end(ends, found, before_row - 1, index)
+            counted.append((ends > kept).sum(dim=0, keepdim=True))
+            ends, open_after = kept, index - self._last_end(kept, found, before_row - 1, index)
         ended, closed = self._count_ends(ends, found)
         new = closed
         if not found.is_step:
             last = found.rows.starts[1:] - 1
             new = torch.where(last < starts, 0, closed[last.clamp_min(0)])
         # All that the host has to know, in one transfer.
-        facts = torch.cat([new, found.open_before, torch.stack([split.sum(), dropped.sum()])]).tolist()
-        num_rows = len(starts)
-        self.num_split += facts[-2] if self._counts_splits else 0
-        self.num_merged += facts[-1]
+        facts, num_rows = torch.cat([new, found.open_before, *counted]).tolist(), len(starts)
+        self.num_split += facts[2 * num_rows] if self._counts_splits else 0
+        self.num_merged += facts[-1] if self.bytes_per_slot > 1 else 0
         return _Patches(ends, ended, closed, open_after, new, facts[:num_rows], facts[num_rows : 2 * num_rows])
 
     @staticmethod
@@ -432,11 +439,12 @@ class RaggedBlt:
     def _encode(self, found: _Bytes, attention: RowAttention) -> list[Tensor]:
         """Computes the states `(T, W)` that each cross attention of the encoder reads; the last are its own."""
         config, encoder = self.config, self.model.local_encoder
-        ids, positions = found.rows.input_ids[:, None], found.rows.positions[:, None]
+        ids = found.rows.input_ids[:, None]
         states = encoder.embed_tokens(ids[:, 0])
         if config.encoder_hash_byte_group_nb_functions:
+            # Ids before a text are 0 in the windows, so its positions are not needed.
             hashes = ngram_hashes(
-                ids, found.windows[:, :-1], positions, config.encoder_hash_byte_group_size,
+                ids, found.windows[:, :-1], None, config.encoder_hash_byte_group_size,
                 config.encoder_hash_byte_group_nb_functions, config.encoder_hash_byte_group_vocab,
             )  # fmt: skip
             states = states + self.model.encoder_hash_tok_embedding(hashes.transpose(0, 1))[0]
@@ -527,21 +535,22 @@ class RaggedBlt:
         """Writes what the next bytes need to the pages."""
         log, entropy_log, states_log, latent_log = state
         rows, slots, num_latents = found.rows, self.layout.num_bytes, self.layout.num_latents
-        entries = torch.stack(
-            [rows.input_ids, found.patches_before[found.row] + patches.closed, patches.open_after], 1
-        )
         states = byte_states[0] if len(byte_states) == 1 else torch.cat(byte_states, dim=-1)
-        positions, row = rows.positions, found.row
+        row, positions, pages, before = found.row, rows.positions, rows.pages, found.patches_before
+        if not found.is_step:
+            pages, before = pages[row], before[row]
+        entries = torch.stack([rows.input_ids, before + patches.closed, patches.open_after], 1)
         if len(row) > slots:
             # The last byte of each slot alone, as one write to two places at once has no order.
             left = rows.starts[1:][row] - torch.arange(len(row), device=row.device)
             chosen = (left <= slots).nonzero()[:, 0]
-            positions, row, entries, entropies, states = (
-                values[chosen] for values in (positions, row, entries, entropies, states)
+            positions, pages, entries, entropies, states = (
+                values[chosen] for values in (positions, pages, entries, entropies, states)
             )
-        where = rows.pages[row], positions % slots
+        where = pages, positions % slots
         log[where] = entries
-        entropy_log[where] = entropies
+        if self._reads_past_entropies:
+            entropy_log[where] = entropies
         states_log[where] = states.to(states_log.dtype)
         if latents is None:
             return
@@ -557,9 +566,9 @@ class RaggedBlt:
 class _RowStacks:
     """The layers of a model with the operations of an engine."""
 
-    def __init__(self, model: BltModel, kernels: RowKernels):
+    def __init__(self, model: BltModel, kernels: RowKernels, longest_text: int | None):
         def stack(module: nn.Module) -> RowStack:
-            return RowStack(module.layers, module.rotary_emb, kernels)
+            return RowStack(module.layers, module.rotary_emb, kernels, longest_text)
 
         def product(linear: nn.Module) -> Product:
             if isinstance(linear, nn.Identity):

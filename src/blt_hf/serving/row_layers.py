@@ -58,11 +58,18 @@ class RowStack:
         layers: [`BltTransformerLayer`]s in evaluation mode.
         rotary: the stack's rotary embedding.
         kernels: operations.
+        num_positions: positions that occur, whose rotations are then computed once. None: not known.
     Raises:
         ValueError: modules that do more than their weights say.
     """
 
-    def __init__(self, layers: Sequence[BltTransformerLayer], rotary: BltRotaryEmbedding, kernels: RowKernels):
+    def __init__(
+        self,
+        layers: Sequence[BltTransformerLayer],
+        rotary: BltRotaryEmbedding,
+        kernels: RowKernels,
+        num_positions: int | None = None,
+    ):
         check_plain(layers)
         attention = layers[0].self_attn
         self.kernels, self.rotary = kernels, rotary
@@ -75,6 +82,8 @@ class RowStack:
         scaling = rotary.inv_freq.new_tensor(rotary.attention_scaling) if is_fixed else None
         self.angles = None if scaling is None else (rotary.inv_freq, scaling)
         self.dtype = layers[0].input_layernorm.weight.dtype
+        self._num_positions = None if self.angles is None else num_positions
+        self._rotations: Tensor | None = None
         self.layers = [self._make_layer(layer) for layer in layers]
 
     def _make_layer(self, layer: BltTransformerLayer) -> _Layer:
@@ -119,6 +128,15 @@ class RowStack:
 
         Complex factors `(T, 1, D / 2)` for `states` in fp32, else cosines and sines `(2, T, 1, D)`.
         """
+        if self._num_positions is None:
+            return self._compute_rotation(positions, states)
+        if self._rotations is None:
+            self._rotations = self._compute_rotation(
+                torch.arange(self._num_positions, device=positions.device), states
+            )
+        return self._rotations.index_select(0 if self._rotations.is_complex() else 1, positions)
+
+    def _compute_rotation(self, positions: Tensor, states: Tensor) -> Tensor:
         is_exact = states.dtype == torch.float32
         if is_exact and self.angles is not None:
             frequencies, scaling = self.angles
