@@ -73,11 +73,13 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, default=32, help="that a replica runs at once")
     parser.add_argument("--clients", type=int, default=64, help="each asks again when it has its answer")
+    parser.add_argument("--longest", type=int, default=400, help="bytes that a request gets at most")
+    parser.add_argument("--warm-up", type=float, default=8, help="seconds of load before those that count")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--busy", action="store_true", help="says in the result that other processes ran as well")
     arguments = parser.parse_args()
-    requests = make_requests(64, 20, 400)
+    requests = make_requests(64, 20, arguments.longest)
     rates, texts = {number: [] for number in arguments.replicas}, {}
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
@@ -92,7 +94,7 @@ def main() -> None:
                 }
                 options["max_requests"] = arguments.clients
                 address = serve_ray.start(options, serve_ray.free_port())
-                rate, found = load(address, requests, arguments.clients, 8, arguments.seconds)
+                rate, found = load(address, requests, arguments.clients, arguments.warm_up, arguments.seconds)
                 serve.shutdown()
                 if any(texts.setdefault(name, text) != text for name, text in found.items()):
                     raise SystemExit(f"{number} replicas write other texts: no timing from a wrong result")

@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=400, help="bytes that a request gets at most")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64], help="of vLLM and of continuous batching")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one-by-one", type=int, default=64, help="so many of them one after another")
@@ -83,7 +84,7 @@ def main() -> None:
     from vllm import LLM
 
     model = BltForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(arguments.device).eval()
-    requests = make_requests(arguments.requests, 20, 400)
+    requests = make_requests(arguments.requests, 20, arguments.longest)
     config = GenerationConfig(do_sample=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     few = requests[: arguments.one_by_one]
     ways = {ONE_BY_ONE: (lambda: one_by_one(model, few, {"do_sample": False}), few)}
