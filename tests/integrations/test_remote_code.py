@@ -168,10 +168,13 @@ assert len(told) == with_package
 model = load("lm")
 assert model.make_cache().memory(model.config, num_bytes=100, num_patches=30) > 0
 """,
-    "the command line, Meta's checkpoints, calibration, byteify, bits per byte, model cards": """
+    "the command line, Meta's checkpoints, calibration, byteify, patches of a corpus, bits per byte, model cards": """
 import importlib
-for name in ("conversion", "training.calibration", "training.byteify", "evaluation"):
+for name in ("cli", "conversion", "training.calibration", "training.byteify", "training.corpus", "evaluation"):
     importlib.import_module(f"blt_hf.{name}")
+""",
+    "OpenAI's protocol (`blt_hf.serving.server`)": """
+import blt_hf.serving.server
 """,
 }
 RUN_FEATURES = f"""
