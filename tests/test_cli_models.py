@@ -122,7 +122,7 @@ def test_info_says_what_the_model_has_and_costs(folder):
     counted = sum(count for operation, count in counts if "attention" not in str(operation)) / num_bytes
     assert counted < told["flops_per_byte"] < 1.5 * counted
     assert told["memory_bytes"]["weights"] == 4 * told["parameters"]["total"]
-    kept = sum(tensor.values.nbytes for slots in output.past_key_values._kinds() for tensor in slots.tensors)
+    kept = sum(tensor.values.nbytes for slots in output.past_key_values.kinds for tensor in slots.tensors)
     # The command counts on patches of at most 64 bytes. Weights, which torch draws, and Python's text decide which come.
     assert told["memory_bytes"]["cache"] == pytest.approx(kept, rel=0.01 if output.patch_lengths.max() <= 64 else 0.03)
     assert told["shape"]["decoder"]["layers"] == len(model.model.local_decoder.layers)

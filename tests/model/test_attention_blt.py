@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from blt_hf import BltForCausalLM
 from blt_hf.model.attention_blt import (
     AttentionSpan,
     SlotSpan,
-    eager_attention_forward,
     gathered_attention,
     repeat_kv_heads,
     segment_attention,
@@ -261,10 +261,23 @@ def test_no_mask_where_none_is_needed(monkeypatch, num_past, length, window, has
 def test_eager_weights_are_those_of_the_output():
     query, key, value = torch.randn(2, 4, 3, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
     mask = torch.ones(3, 5, dtype=torch.bool).tril(2)
-    output, weights = eager_attention_forward(module_with(2), query, key, value, mask, SCALING)
+    output, weights = AttentionSpan(2, 3, None, None, "eager").attend(module_with(2), query, key, value)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 3))
     assert (weights.masked_select(~mask) == 0).all()
     torch.testing.assert_close(output, (weights @ repeat_kv_heads(value, 2, dim=1)).transpose(1, 2))
+
+
+def test_a_registered_kernel_gets_a_mask_of_bools(monkeypatch):
+    masks = []
+
+    def kernel(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "users_own", kernel)
+    states = torch.randn(1, 1, 3, 2)
+    AttentionSpan(0, 3, 2, None, "users_own").attend(module_with(1), states, states, states)
+    assert masks[0].tolist() == [[[[True, False, False], [True, True, False], [False, True, True]]]]
 
 
 # The whole model.

@@ -165,7 +165,7 @@ def test_memory_of_the_byte_part_does_not_grow(model, ids):
 def test_memory_of_a_row_is_known(rule):
     model = model_for(rule)
     cache = model(torch.tensor([encode("ab, cd é速2\nab cd" * 20)] * 3), use_cache=True).past_key_values
-    held = sum(tensor.values.nbytes for slots in cache._kinds() for tensor in slots.tensors)
+    held = sum(tensor.values.nbytes for slots in cache.kinds for tensor in slots.tensors)
     memory = BltCache.memory(
         model.config, cache.row_bytes[0], cache.row_patches[0], max_open_bytes=cache.max_open_bytes
     )

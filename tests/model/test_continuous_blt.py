@@ -178,7 +178,7 @@ def test_rows_take_the_memory_that_admission_counts(mode):
     while not batch.is_idle:
         batch.step()
         if batch.cache is not None:
-            held = sum(t.values.nbytes for kind in batch.cache._kinds() for t in kind.tensors if t.values is not None)
+            held = sum(t.values.nbytes for kind in batch.cache.kinds for t in kind.tensors if t.values is not None)
             largest = max(largest, held / len(batch.rows))
     assert largest <= most
     assert mode != "byte" or largest > 0.95 * most

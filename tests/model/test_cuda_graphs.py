@@ -440,7 +440,7 @@ def test_the_default_takes_no_memory_for_texts_that_are_not_written(tapes, by_de
         settings = {**GREEDY, "max_new_tokens": longest, "return_dict_in_generate": True}
         found = model.generate(IDS, **settings, stopping_criteria=[lambda ids, scores: ids.shape[1:] == (60,)])
         cache = found.past_key_values
-        sizes.append(sum(tensor.values.nbytes for slots in cache._kinds() for tensor in slots.tensors))
+        sizes.append(sum(tensor.values.nbytes for slots in cache.kinds for tensor in slots.tensors))
     assert sizes[0] == sizes[1] and tapes
 
 

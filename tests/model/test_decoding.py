@@ -39,7 +39,7 @@ def test_steps_of_padded_rows_equal_rows_alone(rule):
 def test_slots_grow_and_wrap(rule, monkeypatch):
     """Longer than windows, slots, patch columns and the room for the open patch were at first."""
     monkeypatch.setattr(cache_blt, "_BLOCK", 4)
-    monkeypatch.setattr(cache_blt, "_COLUMNS", 4)
+    monkeypatch.setattr(cache_blt, "_PATCHES", 4)
     model = model_for(rule)
     row = rows_of(rule, 150)[0]
     expected = alone(model, row)

@@ -495,7 +495,7 @@ def test_generation_with_the_forward_of_mixed_precision(attention, settings, bat
     out = model.generate(ids, attention_mask=mask, **GREEDY, **settings)
     assert out.shape == (3, ids.shape[1] + 30)
     read = model(ids, attention_mask=mask, use_cache=True)
-    kept = [tensor.values for slots in read.past_key_values._kinds() for tensor in slots.tensors]
+    kept = [tensor.values for slots in read.past_key_values.kinds for tensor in slots.tensors]
     assert {t.dtype for t in kept if t is not None and t.is_floating_point()} == {torch.float32}
     following = step_logits(model, ids[:, -1:], read.past_key_values)
     assert following.shape == (3, 1, 260) and torch.isfinite(following).all()

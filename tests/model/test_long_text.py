@@ -48,7 +48,7 @@ class Watch:
         """Bytes of the cache for bytes, of the cache for patches, and of the process."""
         sizes = {
             slots: sum(tensor.values.nbytes for tensor in slots.tensors if tensor.values is not None)
-            for slots in self.cache._kinds()
+            for slots in self.cache.kinds
         }
         of_patches = sizes.pop(self.cache.patch_slots)
         return sum(sizes.values()), of_patches, psutil.Process().memory_info().rss

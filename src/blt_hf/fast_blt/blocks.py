@@ -133,8 +133,8 @@ class BlockSpan(SlotSpan):
         last = queries[:, -1:]
         keys = last - (last - torch.arange(self.num_slots, device=device)) % self.num_slots
         first = torch.zeros_like(queries) if self.start is None else self.start.to(device)
-        if self.longest is not None:
-            first = torch.maximum(first, queries - (self.longest - 1))
+        if self.window is not None:
+            first = torch.maximum(first, queries - (self.window - 1))
         end = torch.where(queries == queries[:, :1], queries, last)
         visible = (keys[:, None] >= first[..., None]) & (keys[:, None] <= end[..., None])
         if self.implementation != "flex_attention":

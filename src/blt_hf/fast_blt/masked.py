@@ -220,7 +220,7 @@ class TwoStreamSpan(AttentionSpan):
     Args:
         blocks: the corrupted blocks.
         document_start: int64 `(B, S)`, position of the first byte that each clean byte may see; None: 0.
-        num_queries, window, implementation, wants_weights: as in [`AttentionSpan`], for the clean bytes.
+        num_queries, window, implementation, in_one_piece: as in [`AttentionSpan`], for the clean bytes.
     """
 
     def __init__(
@@ -230,9 +230,9 @@ class TwoStreamSpan(AttentionSpan):
         num_queries: int,
         window: int | None,
         implementation: str,
-        wants_weights: bool = False,
+        in_one_piece: bool = False,
     ):
-        super().__init__(0, num_queries, window, document_start, implementation, wants_weights)
+        super().__init__(0, num_queries, window, document_start, implementation, in_one_piece)
         self.blocks, self.document_start = blocks, document_start
         self.history = (num_queries if window is None else min(window, num_queries)) - 1
         self._assign_rows()
@@ -348,7 +348,7 @@ class TwoStreamSpan(AttentionSpan):
         num_blocks, size = self.blocks.ids.shape[1:]
         total = length + num_blocks * size
         seen = torch.zeros(total + 1, total + 1, dtype=torch.bool, device=device)
-        whole = AttentionSpan(0, length, self.window, self.first_key, "eager", wants_weights=True)
+        whole = AttentionSpan(0, length, self.window, self.first_key, "eager", in_one_piece=True)
         hidden = whole._build_mask(device)
         seen[:length, :length] = ~hidden[min(row, hidden.shape[0] - 1), 0]
         # Each place of the attention's rows is a position of `[bytes | blocks]`, or nothing (the last index).

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .names_blt import is_exporting, kept_arange, sliding_windows, take_columns
 
@@ -25,35 +26,6 @@ def repeat_kv_heads(states: Tensor, groups: int, dim: int) -> Tensor:
     return states if groups == 1 else states.repeat_interleave(groups, dim=dim)
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[Tensor, Tensor]:
-    """Computes plain softmax attention, in the form of transformers' attention interface.
-
-    Args:
-        query: `(B, H, S, D)`; key, value: `(B, H_kv, T, D)`.
-        attention_mask: bool, broadcastable to `(B, H, S, T)`; True where a query sees a key. None: all.
-        scaling: factor of the scores.
-    Returns:
-        output `(B, S, H, D)` and weights `(B, H, S, T)`.
-    """
-    key = repeat_kv_heads(key, module.num_key_value_groups, dim=1)
-    value = repeat_kv_heads(value, module.num_key_value_groups, dim=1)
-    scores = (query @ key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 class AttentionSpan:
     """Says which keys each query sees, for every self-attention of one stack in one forward.
 
@@ -68,7 +40,7 @@ class AttentionSpan:
         window: keys a query sees at most, itself included; None: no limit.
         first_key: int64 `(B, S)`, index into `[past | chunk]` of the first key that a query may see. None: 0.
         implementation: name in transformers' attention interface.
-        wants_weights: keep the attention in one piece, so that weights `(B, H, S, T)` can be returned.
+        in_one_piece: never attend block by block, so that weights `(B, H, S, T)` can be returned.
         slot_index: where keys and values are kept, for the cache; None: nowhere.
     """
 
@@ -79,7 +51,7 @@ class AttentionSpan:
         window: int | None,
         first_key: Tensor | None,
         implementation: str,
-        wants_weights: bool = False,
+        in_one_piece: bool = False,
         slot_index=None,
     ):
         if implementation == "flex_attention" and is_exporting():
@@ -93,22 +65,21 @@ class AttentionSpan:
         self.block = 0
         # An exported program has no branch on its lengths.
         is_long = window is not None and (is_exporting() or num_queries > window)
-        if is_long and not wants_weights and implementation in ("eager", "sdpa"):
+        if is_long and not in_one_piece and implementation in ("eager", "sdpa"):
             self.block = min(max(window, 32), 128)
         self._masks: dict[tuple, object] = {}
-        self._sees_all = False
+        self.sees_all = False  # every query sees all keys
         self.rotations: dict[int, Tensor] = {}  # of packed stacks, which share a span
         self._head: AttentionSpan | None = None
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0):
-        """Computes output `(B, S, H, D)` and weights (None but for `eager`); shapes as [`eager_attention_forward`]."""
+        """Computes output `(B, S, H, D)`, and weights `(B, H, S, T)` (None but for `eager`).
+
+        `query`: `(B, H, S, D)`; `key`, `value`: `(B, H_kv, T, D)`.
+        """
         if self.block:
             return self._attend_in_blocks(module, query, key, value, dropout), None
-        return self._call(module, query, key, value, self._mask("whole", query, self._build_mask), dropout)
-
-    def hide_nothing(self) -> None:
-        """Makes all keys visible."""
-        self._sees_all = True
+        return self._call(module, query, key, value, self.whole_mask(query), dropout)
 
     def whole_mask(self, query: Tensor) -> Tensor | None:
         """Returns the mask of an attention in one piece, as the attention interface takes it."""
@@ -134,9 +105,9 @@ class AttentionSpan:
         """
         key = name, query.dtype, query.device  # stacks that share a span may differ
         if key not in self._masks:
-            mask = None if self._sees_all else build(query.device)
-            if isinstance(mask, Tensor) and self.implementation == "sdpa":
-                # Otherwise every layer makes, and keeps for its backward, floats of its own.
+            mask = None if self.sees_all else build(query.device)
+            if isinstance(mask, Tensor) and self.implementation in ("eager", "sdpa"):
+                # Of bools, sdpa would make floats in every layer, and keep them for its backward.
                 mask = (mask * torch.finfo(torch.float32).min).to(query.dtype)
             elif isinstance(mask, Tensor):
                 mask = ~mask
@@ -177,7 +148,7 @@ class AttentionSpan:
         return create_block_mask(visible, rows, None, self.num_queries, num_keys, device=device)
 
     def _attend_in_blocks(self, module, query, key, value, dropout):
-        """Makes blocks of queries rows of a batch; each takes its own keys and the `window - 1` before them."""
+        """Attends from each block of queries, as a row of a larger batch, to its keys and the `window - 1` before them."""
         block, history = self.block, self.window - 1
         if self.first_key is not None:
             mask = self._mask("blocks", query, self._build_blocks_mask)
@@ -187,8 +158,9 @@ class AttentionSpan:
         outputs = []
         if num_head:
             if self._head is None:
-                self._head = AttentionSpan(self.num_past, num_head, None, None, self.implementation)
-                self._head.window, self._head.block = self.window, 0
+                self._head = AttentionSpan(
+                    self.num_past, num_head, self.window, None, self.implementation, in_one_piece=True
+                )
             stop = self.num_past + num_head
             head, _ = self._head.attend(module, query[:, :, :num_head], key[:, :, :stop], value[:, :, :stop], dropout)
             outputs.append(head)
@@ -253,8 +225,8 @@ class SlotSpan(AttentionSpan):
     """Says which slots each query sees: slot `s` holds the newest position that is `s` modulo the number of slots.
 
     Args:
-        num_slots: slots to read. The position in a slot is less than `num_slots` before the query. So a slot that holds
-            no position of the row yet, or a later one than the query's, counts as one from before the row.
+        num_slots: slots to read. A slot counts as the newest position up to the query's that falls on it. Where the slot
+            holds a later position, or none yet, that one lies out of the window or before the row, and so is hidden.
         query_positions: int64 `(B, S)`.
         window: positions that a query sees, itself included; None: no limit.
         start: int64 `(B, S)`, first position that it may see. None: 0.
@@ -270,14 +242,13 @@ class SlotSpan(AttentionSpan):
         implementation: str,
         slot_index=None,
     ):
-        super().__init__(0, query_positions.shape[1], None, None, implementation, slot_index=slot_index)
-        self.num_slots, self.query_positions = num_slots, query_positions
-        self.longest, self.start = window, start
+        super().__init__(0, query_positions.shape[1], window, None, implementation, True, slot_index)
+        self.num_slots, self.query_positions, self.start = num_slots, query_positions, start
 
     def _build_mask(self, device: torch.device):
         queries = self.query_positions.to(device)
         oldest = queries if self.start is None else queries - self.start.to(device)
-        oldest = oldest if self.longest is None else oldest.clamp_max(self.longest - 1)
+        oldest = oldest if self.window is None else oldest.clamp_max(self.window - 1)
         num_slots = self.num_slots
         if self.implementation != "flex_attention":
             age = (queries[..., None] - kept_arange(0, num_slots, device)) % num_slots

@@ -11,7 +11,6 @@ A *small* chunk (up to `slack` bytes a row) writes its entries and then reads al
 larger one reads the window before it once, in order, and writes its tail.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from .patching_blt import PATCHING_MODES, PatchingRule
 
 
 _BLOCK = 32  # numbers of slots are multiples of this, so that few shapes occur
-_COLUMNS = 64  # the same for patches, of which a step reads no more than there are
+_PATCHES = 64  # the same for patches, of which a step reads no more than there are
 _OPEN_BYTES = 64  # fewest slots for the last bytes in compiled steps, which a new shape would compile again
 _SLACK = 16  # bytes that can be taken back, if nobody asks for more
 _MOST_IDLE_SLACK = 128  # slack that a cache keeps after `activate_past_recording` has raised it
@@ -36,9 +35,9 @@ def _round_up(count: int) -> int:
     return -(-count // _BLOCK) * _BLOCK
 
 
-def round_up_columns(count: int) -> int:
-    """Rounds the columns of patches that a step reads up to a shape of which few occur."""
-    return -(-count // _COLUMNS) * _COLUMNS
+def round_up_patches(count: int) -> int:
+    """Rounds up the patches of a row, to numbers of slots of which few occur."""
+    return -(-count // _PATCHES) * _PATCHES
 
 
 _BY_HEAD = (2, 3, 0, 1, 4)  # (B, size, 2, H, D) -> (2, H, B, size, D), and back
@@ -89,7 +88,7 @@ class Slots:
 
     def held(self, counts: Tensor) -> Tensor:
         """Computes the entry of each slot in rows of `counts` `(B,)` entries, int64 `(B, size)`; negative: none."""
-        last = counts[:, None] - 1
+        last = counts[:, None] - 1  # the newest that falls on slot `s` is `(last - s) % size` before it
         return last - (last - torch.arange(self.size, device=counts.device)) % self.size
 
     def find(self, entries: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -109,7 +108,7 @@ class Slots:
         `counts` `(B,)`: entries of each row now, which move to their new slots; None: the cache is empty.
         """
         needed = self.needed(total, slack)
-        if needed > self.size:
+        if needed > self.size:  # by half at least, so that a growing row is moved seldom
             most = self.most if self.keep is None else self.keep + slack
             grown = self.size + self.size // 2
             self.resize(_round_up(max(needed, grown if most is None else min(grown, most))), counts)
@@ -120,7 +119,7 @@ class Slots:
         if counts is None or all(tensor.values is None for tensor in self.tensors):
             return
         entries = self.held(counts)
-        is_held = (entries >= 0) & (entries >= counts[:, None] - old_size)
+        is_held = (entries >= 0) & (entries >= counts[:, None] - old_size)  # older ones were written over
         rows = torch.arange(entries.shape[0], device=entries.device)[:, None]
         index = entries % old_size + rows * old_size
         for tensor in self.tensors:
@@ -149,17 +148,6 @@ class SlotTensor:
         values = values.permute(_BY_HEAD) if self.by_head and values is not None else values
         self.stored = None if values is None else values.contiguous()
 
-    def prepare(self, num_rows: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Returns the tensor; makes it first for entries of `shape`, of the dtype and device of `like`."""
-        if self.values is None:
-            # A cache that is begun under autocast may be continued without it.
-            kind = like.device.type
-            is_narrowed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-            dtype = torch.float32 if is_narrowed and like.is_floating_point() else like.dtype
-            # Zeros: a masked value still takes part in the sum of attention, times 0.
-            self._set(like.new_zeros(1, dtype=dtype).expand(num_rows, self.slots.size, *shape))
-        return self.values
-
     def _set(self, values: Tensor) -> None:
         self.values = values
         self.slots.moves += 1
@@ -167,8 +155,16 @@ class SlotTensor:
             torch._dynamo.maybe_mark_dynamic(self.stored, 3 if self.by_head else 1)
 
     def write(self, new: Tensor, slot_index: SlotIndex, num_rows: int | None = None) -> None:
-        """Writes `new` `(R, S, ...)`."""
-        stored = self.prepare(num_rows or new.shape[0], new.shape[2:], new)
+        """Writes `new` `(R, S, ...)`; the first time to a tensor of `num_rows` rows, None: `R`."""
+        if self.stored is None:
+            # A cache that is begun under autocast may be continued without it.
+            kind = new.device.type
+            is_narrowed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            dtype = torch.float32 if is_narrowed and new.is_floating_point() else new.dtype
+            # Zeros: a masked value still takes part in the sum of attention, times 0.
+            zeros = new.new_zeros(1, dtype=dtype)
+            self._set(zeros.expand(num_rows or new.shape[0], self.slots.size, *new.shape[2:]))
+        stored = self.values
         new = new.to(stored.dtype)
         if slot_index.index is None:
             rows = torch.arange(new.shape[0], device=new.device)[:, None] * new.shape[1]
@@ -219,13 +215,6 @@ class SlotTensor:
         if self.values is not None:
             self._set(self.values.index_select(0, index.to(self.values.device)))
 
-    def write_rows(self, rows: list[int], values: Tensor | None, num_rows: int) -> None:
-        """Replaces `rows` by those of `values`, which has as many slots."""
-        if values is not None:
-            stored = self.prepare(num_rows, values.shape[2:], values)
-            index = torch.tensor(rows, device=stored.device)
-            stored.index_copy_(0, index, values.to(stored.device, stored.dtype))
-
 
 class BltCacheLayer(CacheLayerMixin):
     """Keeps keys and values of one attention layer, over bytes or patches, as transformers' `Cache` asks of a layer."""
@@ -275,9 +264,11 @@ class BltCacheLayer(CacheLayerMixin):
         return seen[:, :, 0].transpose(1, 2), seen[:, :, 1].transpose(1, 2)
 
     def slot_views(self, seen: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views the slots of all rows `(2*H_kv, B*size, D)`; of the first `seen`, `(2, H_kv, B, T, D)`, keys, and values.
+        """Views the tensor for [`PackedStack`], which writes and reads it by itself; views are kept until it moves.
 
-        Keys and values are `(B, H_kv, T, D)`.
+        Returns:
+            all slots `(2*H_kv, B*size, D)`, to write to; the first `seen` (None: all) `(2, H_kv, B, T, D)`; their keys and
+            values, `(B, H_kv, T, D)` each.
         """
         stored, is_compiling = self.states.stored, torch.compiler.is_compiling()
         views = None if is_compiling else self._views
@@ -521,6 +512,7 @@ class BltCache(Cache):
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
         self.local_slots = Slots(None if local_window is None else local_window - 1)
         self.recent_slots, self.latent_slots, self.patch_slots = Slots(0), Slots(0, True), Slots(None, True)
+        self.kinds = self.patcher_slots, self.local_slots, self.recent_slots, self.latent_slots, self.patch_slots
         self.patcher, self.encoder, self.decoder, self.global_transformer = (
             [BltCacheLayer(self, slots) for _ in range(0 if part is None else part.num_hidden_layers)]
             for part, slots in (
@@ -548,13 +540,10 @@ class BltCache(Cache):
         self.has_documents = False  # whether some row holds more than one document
         self.slack = self._first_slack
         self._recorded = 0  # bytes read since recording began
-        for slots in self._kinds():
+        for slots in self.kinds:
             slots.size = 0
             for tensor in slots.tensors:
                 tensor.values = None
-
-    def _kinds(self) -> Iterator[Slots]:
-        yield from (self.patcher_slots, self.local_slots, self.recent_slots, self.latent_slots, self.patch_slots)
 
     def counts_of(self, slots: Slots) -> Tensor | None:
         """Returns the entries of each row in slots of one kind, int64 `(B,)` on the device."""
@@ -602,12 +591,8 @@ class BltCache(Cache):
 
     @property
     def record_past(self) -> bool:
+        """Whether the next `crop` can go back to where `activate_past_recording` was called, however far."""
         return self.layers[0].record_past
-
-    def activate_past_recording(self) -> None:
-        """Makes `crop` able to go back to where the cache is now, however far, until the next `crop`."""
-        for layer in self.layers:
-            layer.activate_past_recording()
 
     def start(self, num_rows: int, device: torch.device | str) -> None:
         """Gives an empty cache `num_rows` rows without text."""
@@ -619,7 +604,7 @@ class BltCache(Cache):
 
     def expect(self, num_bytes: int) -> None:
         """Tells the cache how many bytes the longest row will have, so that no tensor grows beyond its need."""
-        for slots in self._kinds():
+        for slots in self.kinds:
             slots.most = num_bytes  # patches are no more than bytes
 
     def fix_steps(self, compile_config=None, max_length: int | None = None) -> None:
@@ -634,17 +619,17 @@ class BltCache(Cache):
             self.compile_config = compile_config
             self.compile_settings = compile_config.to_dict()
             self.compile_key = repr(self.compile_settings)
-        for slots in self._kinds():
+        for slots in self.kinds:
             slots.is_static = True
             slots.least = (max_length or 0) if slots.keep is None else slots.keep + self.slack
-        self.patch_slots.least = (max_length or 0) // 2
+        self.patch_slots.least = (max_length or 0) // 2  # patches have two bytes or more in nearly all texts
         self.recent_slots.least = _OPEN_BYTES
-        self.latent_slots.least = self.decoder_window + 2 * self.slack
+        self.latent_slots.least = self.decoder_window + 2 * self.slack  # the most of `reserve_patches`
 
     @property
     def version(self) -> tuple:
         """Identifies the tensors: differs once one has moved, or the rows hold documents for the first time."""
-        return (self._starts, self.has_documents, *(slots.moves for slots in self._kinds()))
+        return (self._starts, self.has_documents, *(slots.moves for slots in self.kinds))
 
     def is_small(self, num_columns: int) -> bool:
         """Tells whether a chunk of so many columns is written first and then reads all slots."""
@@ -695,16 +680,16 @@ class BltCache(Cache):
     def reserve_patches(self, max_new: int) -> None:
         """Makes room for up to `max_new` more patches in every row."""
         total = max(self.row_patches) + max_new
-        self.patch_slots.reserve(round_up_columns(total), 0, self.num_patches)
+        self.patch_slots.reserve(round_up_patches(total), 0, self.num_patches)
         # Rows that close fewer patches than others write past their counter, and `crop` may lower it besides.
         self.latent_slots.keep = self.decoder_window + self.slack
         self.latent_slots.reserve(total, self.slack, self.num_patches)
 
     def reserve_slack(self, slack: int) -> None:
         """Makes the cache able to take back `slack` bytes of each row."""
-        if slack > self.slack:
+        if slack > self.slack:  # by half at least, as recording asks for a little more at each byte
             self.slack = slack if slack <= _BLOCK else max(slack, self.slack + self.slack // 2)
-            # The slots in use must be whole windows from now on.
+            # Windows must be whole behind what may be taken back, so slots in use are added now.
             for slots in (self.patcher_slots, self.local_slots, self.recent_slots):
                 slots.reserve(max(self.row_bytes, default=0), self.slack, self.num_bytes)
 
@@ -725,13 +710,14 @@ class BltCache(Cache):
             history.row_patches = [old + new for old, new in zip(counts.old, counts.new)]
             self.max_open_bytes = max(self.max_open_bytes, counts.max_open_bytes)
         croppable = min(row_bytes) if num_croppable is None else num_croppable
+        # Columns before the chunk are at the end of the text only if the chunk has no padding.
         self.num_croppable = croppable + (self.num_croppable if croppable == num_columns else 0)
         self.seq_length += num_columns
 
     def advance_chunk_on_host(self, chunk, counts=None) -> None:
         """Moves them past a [`ByteChunk`], which may hold more than plain bytes."""
         self.advance_on_host(chunk.num_columns, chunk.row_bytes, counts, chunk.num_croppable)
-        self.has_documents |= chunk.has_documents
+        self.has_documents |= chunk.text_starts is not None
         self.hides_ids |= chunk.input_ids is None
 
     # The interface of transformers' caches.
@@ -787,7 +773,7 @@ class BltCache(Cache):
         most = max(_MOST_IDLE_SLACK, self._first_slack)
         if self.slack > most:  # give back room that recording asked for
             self.slack = most
-            for slots in self._kinds():
+            for slots in self.kinds:
                 if slots.keep is not None and slots.size > _round_up(slots.keep + most):
                     slots.resize(_round_up(slots.keep + most), self.counts_of(slots))
 
@@ -820,7 +806,7 @@ class BltCache(Cache):
         """Makes row `index[i]` the new row `i`; rows may be repeated or left out."""
         if self.is_empty:
             return
-        for slots in self._kinds():
+        for slots in self.kinds:
             for tensor in slots.tensors:
                 tensor.select_rows(index)
         self._starts += 1
@@ -839,11 +825,16 @@ class BltCache(Cache):
             slots.reserve(max(self.row_bytes), self.slack, self.num_bytes)
         self.reserve_open(other.max_open_bytes, 0)
         self.reserve_patches(0)
-        for slots, others in zip(self._kinds(), other._kinds()):
-            if others.size != slots.size and others.size:
+        rows = torch.tensor(index, device=self.num_bytes.device)
+        for slots, others in zip(self.kinds, other.kinds):
+            if others.size not in (0, slots.size):
                 others.resize(slots.size, other.counts_of(others))
-            for tensor, values in zip(slots.tensors, others.tensors):
-                tensor.write_rows(index, values.values, len(self.row_bytes))
+            entries = torch.arange(others.size, device=rows.device).expand(len(index), -1)
+            slot_index = SlotIndex(index=slots.find(entries, rows).flatten())
+            for tensor, given in zip(slots.tensors, others.tensors):
+                if given.stored is not None:
+                    values = given.values.to((tensor if tensor.stored is not None else given).stored.device)
+                    tensor.write(values, slot_index.on(values.device), len(self.row_bytes))
         self.has_documents |= other.has_documents
         self.hides_ids |= other.hides_ids
         self.seq_length = max(self.seq_length, other.seq_length)

@@ -76,26 +76,22 @@ def check_byte_inputs(
             if input_ids is not None and got != shape:
                 raise ValueError(f"`{name}` and `input_ids` must hold the same bytes; got {shape} and {got}.")
     if input_ids is not None:
-        return _check_ids(input_ids, vocab_size)
+        check_tensor("input_ids", input_ids, "int64 (rows, bytes)")
+        if input_ids.dtype not in _ID_DTYPES:
+            raise ValueError(f"`input_ids` must hold int64 or int32; got {input_ids.dtype}.")
+        shape = _check_shape("input_ids", input_ids, 2, "two-dimensional (rows, bytes)")
+        if input_ids.is_meta:
+            raise ValueError(
+                "`input_ids` on the device `meta` have no values, and patches are found from values; got meta."
+            )
+        _check_range("input_ids", input_ids, vocab_size, "the vocabulary has")
+        return shape, input_ids.device
     if inputs_embeds is not None and adds_hashes:
         raise ValueError(
             "`inputs_embeds` are byte embeddings, and this model adds embeddings of hashed `input_ids` to them; got no "
             "`input_ids`. Pass both, or the sum that `embed_bytes(input_ids)` gives as `byte_embeds`."
         )
     return shape, device
-
-
-def _check_ids(input_ids: Tensor, vocab_size: int) -> tuple[tuple[int, int], torch.device]:
-    check_tensor("input_ids", input_ids, "int64 (rows, bytes)")
-    if input_ids.dtype not in _ID_DTYPES:
-        raise ValueError(f"`input_ids` must hold int64 or int32; got {input_ids.dtype}.")
-    shape = _check_shape("input_ids", input_ids, 2, "two-dimensional (rows, bytes)")
-    if input_ids.is_meta:
-        raise ValueError(
-            "`input_ids` on the device `meta` have no values, and patches are found from values; got meta."
-        )
-    _check_range("input_ids", input_ids, vocab_size, "the vocabulary has")
-    return shape, input_ids.device
 
 
 def _check_embeds(name: str, embeds: Tensor, hidden_size: int) -> tuple[tuple[int, int], torch.device]:

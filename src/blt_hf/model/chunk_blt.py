@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention_blt import AttentionSpan, SlotSpan
-from .cache_blt import BltCache, RowState, SlotIndex, Slots, round_up_columns
+from .cache_blt import BltCache, RowState, SlotIndex, Slots, round_up_patches
 from .checks_blt import check_attention_mask, check_position_ids
 from .names_blt import is_compiling, is_exporting, kept_arange, largest_count, running_max, take_columns
 from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
@@ -71,6 +71,7 @@ class ByteChunk:
             while traced, as values are unknown.
         num_croppable: on the host, columns at the chunk's end that are text in every row.
         is_small: the chunk is written to the slots of the cache first, and reads them then (see `cache_blt.py`).
+        is_symbolic: a whole forward is traced, for texts of any length and number of patches.
         layout: where the bytes stood; None: at the beginning of their rows.
         text_starts: bool `(B, S)`, bytes at which `position_ids` begin a new text; None: only at the row's first byte.
         document_start, context_start: int64 `(B, S)`, row index of the first byte that each byte may see, in the
@@ -90,6 +91,7 @@ class ByteChunk:
     row_bytes: list[int] | None = None
     num_croppable: int | None = None
     is_small: bool = False
+    is_symbolic: bool = False
     layout: RowLayout | None = None
     text_starts: Tensor | None = None
     document_start: Tensor | None = None
@@ -104,15 +106,6 @@ class ByteChunk:
     @property
     def num_columns(self) -> int:
         return self.row_positions.shape[1]
-
-    @property
-    def is_symbolic(self) -> bool:
-        """Whether a whole forward is traced, for texts of any length and number of patches."""
-        return self.row_bytes is None and not self.is_small
-
-    @property
-    def has_documents(self) -> bool:
-        return self.text_starts is not None
 
     @property
     def is_text(self) -> Tensor | None:
@@ -174,30 +167,18 @@ class ByteChunk:
                 num_slots, slot_index = slots.seen or slots.size, self.slot_index(slots, 0)
                 self.spans[key] = SlotSpan(num_slots, self.row_positions, window, start, implementation, slot_index)
             return self.spans[key]
-        num_past, slot_index = 0, None
+        num_past, slot_index, first_key = 0, None, None
         if cache is not None:
             longest = max(cache.row_bytes)
             num_past = longest if window is None else min(longest, window - 1)
             slot_index = self.slot_index(slots, num_past)
-        first_key = self._first_key(start, num_past, 0 if cache is None else min(cache.row_bytes))
+        if start is not None or (num_past and num_past > min(cache.row_bytes)):  # rows shorter than the past hide keys
+            offset = num_past if self.cached_bytes is None else num_past - self.cached_bytes[:, None]
+            first_key = (offset.expand(-1, self.num_columns) if start is None else start + offset).clamp_min(0)
+        elif is_exporting():  # a span is one for all lengths there, so it always goes block by block
+            first_key = torch.zeros_like(self.row_positions)
         wants_weights = collector is not None and collector.attentions is not None
         return AttentionSpan(num_past, self.num_columns, window, first_key, implementation, wants_weights, slot_index)
-
-    def _first_key(self, start: Tensor | None, num_past: int, min_cached_bytes: int) -> Tensor | None:
-        """Finds the first visible key of each byte, as an index into `[past | chunk]` `(B, S)`; None: nothing to hide.
-
-        Args:
-            start: `document_start`, `context_start` or None.
-            num_past: keys in the past.
-            min_cached_bytes: lower bound of the bytes that each row has in the cache.
-        """
-        if start is None and num_past <= min_cached_bytes:
-            # An exported span is one for all lengths, so it always goes block by block.
-            return torch.zeros_like(self.row_positions) if is_exporting() else None
-        offset = num_past if self.cached_bytes is None else num_past - self.cached_bytes[:, None]
-        if start is None:
-            return offset.clamp_min(0).expand(-1, self.num_columns)
-        return (start + offset).clamp_min(0)
 
 
 def make_chunk(
@@ -243,6 +224,7 @@ def make_chunk(
     num_bytes = None if layout is None else layout.num_bytes
     chunk = _continue_rows(input_ids, num_bytes, shape, device, None if is_empty else cache)
     chunk.row_bytes, chunk.num_croppable, chunk.layout = row_bytes, num_croppable, layout
+    chunk.is_symbolic = is_symbolic
     chunk.is_small = not in_order and not is_empty and cache.is_small(columns)
     _find_texts(chunk, position_ids)
     _find_documents(chunk, not is_empty and cache.has_documents, rules)
@@ -313,14 +295,11 @@ def _find_texts(chunk: ByteChunk, position_ids: Tensor | None) -> None:
     if position_ids is None:
         return
     rows, columns = chunk.row_positions.shape
-    position_ids = check_position_ids(position_ids, rows, columns)
-    if not chunk.is_symbolic and columns == 1 and chunk.cached_bytes is None:
-        return
-    position_ids = chunk.pack(position_ids)
+    position_ids = chunk.pack(check_position_ids(position_ids, rows, columns))
     chunk.text_starts = _find_text_starts(chunk, position_ids)
     if chunk.text_starts is not None:
         index = torch.arange(columns, device=position_ids.device)
-        before = -chunk.previous.text_bytes
+        before = -chunk.previous.text_bytes  # a text that goes on began so many columns before the chunk
         chunk.text_positions = index - running_max(torch.where(chunk.text_starts, index, before[:, None]), before)
 
 
@@ -411,7 +390,7 @@ class HostPatchCounts:
 
     Attributes:
         old, new: patches closed before the chunk and in it, of each row; `max_new`: the most new ones.
-        seen: columns of the global transformer's cache to read, so that all of a row's patches are among them.
+        seen: slots of the global transformer's cache to read, so that all of a row's patches are among them.
         max_open_bytes: bytes of the longest open patch after any byte.
         last_ids: id in the last column of each row.
     """
@@ -434,11 +413,11 @@ class HostPatchCounts:
         rows = patches.counts.tolist()
         if len(rows) == 1:
             old, after, open_bytes, last_id = rows[0]
-            return cls([old], [after - old], after - old, round_up_columns(after), open_bytes, [last_id])
+            return cls([old], [after - old], after - old, round_up_patches(after), open_bytes, [last_id])
         old, after, open_bytes, last_ids = map(list, zip(*rows))
         new = [a - o for a, o in zip(after, old)]
         max_new = max(new)
-        return cls(old, new, max_new, round_up_columns(max(old) + max_new), max(open_bytes), last_ids)
+        return cls(old, new, max_new, round_up_patches(max(old) + max_new), max(open_bytes), last_ids)
 
 
 def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> PatchAssignment:
@@ -461,10 +440,10 @@ def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> Patc
         open_bytes = open_bytes.masked_fill(~is_text, 0)
     text_bytes = chunk.text_positions + 1
     num_bytes = text_bytes if chunk.text_positions is chunk.row_positions else chunk.row_positions + 1
-    document_start = context_start = own = later = zeros = previous.document_start[:, None].expand_as(read)
+    document_start = context_start = of_patch = of_later = zeros = previous.document_start[:, None].expand_as(read)
     if chunk.document_start is not None:
         document_start = chunk.document_start
-        own, later = _patch_document_starts(chunk, closes, byte_patch, previous_open, rules)
+        of_patch, of_later = _patch_document_starts(chunk, closes, byte_patch, previous_open, rules)
     if chunk.context_start is not None:
         context_start = chunk.context_start
     fields = RowState(
@@ -476,8 +455,8 @@ def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> Patc
         byte_patch=byte_patch,
         document_start=document_start,
         context_start=context_start,
-        patch_document_start=own,
-        next_patch_document_start=later,
+        patch_document_start=of_patch,
+        next_patch_document_start=of_later,
     )
     if is_one:
         counts = torch.cat([byte_patch, num_patches, open_bytes, fields.input_id], dim=1)
@@ -503,11 +482,11 @@ def _patch_document_starts(chunk, closes, byte_patch, previous_open, rules: Docu
     """
     starts = chunk.text_starts
     begins = torch.zeros_like(byte_patch) if starts is None else byte_patch * starts
-    later = begins
+    of_later = begins
     if rules.mask_documents:
-        later = torch.maximum(later, (byte_patch + 1) * _is_any_of(chunk.input_ids, rules.eos_token_ids))
-    later = _running_max(later, chunk.previous.next_patch_document_start)
+        of_later = torch.maximum(of_later, (byte_patch + 1) * _is_any_of(chunk.input_ids, rules.eos_token_ids))
+    of_later = _running_max(of_later, chunk.previous.next_patch_document_start)
     starts_patch = shift_right(closes, previous_open == 0)
-    before = shift_right(later, chunk.previous.next_patch_document_start)
-    own = torch.where(starts_patch, torch.maximum(before, begins), 0)
-    return _running_max(own, chunk.previous.patch_document_start), later
+    before = shift_right(of_later, chunk.previous.next_patch_document_start)
+    of_patch = torch.where(starts_patch, torch.maximum(before, begins), 0)
+    return _running_max(of_patch, chunk.previous.patch_document_start), of_later

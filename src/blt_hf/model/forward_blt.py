@@ -11,13 +11,13 @@ order, and writes its last entries to the slots at its end.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .attention_blt import AttentionSpan
-from .cache_blt import BltCache, SlotIndex, round_up_columns
+from .cache_blt import BltCache, SlotIndex, round_up_patches
 from .chunk_blt import ByteChunk, DocumentRules, HostPatchCounts, PatchAssignment, assign_patches
 from .layers_blt import LatentIndex, OutputCollector, ngram_hashes
 from .names_blt import kept_arange
@@ -91,9 +91,13 @@ PLAIN, DRAFT = ForwardInputs(), ForwardInputs(is_draft=True)
 
 @dataclass
 class BytesRead:
-    """Holds the results of reading bytes for later stages: patches, encoder states `(B, S, W)`, keys to see, entropies.
+    """Holds the results of reading bytes for later stages.
 
-    `blocks`: the corrupted blocks that the decoder reads beside the bytes. None: there are none.
+    Attributes:
+        byte_states: `(B, S, W)`, of the encoder, for each cross attention.
+        span: keys that each byte sees.
+        entropies: fp32 `(B, S)`, nats; None: the entropy model did not run.
+        blocks: corrupted blocks that the decoder reads beside the bytes; None: there are none.
     """
 
     chunk: ByteChunk
@@ -127,32 +131,35 @@ def read_bytes(
     return BytesRead(chunk, patches, byte_states, span, entropies)
 
 
-def close_patches(
-    model,
-    cache: BltCache,
-    read: BytesRead,
-    new_patches: Tensor,
-    cache_columns: Tensor,
-    byte_offsets: Tensor,
-    rows: Tensor | None,
-    sees_all: bool = False,
-    collector: OutputCollector | None = None,
-) -> None:
-    """Runs encoder cross attention and global transformer for the patches that a small chunk closed, into the slots.
+class ClosingInputs(NamedTuple):
+    """Says what the patches that a small chunk closed are made of, and what they see.
 
-    Args:
+    Attributes:
         new_patches: int64 `0 .. P - 1`, for up to `P` patches of a row.
-        cache_columns: int64 `0, 1, ...`, columns of the global transformer's cache to read.
+        seen_slots: int64 `0, 1, ...`, slots of the global transformer's cache to read.
         byte_offsets: int64 `(T,)`, places of the last `T` bytes, which hold all that these patches are made of, counted
             from the first byte of the chunk.
         rows: int64 `(R,)`, rows that close a patch. None: every row runs; results of rows that close none are not read.
-        sees_all: there is one new patch of one row, which may see all `cache_columns`.
+        sees_all: there is one new patch of one row, which may see all `seen_slots`.
     """
+
+    new_patches: Tensor
+    seen_slots: Tensor
+    byte_offsets: Tensor
+    rows: Tensor | None
+    sees_all: bool
+
+
+def close_patches(
+    model, cache: BltCache, read: BytesRead, inputs: ClosingInputs, collector: OutputCollector | None = None
+) -> None:
+    """Runs encoder cross attention and global transformer for the patches that a small chunk closed, into the slots."""
+    new_patches, seen_slots, byte_offsets, rows, sees_all = inputs
     chunk, before = read.chunk, read.chunk.previous.num_patches
     states, segment = model.local_encoder.held_bytes(cache, chunk, byte_offsets, rows)
     latents = model.local_encoder.make_latents(states, segment, new_patches.shape[0])
     states = model.global_transformer(
-        latents.flatten(2), chunk, read.patches, new_patches, cache_columns, rows, cache, collector, sees_all
+        latents.flatten(2), chunk, read.patches, new_patches, seen_slots, rows, cache, collector, sees_all
     )
     before = before if rows is None else before.index_select(0, rows)
     index = cache.latent_slots.find(before[:, None] + new_patches, rows).flatten()
@@ -170,9 +177,9 @@ def close_patches_in_order(
     states, segment = model.local_encoder.patch_bytes(chunk, read.patches, read.byte_states, cache)
     latents = model.local_encoder.make_latents(states, segment, counts.max_new)
     new_patches = torch.arange(counts.max_new, device=latents.device)
-    cache_columns = torch.arange(0 if chunk.cached_bytes is None else counts.seen, device=latents.device)
+    seen_slots = torch.arange(0 if chunk.cached_bytes is None else counts.seen, device=latents.device)
     states = model.global_transformer(
-        latents.flatten(2), chunk, read.patches, new_patches, cache_columns, None, cache, collector
+        latents.flatten(2), chunk, read.patches, new_patches, seen_slots, None, cache, collector
     )
     return model.local_decoder.project_latents(states)
 
@@ -295,14 +302,6 @@ def find_latents(
     return latents, LatentIndex(entries, hidden)
 
 
-def closing_rows(counts: HostPatchCounts, device: torch.device) -> Tensor | None:
-    """Lists the rows that close a patch; None: run all of them."""
-    # Leaving rows out saves work on a CPU; a GPU had better see the same shapes again.
-    if len(counts.new) == 1 or device.type != "cpu" or 0 not in counts.new:
-        return None
-    return torch.tensor([row for row, count in enumerate(counts.new) if count])
-
-
 def counts_rows(model) -> bool:
     """Tells whether a hook may count the rows, as PEFT's do that give each row its own adapter."""
     return any(module._forward_pre_hooks for module in model.modules())
@@ -321,8 +320,8 @@ def run_chunk(
     counts = HostPatchCounts.symbolic(read.patches) if chunk.is_symbolic else HostPatchCounts.of(read.patches)
     latents = None
     if counts.max_new and chunk.is_small:
-        made = closing_inputs(cache, read, counts, counts_rows(model))
-        close_patches(model, cache, read, *made, sees_all(counts), inputs.collectors[1])
+        closing = closing_inputs(cache, read, counts, counts_rows(model))
+        close_patches(model, cache, read, closing, inputs.collectors[1])
     elif counts.max_new:
         latents = close_patches_in_order(model, cache, read, counts, inputs.collectors[1])
     if cache is not None and not chunk.is_small:
@@ -341,40 +340,41 @@ def run_chunk(
 
 def closing_inputs(
     cache: BltCache, read: BytesRead, counts: HostPatchCounts, all_rows: bool, is_fixed: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Makes the tensors that [`close_patches`] takes, and room for its patches.
+) -> ClosingInputs:
+    """Makes the inputs of [`close_patches`], and room for its patches.
 
     Args:
         all_rows: run also rows that close none.
         is_fixed: in shapes of which few exist.
     """
     device, num_columns, max_new = read.chunk.device, read.chunk.num_columns, counts.max_new
+    sees_all = not is_fixed and len(counts.new) == 1 and max_new == 1
     if is_fixed:
         max_new, seen = reserve_closing(cache, num_columns, counts)
     else:
         cache.reserve_patches(max_new)
         seen = max(counts.old) + max_new
-        seen = seen if sees_all(counts) else round_up_columns(seen)
+        seen = seen if sees_all else round_up_patches(seen)
     size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
     first = num_columns - (size if is_fixed else min(-(-needed // _HELD) * _HELD, size))
-    # A step marks the second as dynamic, which must not be said of a tensor that others use.
-    cache_columns = torch.arange(seen, device=device) if is_fixed else kept_arange(0, seen, device)
-    rows = None if all_rows else closing_rows(counts, device)
-    return kept_arange(0, max_new, device), cache_columns, kept_arange(first, num_columns, device), rows
+    # A compiled step marks `seen_slots` as dynamic, which must not be done to a tensor that others share.
+    seen_slots = torch.arange(seen, device=device) if is_fixed else kept_arange(0, seen, device)
+    rows = None
+    # Leaving rows out saves work on a CPU; a GPU had better see the same shapes again.
+    if not all_rows and device.type == "cpu" and 0 in counts.new:
+        rows = torch.tensor([row for row, count in enumerate(counts.new) if count])
+    byte_offsets = kept_arange(first, num_columns, device)
+    return ClosingInputs(kept_arange(0, max_new, device), seen_slots, byte_offsets, rows, sees_all)
 
 
 def reserve_closing(cache: BltCache, num_columns: int, counts: HostPatchCounts) -> tuple[int, int]:
-    """Makes room for the patches of a compiled or captured step; how many it closes, and columns that it reads.
+    """Makes room for the patches of a compiled or captured step.
 
-    Of both, few numbers occur.
+    Returns:
+        how many it closes, and how many slots it reads. Of both, few numbers occur.
     """
     max_new = STEP_PATCHES if num_columns > 1 else counts.max_new
     cache.reserve_patches(max_new)
-    needed = round_up_columns(max(counts.old) + max_new)
+    needed = round_up_patches(max(counts.old) + max_new)
     block = 1 << max(needed.bit_length() - 4, 0)
     return max_new, min(-(-needed // block) * block, cache.patch_slots.size)
-
-
-def sees_all(counts: HostPatchCounts) -> bool:
-    """Tells whether one patch of one row was closed, which sees all patches of its text."""
-    return len(counts.new) == 1 and counts.max_new == 1

@@ -64,10 +64,8 @@ def may_keep_state(processor) -> bool:
 
 def check_processors(processors: LogitsProcessorList, generation_config, num_rows: int) -> None:
     """Raises a `ValueError` where drafts or blocks would show a processor with a state bytes out of order."""
-    window, size = (
-        getattr(generation_config, name, None) for name in ("self_speculation_window", "diffusion_block_size")
-    )
-    is_verified = size is None or getattr(generation_config, "verify", False)
+    window, size = generation_config.self_speculation_window, generation_config.diffusion_block_size
+    is_verified = size is None or generation_config.verify
     stateful = next(filter(may_keep_state, processors), None)
     if stateful is None or (window is None and size is None) or (is_verified and num_rows == 1):
         return
@@ -124,7 +122,7 @@ class RaggedText:
                 self.eos_token_ids |= set(criterion.eos_token_id.flatten().tolist())
             elif type(criterion) is not MaxLengthCriteria:
                 self._criteria.append(criterion)
-        # Of a user, who may do anything between two bytes.
+        # Objects of a user's classes may change the model between two bytes.
         parts = (*logits_processor, *self._criteria, *([] if streamer is None else [streamer]))
         self.runs_other_code = any(not type(part).__module__.startswith("transformers.") for part in parts)
         self.returns_dict = returns = generation_config.return_dict_in_generate
@@ -311,7 +309,7 @@ class NextByte:
         self.text, self.do_sample, self.draw = text, do_sample, draw
 
     def prepare(self, count: int = 1) -> None:
-        """Renews what the next `count` choices read."""
+        """Prepares the next `count` choices outside of a CUDA graph."""
         if self.draw is not None:
             self.draw.prepare(count)
 
@@ -523,10 +521,14 @@ def finish_rows(runner: StepRunner, text: RaggedText) -> None:
     cache.seq_length, cache.num_croppable = text.end - 1, 0  # rows may have grown differently
 
 
-_OWN_FIELDS = (
-    "self_speculation_window", "self_speculation_schedule", "diffusion_block_size", "unmasking", "confidence_threshold",
-    "entropy_budget", "verify",
-)  # fmt: skip
+# Fields of the generation configuration that transformers does not have; those that are read here, with their defaults.
+_DEFAULTS = {
+    "self_speculation_window": None,
+    "self_speculation_schedule": "constant",
+    "diffusion_block_size": None,
+    "verify": False,
+}
+_OWN_FIELDS = (*_DEFAULTS, "unmasking", "confidence_threshold", "entropy_budget")
 _LEAST_PACKED = 8  # new bytes from which packing weights pays
 _LEAST_CAPTURED = 16  # the same for capturing CUDA graphs
 _SCHEDULES = ("constant", "heuristic")
@@ -534,7 +536,7 @@ _SPECIAL_TOKEN_IDS = {"pad_token_id": BOE_TOKEN_ID, "bos_token_id": BOS_TOKEN_ID
 
 
 class BltGenerationMixin(GenerationMixin):
-    """Makes every decoding strategy of transformers use the cache with two clocks.
+    """Makes every decoding strategy of transformers use a [`BltCache`], which counts bytes and patches.
 
     Two more fields of the generation configuration (and arguments of `generate`), for greedy decoding and sampling by a
     [`BltForCausalLM`]:
@@ -560,15 +562,15 @@ class BltGenerationMixin(GenerationMixin):
     def _prepare_generation_config(self, generation_config, **kwargs):
         own = {name: kwargs.pop(name) for name in _OWN_FIELDS if name in kwargs}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        for name, value in own.items():
-            setattr(generation_config, name, value)
-        window = getattr(generation_config, "self_speculation_window", None)
-        schedule = getattr(generation_config, "self_speculation_schedule", "constant")
+        for name, value in {**_DEFAULTS, **own}.items():
+            if name in own or not hasattr(generation_config, name):
+                setattr(generation_config, name, value)
+        window, schedule = generation_config.self_speculation_window, generation_config.self_speculation_schedule
         if window not in (None, "auto") and (not isinstance(window, int) or window < 1):
             raise ValueError(f"`self_speculation_window` must be None, 'auto', or at least 1 byte; got {window!r}.")
         if schedule not in _SCHEDULES:
             raise ValueError(f"`self_speculation_schedule` must be one of {_SCHEDULES}; got {schedule!r}.")
-        if getattr(generation_config, "diffusion_block_size", None) is not None:
+        if generation_config.diffusion_block_size is not None:
             self._import_blocks().check_settings(generation_config, self.config)
         return generation_config, model_kwargs
 
@@ -581,7 +583,7 @@ class BltGenerationMixin(GenerationMixin):
                 "local models, or an `assistant_model`."
             )
         for field in ("self_speculation_window", "diffusion_block_size"):
-            if getattr(generation_config, field, None) is None:
+            if getattr(generation_config, field) is None:
                 continue
             if generation_mode not in ("greedy_search", "sample"):
                 raise ValueError(
@@ -597,7 +599,7 @@ class BltGenerationMixin(GenerationMixin):
         streamer = kwargs.get("streamer")
         model_kwargs = {n: v for n, v in kwargs.items() if n not in ("streamer", "synced_gpus", "tokenizer")}
         if kwargs.get("synced_gpus") or not self._decodes_itself(generation_config, model_kwargs):
-            if getattr(generation_config, "diffusion_block_size", None) is not None:
+            if generation_config.diffusion_block_size is not None:
                 raise ValueError(
                     "`diffusion_block_size` decodes plain byte ids, without hidden states, attentions or other inputs, "
                     "and not under `synced_gpus`; leave out one of the two."
@@ -614,8 +616,7 @@ class BltGenerationMixin(GenerationMixin):
         del outputs  # may be large
         runner = self.make_runner(cache, lacks >= _LEAST_PACKED, captures, text.runs_other_code)
         source = self._draft_source(generation_config, runner, len(text.lengths))
-        size = None if source is not None else getattr(generation_config, "diffusion_block_size", None)
-        do_sample = generation_config.do_sample
+        size, do_sample = generation_config.diffusion_block_size, generation_config.do_sample
         choose = None if runner.graphs is None else runner.graphs.next_byte(text, do_sample)
         choose = NextByte(text, do_sample) if choose is None else choose
         with torch.no_grad(), closing(runner):
@@ -634,7 +635,7 @@ class BltGenerationMixin(GenerationMixin):
 
     def _decode_bytes(self, runner: StepRunner, text: RaggedText, choose: NextByte, logits: Tensor) -> None:
         """Writes texts to their ends, byte by byte."""
-        # Who replaces `forward` (accelerate, for autocast or devices) or hooks it wants to be asked at each byte.
+        # A replaced `forward` (accelerate's, for autocast or devices) and hooks of the model are called at each byte.
         calls = any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (self, self.model))
         ids, scores = choose(logits)
         values = runner.start(ids) if text.goes_on and not calls else ids.flatten().tolist()
@@ -671,24 +672,22 @@ class BltGenerationMixin(GenerationMixin):
 
     def _draft_source(self, generation_config, runner: StepRunner, num_rows: int) -> DraftSource | None:
         """Chooses the source of drafts in this call of `generate`; None: there are none."""
-        cache = runner.cache
-        window = getattr(generation_config, "self_speculation_window", None)
-        size = getattr(generation_config, "diffusion_block_size", None)
+        cache, do_sample = runner.cache, generation_config.do_sample
+        window, size = generation_config.self_speculation_window, generation_config.diffusion_block_size
         if size is not None:
             cache.reserve_slack(round_up_bytes(size + 1))
-            is_verified = getattr(generation_config, "verify", False)
-            if not is_verified:
+            if not generation_config.verify:
                 return None
-            return self._import_blocks().BlockDrafts(self, runner, size, generation_config.do_sample)
+            return self._import_blocks().BlockDrafts(self, runner, size, do_sample)
         if window is None:
             return None
         if window == "auto":
             cache.reserve_slack(round_up_bytes(16))
             auto = import_from_package("auto_speculation", "`self_speculation_window='auto'`")
-            return auto.AutoSpeculation(runner, num_rows, generation_config.do_sample)
-        is_adaptive = getattr(generation_config, "self_speculation_schedule", "constant") == "heuristic"
+            return auto.AutoSpeculation(runner, num_rows, do_sample)
+        is_adaptive = generation_config.self_speculation_schedule == "heuristic"
         cache.reserve_slack(round_up_bytes(max(window, 32 if is_adaptive else 0) + 1))
-        return SelfSpeculation(runner, num_rows, window, is_adaptive, generation_config.do_sample)
+        return SelfSpeculation(runner, num_rows, window, is_adaptive, do_sample)
 
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         cache, attention_mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")

@@ -109,7 +109,7 @@ class BltSelfAttention(nn.Module):
 class BltTransformerLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer.
 
-    Callers give the cache as a positional argument: with gradient checkpointing transformers takes one that is named away.
+    Callers pass the cache by position: with gradient checkpointing, transformers drops one that is passed by keyword.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -156,9 +156,6 @@ class _BltCrossAttention(nn.Module):
         self.q_norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.k_norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def _split(self, states: Tensor) -> Tensor:
-        return states.view(*states.shape[:-1], -1, self.head_dim)
-
 
 class BltPatchCrossAttention(_BltCrossAttention):
     """Encoder: the `K` queries of a patch read the bytes of that patch (and of `window - 1` patches before it)."""
@@ -177,10 +174,10 @@ class BltPatchCrossAttention(_BltCrossAttention):
         num_patches, latents = patch_states.shape[1:3]
         # Linear layers get three dimensions: PEFT's OFT takes four for a convolution's.
         query = project(self.q_proj, self.q_norm(patch_states).flatten(1, 2))
-        query = self._split(query.unflatten(1, (num_patches, latents)))
+        query = query.view(*patch_states.shape[:3], -1, self.head_dim)
         byte_states = self.k_norm(byte_states)
-        key = repeat_kv_heads(self._split(project(self.k_proj, byte_states)), self.num_key_value_groups, dim=2)
-        value = repeat_kv_heads(self._split(project(self.v_proj, byte_states)), self.num_key_value_groups, dim=2)
+        states = (project(proj, byte_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        key, value = (repeat_kv_heads(s, self.num_key_value_groups, dim=2) for s in states)
         if self.window > 1:
             segment = torch.cat([segment + ahead for ahead in range(self.window)], dim=1)
             key, value = key.repeat(1, self.window, 1, 1), value.repeat(1, self.window, 1, 1)
@@ -213,10 +210,6 @@ class LatentIndex:
         patches = last[..., None] - back
         return patches, (patches < 0) & (back > 0)
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Moves `index` and `hidden` to the device of a layer."""
-        return self.index.to(device), None if self.hidden is None else self.hidden.to(device)
-
 
 class BltByteCrossAttention(_BltCrossAttention):
     """Decoder: each byte reads the `K` latents of one patch (and of `window - 1` patches before it)."""
@@ -232,9 +225,10 @@ class BltByteCrossAttention(_BltCrossAttention):
 
     def attend(self, hidden_states: Tensor, keys: Tensor, values: Tensor, latent_index: LatentIndex) -> Tensor:
         """Attends from bytes `(B, S, W)` to those of the patches that each byte reads, `(B, S, W)`."""
-        query = self._split(project(self.q_proj, self.q_norm(hidden_states)))
+        query = project(self.q_proj, self.q_norm(hidden_states)).unflatten(-1, (-1, self.head_dim))
         shape = (*keys.shape[:2], self.num_latents, -1, self.head_dim)
-        index, hidden = latent_index.on(query.device)
+        # A model may be spread over devices.
+        index, hidden = (None if t is None else t.to(query.device) for t in (latent_index.index, latent_index.hidden))
         output = gathered_attention(query, keys.view(shape), values.view(shape), index, hidden, self.scaling)
         return project(self.o_proj, output.flatten(2)) + hidden_states
 
@@ -273,20 +267,22 @@ class OutputCollector:
         if self.attentions is not None and weights is not None:
             self.attentions += (weights,)
 
-    def selected(self, states: tuple | None) -> tuple | None:
-        """Puts None in the place of `states` that were not asked for."""
-        if states is None or self._indices is None:
-            return states
-        kept = {index % len(states) for index in self._indices if -len(states) <= index < len(states)}
-        return tuple(state if index in kept else None for index, state in enumerate(states))
+    def collected(self, chunk=None, last: Tensor | None = None) -> tuple[tuple | None, tuple | None]:
+        """Returns both; hidden states that were not asked for are None.
 
-    def unpacked(self, chunk, last: Tensor | None = None) -> tuple[tuple | None, tuple | None]:
-        """Returns both in the caller's columns; `last` replaces the last state (models report it after the norm)."""
+        Args:
+            chunk: puts bytes in the caller's columns. None: states are of patches, which have no padding.
+            last: replaces the last state, which models report after the norm.
+        """
         states, weights = self.hidden_states, self.attentions
         if states is not None:
-            states = self.selected(states if last is None else (*states[:-1], last))
-            states = tuple(None if s is None else chunk.unpack(s) for s in states)
-        return states, None if not weights else tuple(chunk.unpack_weights(w) for w in weights)
+            states = states if last is None else (*states[:-1], last)
+            kept = range(len(states))
+            if self._indices is not None:
+                kept = {index % len(states) for index in self._indices if -len(states) <= index < len(states)}
+            states = [state if index in kept else None for index, state in enumerate(states)]
+            states = tuple(s if s is None or chunk is None else chunk.unpack(s) for s in states)
+        return states, None if not weights else tuple(w if chunk is None else chunk.unpack_weights(w) for w in weights)
 
 
 # Multipliers of the hash functions, in the order in which the released checkpoints use them.
@@ -308,19 +304,9 @@ def hash_weights(
     Returns:
         int64 `(L, functions * sizes)`, wrapped, the factor of the id `L - 1 - l` bytes back; int64 `(functions * sizes,)`.
     """
-    if is_exporting():  # a tensor of the program, that nothing else may use
-        return _make_hash_weights(sizes, num_functions, num_rows, device)
     key = (sizes, num_functions, num_rows, device)
-    if key not in _hash_weights:
-        # A tensor that is made in inference mode could not be used in training later.
-        with torch.inference_mode(False):
-            _hash_weights[key] = _make_hash_weights(sizes, num_functions, num_rows, device)
-    return _hash_weights[key]
-
-
-def _make_hash_weights(
-    sizes: tuple[int, ...], num_functions: int, num_rows: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+    if key in _hash_weights and not is_exporting():  # an exported program has tensors of its own
+        return _hash_weights[key]
     longest = max(sizes)
     columns = []
     for function in range(num_functions):
@@ -328,7 +314,15 @@ def _make_hash_weights(
         for size in sizes:
             powers = [(pow(prime, power, 2**64) + 2**63) % 2**64 - 2**63 for power in range(size)]
             columns.append([0] * (longest - size) + powers)
-    return torch.tensor(columns, device=device).T.contiguous(), torch.arange(len(columns), device=device) * num_rows
+    # A tensor that is made in inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        made = (
+            torch.tensor(columns, device=device).T.contiguous(),
+            torch.arange(len(columns), device=device) * num_rows,
+        )
+    if not is_exporting():
+        _hash_weights[key] = made
+    return made
 
 
 def ngram_hashes(

@@ -211,10 +211,10 @@ class BltPreTrainedModel(PreTrainedModel):
         # transformers renamed its own property for that between two releases.
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
-    def _resolve_use_cache(self, cache, use_cache: bool | None, config) -> bool:
+    def _resolve_use_cache(self, cache, use_cache: bool | None) -> bool:
         """Decides whether a forward writes to a cache; None: as the config says, but not in training."""
         if use_cache is None:
-            use_cache = cache is not None or (config.use_cache and not self.training and not is_exporting())
+            use_cache = cache is not None or (self.config.use_cache and not self.training and not is_exporting())
         if use_cache and is_exporting():
             raise ValueError(
                 "`use_cache=True` cannot be exported, as a cache is no tensor; pass whole texts and `use_cache=False`."
@@ -226,9 +226,9 @@ class BltPreTrainedModel(PreTrainedModel):
             return False
         return use_cache
 
-    def _start_cache(self, cache, use_cache: bool | None, config) -> BltCache | None:
+    def _start_cache(self, cache, use_cache: bool | None) -> BltCache | None:
         """Returns the cache to write to: the caller's, a new one, or None."""
-        if not self._resolve_use_cache(cache, use_cache, config):
+        if not self._resolve_use_cache(cache, use_cache):
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError("`past_key_values` holds bytes, so `use_cache=False` cannot be honoured.")
             return None
@@ -237,7 +237,7 @@ class BltPreTrainedModel(PreTrainedModel):
                 "A forward with a cache asks the device which patches ended, so it is not one graph: pass "
                 "`use_cache=False` for `fullgraph=True`. (`generate` compiles its steps by itself.)"
             )
-        return BltCache(config) if cache is None else cache_to_write(cache, config)
+        return BltCache(self.config) if cache is None else cache_to_write(cache, self.config)
 
 
 def checkpoint_for_gradients(checkpoint: Callable, function: Callable, *args):

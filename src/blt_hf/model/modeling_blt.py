@@ -11,7 +11,7 @@ from .cache_blt import BltCache
 from .checks_blt import check_byte_inputs, check_inputs, check_labels, check_patch_lengths, check_row_labels
 from .chunk_blt import ByteChunk, make_chunk
 from .configuration_blt import BltConfig
-from .forward_blt import BytesRead, ForwardInputs, ForwardSettings, embed_bytes, run_chunk
+from .forward_blt import ForwardInputs, ForwardSettings, embed_bytes, run_chunk
 from .generation_blt import BltGenerationMixin
 from .layers_blt import BltHashEmbedding, BltSelfAttention, BltTransformerLayer, OutputCollector
 from .modeling_base_blt import BltCausalLMOutput, BltKwargs, BltModelOutput, BltPreTrainedModel, keep_positions
@@ -138,11 +138,12 @@ class BltModel(BltPreTrainedModel):
         width = config.encoder_config.hidden_size
         adds_hashes = config.encoder_hash_byte_group_nb_functions > 0
         shape, device = check_byte_inputs(input_ids, inputs_embeds, byte_embeds, config.vocab_size, width, adds_hashes)
-        cache = self._start_cache(past_key_values, use_cache, config)
-        if input_ids is not None:
-            self._check_history(cache)
+        cache = self._start_cache(past_key_values, use_cache)
+        if input_ids is not None and cache is not None and cache.hides_ids:
+            self._check_hidden_ids()
         wants_states = self._resolve_output("output_hidden_states", output_hidden_states)
         wants_weights = self._resolve_output("output_attentions", output_attentions)
+        # Plain bytes behind a text, as transformers' own loops of `generate` pass them, take the way of `StepRunner`.
         is_plain = attention_mask is position_ids is inputs_embeds is byte_embeds is patch_lengths is None
         is_plain = is_plain and not (wants_states or wants_weights or output_patches or torch.is_grad_enabled())
         if is_plain and cache is not None and cache.is_small(shape[1]) and len(cache.row_bytes) == shape[0]:
@@ -152,7 +153,7 @@ class BltModel(BltPreTrainedModel):
         chunk = make_chunk(
             input_ids, attention_mask, position_ids, cache, shape, device, settings.documents, bool(wants_weights)
         )
-        if chunk.has_documents and max(settings.encoder_window, settings.decoder_window) > 1:
+        if chunk.text_starts is not None and max(settings.encoder_window, settings.decoder_window) > 1:
             verb = "may restart (a traced forward does not look)" if chunk.is_symbolic else "restart"
             raise ValueError(
                 f"`position_ids` {verb} inside a row, and `cross_attn_window` is larger than 1: cross attention over "
@@ -166,7 +167,27 @@ class BltModel(BltPreTrainedModel):
             block_noise=block_noise,
         )
         hidden_states, read = run_chunk(self, settings, chunk, cache, inputs)
-        return self._make_output(read, hidden_states, cache, inputs.collectors, output_patches)
+        of_encoder, of_global, of_decoder = inputs.collectors
+        encoder_states, encoder_weights = of_encoder.collected(chunk)
+        global_states, global_weights = of_global.collected()
+        states, weights = of_decoder.collected(chunk, last=hidden_states)
+        entropies = patch_lengths = None
+        if output_patches:
+            entropies = None if read.entropies is None else chunk.unpack(read.entropies)
+            patch_lengths = patch_lengths_from_ends(read.patches.ends, chunk.num_bytes)
+        return BltModelOutput(
+            last_hidden_state=chunk.unpack(hidden_states),
+            **{CACHE_NAME: cache},
+            hidden_states=states,
+            attentions=weights,
+            encoder_hidden_states=encoder_states,
+            encoder_attentions=encoder_weights,
+            global_hidden_states=global_states,
+            global_attentions=global_weights,
+            entropies=entropies,
+            patch_lengths=patch_lengths,
+            blocks=read.blocks,
+        )
 
     @takes_cache
     def embed_bytes(
@@ -188,10 +209,8 @@ class BltModel(BltPreTrainedModel):
         chunk = make_chunk(input_ids, attention_mask, position_ids, past_key_values, shape, device, settings.documents)
         return chunk.unpack(embed_bytes(self, settings, chunk))
 
-    def _check_history(self, cache: BltCache | None) -> None:
+    def _check_hidden_ids(self) -> None:
         """Refuses to continue from bytes that came as embeddings alone, if something here reads ids."""
-        if cache is None or not cache.hides_ids:
-            return
         if self.config.encoder_hash_byte_group_nb_functions or self.config.patching_mode not in ("static", "byte"):
             raise ValueError(
                 "`past_key_values` holds bytes that were passed as embeddings without `input_ids`, and the hashes and the "
@@ -205,35 +224,6 @@ class BltModel(BltPreTrainedModel):
             )
         check_patch_lengths(patch_lengths, chunk.counts, chunk.is_symbolic)
         return patch_ends_from_lengths(patch_lengths, chunk.num_columns) | (chunk.text_positions == 0)
-
-    def _make_output(
-        self,
-        read: BytesRead,
-        hidden_states: Tensor,
-        cache: BltCache | None,
-        collectors: tuple[OutputCollector, OutputCollector, OutputCollector],
-        output_patches: bool | None,
-    ) -> BltModelOutput:
-        chunk, (of_encoder, of_global, of_decoder) = read.chunk, collectors
-        encoder_states, encoder_weights = of_encoder.unpacked(chunk)
-        states, weights = of_decoder.unpacked(chunk, last=hidden_states)
-        patch_lengths = entropies = None
-        if output_patches:
-            patch_lengths = patch_lengths_from_ends(read.patches.ends, chunk.num_bytes)
-            entropies = None if read.entropies is None else chunk.unpack(read.entropies)
-        return BltModelOutput(
-            last_hidden_state=chunk.unpack(hidden_states),
-            **{CACHE_NAME: cache},
-            hidden_states=states,
-            attentions=weights,
-            encoder_hidden_states=encoder_states,
-            encoder_attentions=encoder_weights,
-            global_hidden_states=of_global.selected(of_global.hidden_states),
-            global_attentions=of_global.attentions or None,
-            entropies=entropies,
-            patch_lengths=patch_lengths,
-            blocks=read.blocks,
-        )
 
 
 class _BltWithHead(BltPreTrainedModel):
@@ -305,16 +295,14 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
         Returns:
             [`BltCausalLMOutput`].
         """
-        if use_cache:
-            use_cache = self._resolve_use_cache(past_key_values, use_cache, self.config)
         noise = None
         # In an evaluation the loss is the text's own, and the same each time, unless the caller gives a generator.
         learns_blocks = self.mask_embedding is not None and self.config.diffusion_loss_weight > 0
         if noise_generator is not None or (self.training and labels is not None and learns_blocks):
             masked = import_from_package("fast_blt.masked", "the masked loss (`config.diffusion_block_size`)")
             noise = masked.make_noise(
-                self, labels, noise_generator,
-                input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache,
+                self, labels, noise_generator, input_ids=input_ids, past_key_values=past_key_values,
+                use_cache=bool(use_cache) and self._resolve_use_cache(past_key_values, use_cache),
             )  # fmt: skip
             use_cache = False
         outputs = self.model(

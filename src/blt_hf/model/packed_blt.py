@@ -51,7 +51,7 @@ _FORWARDS = {
 }
 
 
-# A weight from here on that could stay where it is does, so that the copies of released shapes are below 5 % of the model.
+# Down projections of at least so many weights are not copied; copies of released shapes then add less than 5 % of memory.
 _LARGE = 2**20
 
 

@@ -191,7 +191,7 @@ class BltGlobalTransformer(BltPreTrainedModel):
         chunk: ByteChunk,
         patches: PatchAssignment,
         new_patches: Tensor,
-        cache_columns: Tensor,
+        seen_slots: Tensor,
         rows: Tensor | None = None,
         cache: BltCache | None = None,
         collector: OutputCollector | None = None,
@@ -204,9 +204,9 @@ class BltGlobalTransformer(BltPreTrainedModel):
         Args:
             chunk, patches: the bytes that closed them.
             new_patches: int64 `0 .. P - 1`.
-            cache_columns: int64 `0, 1, ...`, columns of the cache to read. None of them: the new patches are the first.
+            seen_slots: int64 `0, 1, ...`, slots of the cache to read. None of them: the new patches are the first.
             rows: int64 `(R,)`, rows that take part; None: all.
-            sees_all: there is one new patch of one row, which may see all `cache_columns`.
+            sees_all: there is one new patch of one row, which may see all `seen_slots`.
         """
         before, first_patch = chunk.previous.num_patches, None
         if chunk.document_start is not None:
@@ -218,14 +218,14 @@ class BltGlobalTransformer(BltPreTrainedModel):
         slot_index = None
         if cache is not None:
             index = cache.patch_slots.find(positions, rows).flatten()
-            slot_index = SlotIndex(index=index, rows=rows, seen=cache_columns.shape[0])
-        if cache_columns.shape[0] == 0:
+            slot_index = SlotIndex(index=index, rows=rows, seen=seen_slots.shape[0])
+        if seen_slots.shape[0] == 0:
             wants_weights = collector is not None and collector.attentions is not None
             span = AttentionSpan(0, new_patches.shape[0], None, first_patch, implementation, wants_weights, slot_index)
         else:
-            span = SlotSpan(cache_columns.shape[0], positions, None, first_patch, implementation, slot_index)
+            span = SlotSpan(seen_slots.shape[0], positions, None, first_patch, implementation, slot_index)
             if sees_all and first_patch is None:
-                span.hide_nothing()
+                span.sees_all = True
         hidden_states = self.token_embedding_projection(inputs_embeds)
         if chunk.packed is not None and chunk.packed.global_transformer is not None:
             return chunk.packed.global_transformer.run(hidden_states, positions, span, cache.global_transformer)
@@ -281,12 +281,8 @@ class BltLocalDecoder(BltPreTrainedModel):
             )
         hidden_states = self.dropout(byte_states)
         position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions if positions is None else positions)
-
-        def of_bytes(states: Tensor) -> Tensor:
-            return states if positions is None else states[:, : chunk.num_columns]
-
         if collector is not None:
-            collector.add(of_bytes(hidden_states))
+            collector.add(hidden_states if positions is None else hidden_states[:, : chunk.num_columns])
         for index, layer in enumerate(self.layers):
             if index < len(self.cross_attn_layers):
                 keys, values = latents[:, :, index, 0], latents[:, :, index, 1]
@@ -296,7 +292,8 @@ class BltLocalDecoder(BltPreTrainedModel):
             cache_layer = None if cache is None else cache.decoder[index]
             hidden_states, weights = layer(hidden_states, position_embeddings, span, cache_layer)
             if collector is not None:
-                collector.add(of_bytes(hidden_states), weights)
+                of_bytes = hidden_states if positions is None else hidden_states[:, : chunk.num_columns]
+                collector.add(of_bytes, weights)
         return self.norm(hidden_states)
 
     def project_latents(self, global_states: Tensor, packed=None) -> Tensor:
@@ -390,7 +387,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             [`BltCausalLMOutput`].
         """
         shape, device = check_inputs(input_ids, inputs_embeds, self.config.vocab_size, self.config.hidden_size)
-        cache = self._start_cache(past_key_values, use_cache, self.config)
+        cache = self._start_cache(past_key_values, use_cache)
         collector = OutputCollector(
             self._resolve_output("output_hidden_states", output_hidden_states),
             self._resolve_output("output_attentions", output_attentions),
@@ -410,7 +407,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             cache.history.advance_on_device(chunk, patches)
             cache.advance_chunk_on_host(chunk)
         hidden_states = chunk.unpack(hidden_states)
-        states, attentions = collector.unpacked(chunk, last=chunk.pack(hidden_states))
+        states, attentions = collector.collected(chunk, last=chunk.pack(hidden_states))
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep)).float()
         entropies = None
         if output_patches:

@@ -26,7 +26,6 @@ from .forward_blt import (
     predict_bytes,
     read_bytes,
     reserve_closing,
-    sees_all,
 )
 from .names_blt import import_where_installed
 
@@ -208,8 +207,7 @@ class StepRunner:
         cache, columns, max_new = self.cache, read.chunk.num_columns, counts.max_new
         is_fixed = self.is_compiled or self.graphs is not None
         if not is_fixed or (columns > 1 and max_new > STEP_PATCHES):
-            inputs = closing_inputs(cache, read, counts, self.all_rows)
-            close_patches(self.model, cache, read, *inputs, sees_all(counts))
+            close_patches(self.model, cache, read, closing_inputs(cache, read, counts, self.all_rows))
             return
         all_rows = self.all_rows or self.graphs is not None
         new, seen = reserve_closing(cache, columns, counts)
@@ -218,8 +216,8 @@ class StepRunner:
             inputs = closing_inputs(cache, read, counts, all_rows, is_fixed=True)
             stage = self._stage(close_patches, columns)
             if stage is not close_patches:
-                torch._dynamo.maybe_mark_dynamic(inputs[1], 0)
-            stage(self.model, cache, read, *inputs)
+                torch._dynamo.maybe_mark_dynamic(inputs.seen_slots, 0)
+            stage(self.model, cache, read, inputs)
 
         self._run(("close", id(read), new, seen), close)
 
@@ -231,7 +229,7 @@ class StepRunner:
 
     def _run_predict(self, read: BytesRead) -> Tensor:
         settings, chunk = self.settings, read.chunk
-        if read.span is None:  # held: what hangs on it would be that of the first byte
+        if read.span is None:  # held by graphs, which copy tensors alone; a span is made anew
             chunk = replace(chunk, spans={})
             span = chunk.span(self.cache, settings.local_window, settings.attention)
             read = replace(read, chunk=chunk, span=span)
