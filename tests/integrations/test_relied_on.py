@@ -29,8 +29,8 @@ OVERRIDDEN = {
     },
     "BltCache": {
         "transformers.cache_utils.Cache": """
-            activate_past_recording batch_repeat_interleave batch_select_indices batch_size crop get_mask_sizes
-            get_seq_length is_compileable is_initialized reorder_cache reset""",
+            batch_repeat_interleave batch_select_indices batch_size crop get_mask_sizes get_seq_length is_compileable
+            is_initialized reorder_cache reset""",
     },
     "BltCacheLayer": {
         "transformers.cache_utils.CacheLayerMixin": """
