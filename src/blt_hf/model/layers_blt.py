@@ -174,7 +174,7 @@ class BltPatchCrossAttention(_BltCrossAttention):
         num_patches, latents = patch_states.shape[1:3]
         # Linear layers get three dimensions: PEFT's OFT takes four for a convolution's.
         query = project(self.q_proj, self.q_norm(patch_states).flatten(1, 2))
-        query = query.view(*patch_states.shape[:3], -1, self.head_dim)
+        query = query.unflatten(1, (num_patches, latents)).unflatten(-1, (-1, self.head_dim))
         byte_states = self.k_norm(byte_states)
         states = (project(proj, byte_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         key, value = (repeat_kv_heads(s, self.num_key_value_groups, dim=2) for s in states)
@@ -304,9 +304,19 @@ def hash_weights(
     Returns:
         int64 `(L, functions * sizes)`, wrapped, the factor of the id `L - 1 - l` bytes back; int64 `(functions * sizes,)`.
     """
+    if is_exporting():  # a tensor of the program, that nothing else may use
+        return _make_hash_weights(sizes, num_functions, num_rows, device)
     key = (sizes, num_functions, num_rows, device)
-    if key in _hash_weights and not is_exporting():  # an exported program has tensors of its own
-        return _hash_weights[key]
+    if key not in _hash_weights:
+        # A tensor that is made in inference mode could not be used in training later.
+        with torch.inference_mode(False):
+            _hash_weights[key] = _make_hash_weights(sizes, num_functions, num_rows, device)
+    return _hash_weights[key]
+
+
+def _make_hash_weights(
+    sizes: tuple[int, ...], num_functions: int, num_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     longest = max(sizes)
     columns = []
     for function in range(num_functions):
@@ -314,15 +324,7 @@ def hash_weights(
         for size in sizes:
             powers = [(pow(prime, power, 2**64) + 2**63) % 2**64 - 2**63 for power in range(size)]
             columns.append([0] * (longest - size) + powers)
-    # A tensor that is made in inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        made = (
-            torch.tensor(columns, device=device).T.contiguous(),
-            torch.arange(len(columns), device=device) * num_rows,
-        )
-    if not is_exporting():
-        _hash_weights[key] = made
-    return made
+    return torch.tensor(columns, device=device).T.contiguous(), torch.arange(len(columns), device=device) * num_rows
 
 
 def ngram_hashes(
