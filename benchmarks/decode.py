@@ -42,7 +42,7 @@ def decode_bytes(model, prompt: torch.Tensor, num_bytes: int):
 def calibrate(model, prompt: torch.Tensor, num_bytes: int, patch_bytes: float) -> None:
     """Sets the threshold by which the bytes written behind `prompt` make patches of `patch_bytes` bytes."""
     torch.manual_seed(0)
-    text = decode_bytes(model, prompt.expand(max(16, len(prompt)), -1), num_bytes)
+    text = decode_bytes(model, prompt.repeat(-(-16 // len(prompt)), 1), num_bytes)
     entropies = model(text, output_patches=True, use_cache=False).entropies[:, prompt.shape[1] - 1 :]
     model.config.patching_threshold = float(entropies.quantile(1 - 1 / patch_bytes))
 

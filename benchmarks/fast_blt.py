@@ -226,11 +226,14 @@ def main() -> None:
     parser.add_argument("--new-bytes", type=int, default=160)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--only", choices=["trained"], help="the first table alone")
     arguments = parser.parse_args()
     set_up(arguments)
     trained = measure_trained(arguments)
     report("Fast BLT: a trained model", trained, arguments)
-    report("Fast BLT: proportions of the 1B", measure_proportions(arguments, trained), arguments)
+    if arguments.only != "trained":
+        proportions = measure_proportions(arguments, trained)
+        report("Fast BLT: proportions of the 1B", proportions, arguments, trained=trained)
 
 
 if __name__ == "__main__":

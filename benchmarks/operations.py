@@ -106,6 +106,19 @@ def count_verification(model, prompt: torch.Tensor, num_bytes: int = 8) -> Count
         return count(verify)
 
 
+def count_draft(model, prompt: torch.Tensor, first: int = 7, num_bytes: int = 8) -> Count:
+    """What each of `num_bytes` drafts of one row costs behind `first` others of a window."""
+    with torch.no_grad():
+        runner = model.make_runner(model(prompt, use_cache=True).past_key_values)
+        ids = prompt[:, -1:]
+
+        def draft(number: int):
+            runner.draft(ids, number, lambda logits, step: (logits.argmax(dim=-1),))
+
+        draft(first + num_bytes)
+        return (count(lambda: draft(first + num_bytes)) - count(lambda: draft(first))) / num_bytes
+
+
 def name_operations(model, prompt: torch.Tensor, num_bytes: int = 64) -> list[tuple[str, float]]:
     """Operations of a byte by name, the most frequent first."""
 
@@ -135,6 +148,7 @@ def main() -> None:
     of_token, _ = count_per_byte(llama, prompt[:, :116], num_bytes=32, first=16)
     rows = {
         "a byte": of_byte,
+        "a draft": count_draft(model, prompt),
         "a verification of 8 bytes": count_verification(model, prompt),
         "a byte of 16 rows": count_per_byte(model, random_ids(16, 256, seed=3), num_bytes=32)[0],
         "a token of a Llama": of_token,

@@ -14,16 +14,16 @@ class AutoSpeculation(SelfSpeculation):
     """Drafts with a window that follows the cost of drafts here and how many are accepted; 0 where they do not pay.
 
     A round with window `w` writes `1 + a + ... + a^w` bytes if each draft is accepted with probability `a`. Its time is
-    measured in the first rounds of a process, for each model and kind of step, and the window with the most bytes a second
-    is taken. `a` is that of the last rounds, over all rows; a window of 0 is left for one round in 64 to ask again.
+    measured in the first rounds of a process, for each model, kind of step and window, and the window with the most bytes
+    a second is taken. `a` is that of the last rounds, over all rows. A window of 0 is left for one round in 64, to ask
+    again.
 
     Args:
         runner, num_rows, do_sample: as in [`SelfSpeculation`].
     """
 
     _costs: "WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[int, float]]]" = WeakKeyDictionary()
-    _MEASURED = (0, 7, 2)  # windows whose rounds are timed, and how often at least
-    _TIMES = 3
+    _TIMES = 2  # that rounds of each window are timed
     _PROBE = 64
 
     def __init__(self, runner: StepRunner, num_rows: int, do_sample: bool):
@@ -31,8 +31,8 @@ class AutoSpeculation(SelfSpeculation):
         kind = (num_rows, runner.compiles, runner.graphs is None, runner.packed is None, torch.get_num_threads())
         self.costs = self._costs.setdefault(runner.model, {}).setdefault(kind, {})
         # Steps of other lengths would be compiled as well.
-        self.candidates = (0, 3, 7) if runner.compiles else (0, 2, 4, 7, 15)
-        self.pending = [w for w in self._MEASURED if w not in self.costs for _ in range(self._TIMES)]
+        self.candidates = (0, 3, 7) if runner.compiles else (0, 3, 7, 15)
+        self.pending = [w for w in self.candidates if w not in self.costs for _ in range(self._TIMES)]
         self.accepted, self.tried, self.idle = 0.9, 1.0, 0
         self.window, self.started = 0, 0.0
 
@@ -41,7 +41,7 @@ class AutoSpeculation(SelfSpeculation):
         if self.window == 0 and not self.pending:
             self.idle += 1
             if self.idle % self._PROBE == 0:
-                self.window = 2
+                self.window = 3
         self.windows = [self.window] * len(limits)
         self.started = time.perf_counter()
         return super().propose(text, cache, limits)
@@ -60,11 +60,9 @@ class AutoSpeculation(SelfSpeculation):
     def best_window(self) -> int:
         """Finds the window with the most bytes a second."""
         rate = min(self.accepted / self.tried, 0.995)
-        slope = (self.costs[7] - self.costs[2]) / 5
 
         def bytes_per_second(window: int) -> float:
-            cost = self.costs[0] if window == 0 else self.costs[2] + slope * (window - 2)
-            return (1 - rate ** (window + 1)) / (1 - rate) / max(cost, 1e-9)
+            return (1 - rate ** (window + 1)) / (1 - rate) / max(self.costs[window], 1e-9)
 
         return max(self.candidates, key=bytes_per_second)
 

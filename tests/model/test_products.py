@@ -179,6 +179,21 @@ def test_what_is_clearly_faster_here_is_chosen(onednn, expected, monkeypatch):
         assert not prefers_onednn(16)
 
 
+def test_one_row_is_not_given_to_all_cores_beside_a_busy_neighbour(monkeypatch):
+    """Its usual time decides, not its best: the neighbour has a core in most rounds."""
+    asked = []
+
+    def seconds(function, states, weight):
+        asked.append(function)
+        is_held_up = function is not nn.functional.linear and len(asked) % 8 > 2
+        return 1.0 if function is nn.functional.linear else 3.0 if is_held_up else 0.5
+
+    monkeypatch.setattr(products, "_preferred", {})
+    monkeypatch.setattr(products, "_seconds", seconds)
+    assert not prefers_onednn(1)
+    assert prefers_onednn(16)
+
+
 def test_measuring_is_plain_work_under_autocast_and_other_defaults(monkeypatch):
     monkeypatch.setattr(products, "_preferred", {})
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):

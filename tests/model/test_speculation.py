@@ -194,10 +194,10 @@ def test_automatic_windows(rows, settings):
 @pytest.mark.parametrize(
     ("costs", "rate", "window"),
     [
-        ({0: 10.0, 2: 20.0, 7: 30.0}, 0.95, 15),
-        ({0: 10.0, 2: 20.0, 7: 30.0}, 0.8, 4),
-        ({0: 10.0, 2: 20.0, 7: 30.0}, 0.2, 0),
-        ({0: 10.0, 2: 40.0, 7: 90.0}, 0.99, 0),
+        ({0: 10.0, 3: 22.0, 7: 30.0, 15: 46.0}, 0.95, 15),
+        ({0: 10.0, 3: 22.0, 7: 30.0, 15: 46.0}, 0.8, 7),
+        ({0: 10.0, 3: 22.0, 7: 30.0, 15: 46.0}, 0.2, 0),
+        ({0: 10.0, 3: 50.0, 7: 90.0, 15: 170.0}, 0.99, 0),
     ],
 )
 def test_the_window_that_pays_is_taken(costs, rate, window):
@@ -218,7 +218,7 @@ def test_costs_are_measured_once_and_go_with_the_model():
     )
     model.generate(ids, **settings)
     (costs,) = AutoSpeculation._costs[model.model].values()
-    assert set(costs) == {0, 2, 7}
+    assert set(costs) == {0, 3, 7, 15}
     before = dict(costs)
     model.generate(ids, **settings)
     assert costs == before

@@ -12,7 +12,7 @@ from helpers.models import make_model, tiny_config
 
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last: the `tokenize.py` there is not Python's own
-from operations import count
+from operations import count, count_draft
 
 
 LAYERS = {"patcher_config": 4, "encoder_config": 1, "decoder_config": 4, "global_config": 8}  # of the mid shape
@@ -63,3 +63,12 @@ def test_a_step_costs_no_more(threshold, rows, width, limits):
     if Version(torch.__version__).release[:2] != (2, 13):
         limits = [1.1 * limit for limit in limits]
     assert all(cost <= limit for cost, limit in zip(found, limits)), found
+
+
+def test_a_draft_costs_no_more():
+    """What hangs on positions alone is made once for all drafts of a window, and the cache counts none of them."""
+    model = make_model(tiny_config(**{part: {"num_hidden_layers": layers} for part, layers in LAYERS.items()}))
+    ids = torch.randint(4, 260, (1, 40), generator=torch.Generator().manual_seed(0))
+    found = list(asdict(count_draft(model, ids)).values())
+    scale = 1.0 if Version(torch.__version__).release[:2] == (2, 13) else 1.1
+    assert all(cost <= scale * limit for cost, limit in zip(found, (185, 118, 315))), found

@@ -40,6 +40,9 @@ from ..model.step_blt import StepRunner
 
 
 UNMASKING_RULES = ("confidence", "entropy")
+_LEAST_SURE = (
+    0.15  # probability below which a block's most probable byte, and those behind it, are not worth a verification
+)
 
 
 @dataclass
@@ -225,7 +228,7 @@ def fill_block(
     is_needed = torch.arange(block_size - 1, device=ids.device) < torch.tensor(needed, device=ids.device)[:, None]
     logits = scores = None
     num_reads = 0
-    while num_reads == 0 or bool((is_masked & is_needed).any()):
+    while num_reads == 0 or (choose is not None and bool((is_masked & is_needed).any())):
         block = torch.cat([last, ids], dim=1)
         new_logits = read(model, cache, last_state, block, torch.nn.functional.pad(is_masked, (1, 0)), runner.packed)
         if text.with_context:
@@ -248,7 +251,7 @@ def fill_block(
 
 
 class BlockDrafts(DraftSource):
-    """Drafts as BLT-DV does: fills in a block at once, for the whole model to verify.
+    """Drafts as BLT-DV does: fills in a block at once, for the whole model to verify up to the first byte it is unsure of.
 
     Args:
         model: a [`BltForCausalLM`] with a mask embedding.
@@ -264,7 +267,12 @@ class BlockDrafts(DraftSource):
     def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
         needed = [min(limit, self.block_size - 1) for limit in limits]
         block = fill_block(self.model, self.runner, text, self.block_size, needed, None, self.do_sample)
-        return Drafts(block.ids, needed, block.scores.softmax(dim=-1) if self.do_sample else None)
+        probs = block.scores.softmax(dim=-1)
+        # Not what was drawn decides, but of what: so sampling keeps its distribution.
+        sure = (probs.amax(dim=-1) >= _LEAST_SURE).long().cumprod(dim=1).sum(dim=1).tolist()
+        lengths = [min(limit, max(count, 1)) for limit, count in zip(needed, sure)]
+        most = max(lengths)
+        return Drafts(block.ids[:, :most], lengths, probs[:, :most] if self.do_sample else None)
 
 
 @torch.no_grad()

@@ -85,6 +85,10 @@ class AttentionSpan:
         """Returns the mask of an attention in one piece, as the attention interface takes it."""
         return self._mask("whole", query, self._build_mask)
 
+    def keep_mask(self, mask: Tensor, query: Tensor) -> None:
+        """Takes a mask that was made elsewhere, for queries of this dtype and device."""
+        self._masks["whole", query.dtype, query.device] = mask
+
     def _call(self, module, query, key, value, mask, dropout):
         if self.implementation == "sdpa" and module.num_key_value_groups == 1:
             # A conditional gives torch.compile a bool where a comparison of dynamic shapes would not.

@@ -76,6 +76,7 @@ class ForwardInputs:
         collectors: of hidden states and attention weights: encoder, global transformer, decoder.
         block_noise: adds corrupted blocks to what the decoder reads, for the masked loss of BLT-D.
         is_draft: the local models alone run, as if no patch ended.
+        patches: of a draft that the cache does not count.
     """
 
     embeds: Tensor | None = None
@@ -84,6 +85,7 @@ class ForwardInputs:
     collectors: tuple[OutputCollector | None, OutputCollector | None, OutputCollector | None] = (None, None, None)
     block_noise: Any = None
     is_draft: bool = False
+    patches: PatchAssignment | None = None
 
 
 PLAIN, DRAFT = ForwardInputs(), ForwardInputs(is_draft=True)
@@ -115,11 +117,13 @@ def read_bytes(
     model, settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None, inputs: ForwardInputs = PLAIN
 ) -> BytesRead:
     """Runs entropy model, rule and encoder on a chunk. A small one that is no draft is written to the history, too."""
-    if inputs.is_draft:
-        entropies, ends = None, torch.zeros_like(chunk.input_ids, dtype=torch.bool)
-    else:
-        entropies, ends = find_patches(model, settings.rule, chunk, cache, inputs.given_ends)
-    patches = assign_patches(chunk, ends, settings.documents)
+    entropies, patches = None, inputs.patches
+    if patches is None:
+        if inputs.is_draft:
+            ends = torch.zeros_like(chunk.input_ids, dtype=torch.bool)
+        else:
+            entropies, ends = find_patches(model, settings.rule, chunk, cache, inputs.given_ends)
+        patches = assign_patches(chunk, ends, settings.documents)
     collector = inputs.collectors[0]
     span = chunk.span(cache, settings.local_window, settings.attention, collector)
     embeds = embed_bytes(model, settings, chunk, inputs.embeds) if inputs.byte_embeds is None else inputs.byte_embeds
@@ -207,7 +211,7 @@ def predict_bytes(
     hidden_states = model.local_decoder(states, latents, chunk, latent_index, span, cache, collector, positions)
     if head is not None:
         hidden_states = head(hidden_states).float()
-    if cache is not None:
+    if cache is not None and inputs.patches is None:
         # Last, so that an interrupt in the middle of a step leaves a cache that has not read it
         cache.history.advance_on_device(chunk, read.patches, read.entropies)
     return hidden_states

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_blt import AttentionSpan, gathered_attention, repeat_kv_heads, segment_attention
-from .names_blt import import_where_installed, is_exporting, sliding_windows
+from .names_blt import import_where_installed, is_exporting, kept_arange, sliding_windows
 
 
 _products = import_where_installed("products")
@@ -377,6 +377,8 @@ class BltHashEmbedding(nn.Embedding):
         # ONNX has a loop for bags, and forward-mode differentiation has no rule for them.
         if is_exporting() or torch.autograd.forward_ad._current_level >= 0:
             return nn.functional.embedding(hashes, weight).sum(dim=2)
-        bags = hashes.flatten(0, 1)
-        summed = nn.functional.embedding_bag(bags, weight, mode="sum", sparse=self.sparse)
+        bags, offsets = hashes.flatten(0, 1), None
+        if len(bags) == 1:  # torch makes the offsets of several bags
+            bags, offsets = bags.flatten(), kept_arange(0, 1, bags.device)
+        summed = nn.functional.embedding_bag(bags, weight, offsets, mode="sum", sparse=self.sparse)
         return summed.view(*hashes.shape[:2], -1)

@@ -314,14 +314,15 @@ class PackedStack:
         """Computes the rotation of queries and keys: complex `(N, 1, D/2)`, or cosines and sines `(2, B, S, 1, D)`."""
         known = span.rotations.get(self.rotation_key)
         if known is None:
-            known = self._make_rotation(positions, states)
+            known = self.make_rotation(positions, states)
             if self.shares_rotation:
                 span.rotations[self.rotation_key] = known
         return known
 
     rotation_key, shares_rotation = 0, False
 
-    def _make_rotation(self, positions: Tensor, states: Tensor) -> Tensor:
+    def make_rotation(self, positions: Tensor, states: Tensor) -> Tensor:
+        """Computes it for positions `(B, S)`, in the dtype of `states`."""
         if states.dtype == torch.float32 and not torch.compiler.is_compiling():
             angles = positions.reshape(-1, 1, 1) * self.inv_freq
             return torch.polar(self.rotary_scaling, angles)

@@ -27,7 +27,7 @@ from .forward_blt import (
     read_bytes,
     reserve_closing,
 )
-from .names_blt import import_where_installed
+from .names_blt import IS_FROM_CHECKPOINT, import_from_package, import_where_installed
 
 
 CAPTURES_BY_DEFAULT = False
@@ -152,8 +152,13 @@ class StepRunner:
         return self.graphs.run(("drafts", count), lambda ids: self._draft(ids, count, choose), input_ids)
 
     def _draft(self, ids: Tensor, count: int, choose: Callable) -> list[tuple]:
-        history, found, done = self.cache.history, [], 0
+        cache, documents = self.cache, self.settings.documents
         self._hold_patch(True)
+        has_documents = cache.has_documents or documents.mask_documents or documents.newline_reset
+        if not (self.is_compiled or self.graphs is not None or has_documents or IS_FROM_CHECKPOINT):
+            drafting = import_from_package("drafting", "drafting ahead")
+            return drafting.draft_ahead(self.model, self.settings, cache, self.packed, self.head, ids, count, choose)
+        history, found, done = cache.history, [], 0
         try:
             for step in range(count):
                 logits = self._run_predict(self._run_read(ids, None, True, is_held=False))
@@ -162,7 +167,7 @@ class StepRunner:
                 ids = found[-1][0]
         finally:  # also after an interrupt
             if done:
-                history.take_back(history.state.num_bytes - done, self.cache.has_documents)
+                history.take_back(history.state.num_bytes - done, cache.has_documents)
         return found
 
     @torch.no_grad()
