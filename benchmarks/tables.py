@@ -52,8 +52,9 @@ def markdown(header: list[str], rows: list[list[str]], results: list[str]) -> st
 
 
 def source(name: str) -> str:
-    found = read(name)["environment"]
-    return f"- `{name}.json`: `{found['command']}`, commit {found['commit']}"
+    result = read(name)
+    found = result["environment"]
+    return f"- `{name}.json`: `{found['command']}`, commit {result.get('blt_hf', found['commit'])}"
 
 
 @table
