@@ -42,5 +42,6 @@ if [ "${1:-}" = --fuzz ]; then
 fi
 "$python" -m pytest -p no:warnings --rootdir integrations/vllm -c integrations/vllm/pyproject.toml integrations/vllm/tests "$@"
 if [ $# = 0 ]; then
-    "$python" -m pytest -p no:warnings tests/test_example_serve_ray.py tests/test_example_patches_ray.py
+    "$python" -m pytest -p no:warnings tests/test_example_serve_ray.py tests/test_example_patches_ray.py \
+        tests/test_benchmark_serve_replicas.py
 fi

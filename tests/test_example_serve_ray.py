@@ -1,4 +1,4 @@
-"""`examples/serve_ray.py`: two replicas behind one address, one of which is killed under load.
+"""`examples/serve_ray.py`: two replicas behind one address, one of which is killed under load, and one that gets company.
 
 `make test-vllm` installs Ray, which the other tests do without.
 """
@@ -6,6 +6,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,20 +25,28 @@ PROMPTS = ["The import statement ", "Das Paket ", "dog (noun): ", "A list "]
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def example():
+    """The example, as a module."""
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    os.environ["RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "1"  # 10 by default
     # What replicas import, in processes that know nothing of this one.
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT / "src", ROOT / "examples"]))
     sys.path.insert(0, str(ROOT / "examples"))
-    import ray
     import serve_ray
+
+    yield serve_ray
+    sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="module")
+def address(example):
+    import ray
     from ray import serve
 
     try:
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-        yield serve_ray.start({"model": str(MODEL), "least": 2, "most": 2, "cpus": 1}, serve_ray.free_port())
+        yield example.start({"model": str(MODEL), "least": 2, "most": 2, "cpus": 1}, example.free_port())
     finally:
-        sys.path.pop(0)
         serve.shutdown()
         ray.shutdown()
 
@@ -85,6 +94,37 @@ def test_texts_are_those_of_generate_on_both_replicas(address, client, expected)
             assert text == expected[PROMPTS[number % len(PROMPTS)]]
 
 
+def test_models_chats_usage_and_log_probabilities_come_through(address, client, expected):
+    assert [model.id for model in client.models.list()] == ["blt-5m"]
+    assert httpx.get(f"{address}/health", timeout=60).status_code == 200
+    options = {"model": "blt-5m", "prompt": PROMPTS[0], "max_tokens": 12}
+    answer = client.completions.create(**options, temperature=0, logprobs=0)
+    assert expected[PROMPTS[0]].startswith(answer.choices[0].text)
+    assert len(answer.choices[0].logprobs.token_logprobs) == answer.usage.completion_tokens == 12
+    assert answer.usage.prompt_tokens == 1 + len(PROMPTS[0])
+    seeded = [client.completions.create(**options, temperature=1, seed=5).choices[0].text for _ in range(4)]
+    assert len(set(seeded)) == 1
+    chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage.completion_tokens == 12
+    stop = expected[PROMPTS[0]][5:8]
+    found = client.completions.create(**{**options, "max_tokens": 100}, temperature=0, stop=stop).choices[0].text
+    assert found == expected[PROMPTS[0]].partition(stop)[0]
+    with pytest.raises(openai.BadRequestError, match="presence_penalty"):
+        client.completions.create(**options, presence_penalty=1)
+
+
+def test_who_leaves_is_taken_out(address, client):
+    stream = client.completions.create(model="blt-5m", prompt="A list ", max_tokens=3000, temperature=1, stream=True)
+    next(iter(stream))
+    stream.close()
+    for _ in range(60):
+        busy = [httpx.get(f"{address}/replica", timeout=60).json()["requests"] for _ in range(8)]
+        if not any(busy):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"requests still run: {busy}")
+
+
 def test_a_replica_is_killed_under_load(address, client, expected):
     """What ran on it fails, with an error; all else is answered, then and later, and another replica takes its place."""
     pids = replicas(address)
@@ -113,3 +153,47 @@ def test_a_replica_is_killed_under_load(address, client, expected):
             return
         time.sleep(1)
     raise AssertionError("no replica took the place of the one that was killed")
+
+
+def test_options_say_how_many_replicas_there_may_be(example):
+    deployment = example.app({"least": "1", "most": "3", "target": "4", "delay": "2", "max_requests": "10"})
+    config = deployment._bound_deployment._deployment_config
+    scaling = config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 4)
+    assert scaling.upscale_delay_s == 2 and config.max_ongoing_requests == 20
+
+
+def test_replicas_are_added_under_load(example, address, client, expected):
+    """And no more than allowed; a replica that has as many requests as it takes says so. The last test: it starts anew."""
+    from ray import serve
+
+    serve.delete("default")
+    options = {"model": str(MODEL), "least": 1, "most": 2, "target": 1, "delay": 0.5, "max_requests": 3}
+    assert example.start(options, int(address.rpartition(":")[2])) == address
+    assert len(replicas(address)) == 1
+    is_done, refused = threading.Event(), []
+
+    def ask_again_and_again(number: int) -> None:
+        while not is_done.is_set():
+            try:
+                assert ask(client, number) == expected[PROMPTS[number % len(PROMPTS)]]
+            except openai.RateLimitError as error:
+                refused.append(error)
+                time.sleep(0.2)
+
+    found = set()
+    with ThreadPoolExecutor(5) as pool:
+        asking = [pool.submit(ask_again_and_again, number) for number in range(5)]
+        try:
+            for _ in range(200):
+                found |= replicas(address)
+                if len(found) > 1:
+                    break
+                time.sleep(1)
+        finally:
+            is_done.set()
+        for future in asking:
+            future.result(timeout=200)
+    assert len(found) == 2
+    assert refused and all(error.status_code == 429 for error in refused)
+    assert replicas(address) <= found
