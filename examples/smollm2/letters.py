@@ -97,6 +97,7 @@ def fine_tune(model, tokenizer, words: list[str], epochs: float, batch: int = 4,
             report_to="none",
             dataloader_pin_memory=False,
             use_cpu=model.device.type == "cpu",
+            bf16=True,
         )
         tokenizer.padding_side = "right"
         collator = DataCollatorForSeq2Seq(tokenizer)

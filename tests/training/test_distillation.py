@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from typer.testing import CliRunner
 
 from blt_hf.cli import app as cli
-from blt_hf.model.patching_blt import BOS_TOKEN_ID, EOS_TOKEN_ID, PatchingRule, find_patch_ends
+from blt_hf.model.patching_blt import BOS_TOKEN_ID, BYTE_OFFSET, EOS_TOKEN_ID, PatchingRule, find_patch_ends
 from blt_hf.tokenizer.encoding import byte_ids
 from blt_hf.training import learned
 from blt_hf.training.byteify import byteify
@@ -395,8 +395,14 @@ def test_rows_of_a_batch_have_like_lengths(token_model, tokenizer, tmp_path):
 
 
 def test_figures_of_an_evaluation_are_of_its_rows(token_model, folder, tmp_path):
-    """Also where an evaluation comes between two logs of training."""
+    """Also where an evaluation comes between two logs of training, whose rows are changed when a batch is made."""
     rows = TeacherData([folder])
+
+    def collate(some):
+        batch = collate_teacher_rows(some)
+        batch["input_ids"][:, 1:] = BYTE_OFFSET + ord("x")
+        return batch
+
     stage = DecoderStage(make_blt(token_model))
     options = {
         "eval_rows": [rows[0]],
@@ -406,7 +412,7 @@ def test_figures_of_an_evaluation_are_of_its_rows(token_model, folder, tmp_path)
         "quiet": True,
         "use_cpu": True,
     }
-    run_stage(stage, rows, collate_teacher_rows, tmp_path, 3, 4, 1e-2, 0, **options)
+    run_stage(stage, rows, collate, tmp_path, 3, 4, 1e-2, 0, **options)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     with torch.no_grad():
         stage.eval()(**collate_teacher_rows([rows[0]]))

@@ -27,7 +27,7 @@ from ..model.modeling_blt import BltForCausalLM
 from ..model.patching_blt import BYTE_OFFSET, IGNORED_LABEL
 from . import learned
 from .byteify import _base_model
-from .teacher_data import TeacherData, teacher_states
+from .teacher_data import TeacherData, collate_teacher_rows, teacher_states
 from .token_models import TokenHead
 
 
@@ -475,6 +475,13 @@ class _StageTrainer(Trainer):
                 file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
         super().log(logs, *args, **kwargs)
 
+    def get_eval_dataloader(self, *args, **kwargs):
+        kept, self.data_collator = self.data_collator, collate_teacher_rows  # nothing is changed in held-out rows
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = kept
+
     def evaluation_loop(self, *args, **kwargs):
         kept, self.model.sums = self.model.sums, defaultdict(lambda: [0.0, 0.0])
         output = super().evaluation_loop(*args, **kwargs)
@@ -541,7 +548,7 @@ def run_stage(
 
     Args:
         stage: what is learned.
-        rows: a data set of rows. collate: makes a batch of them.
+        rows: a data set of rows. collate: makes a batch of them; rows for evaluation are only padded.
         steps: of the optimizer, in all.
         eval_rows: rows for evaluation, at each save and at the end.
         use_bf16: products in bf16 (autocast).
