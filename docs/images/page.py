@@ -2,6 +2,8 @@
 
 python examples/space/app.py --port 7860 &
 python docs/images/page.py [CHROMIUM] [ADDRESS]        # needs playwright, and Chromium (by default /usr/bin/chromium)
+
+Debian's fonts-noto-core, fonts-noto-cjk and fonts-noto-color-emoji have all characters of the texts.
 """
 
 import sys
@@ -37,7 +39,11 @@ def main(chromium: str, address: str) -> None:
         page.wait_for_function("document.querySelector('#patches .blt-row')?.textContent.includes('🙂')")
         page.screenshot(path=HERE / "page-patches.png", full_page=True)
         page.get_by_role("tab", name="Two thresholds").click()
-        page.wait_for_selector("#second .blt-summary")
+        # The patches are those of the threshold that the slider shows.
+        shown = "[...document.querySelectorAll('input[type=number]')].filter(field => field.offsetParent).at(-1).value"
+        page.wait_for_function(
+            f"document.querySelector('#second .blt-summary')?.textContent.includes(Number({shown}).toFixed(3))"
+        )
         page.screenshot(path=HERE / "page-thresholds.png", full_page=True)
         write(page)
         page.screenshot(path=HERE / "page-generate.png", full_page=True)
