@@ -17,7 +17,7 @@ from .model.forward_blt import ForwardInputs, ForwardSettings, predict_bytes, re
 def draft_ahead(
     model, settings: ForwardSettings, cache: BltCache, packed, head: nn.Module | None, ids: Tensor, count: int, choose
 ) -> list[tuple]:
-    """Drafts as [`StepRunner.draft`] does, in rows that hold one document each.
+    """Writes drafts as [`StepRunner.draft`] does, in rows that hold one document each.
 
     Args:
         model: a [`BltModel`].
