@@ -71,7 +71,7 @@ def count_right(model, tokenizer, tested: list[str], shots: list[str]) -> dict[s
     return results
 
 
-def fine_tune(model, tokenizer, words: list[str], epochs: float, batch: int = 4, learning_rate: float = 1e-3):
+def fine_tune(model, tokenizer, words: list[str], epochs: float, batch: int = 16, learning_rate: float = 1e-3):
     """Returns the model with LoRA on all linear layers, trained on both tasks for each word; the answer alone counts."""
     end = text_ids(tokenizer, "\n")
 
@@ -97,7 +97,6 @@ def fine_tune(model, tokenizer, words: list[str], epochs: float, batch: int = 4,
             report_to="none",
             dataloader_pin_memory=False,
             use_cpu=model.device.type == "cpu",
-            bf16=True,
         )
         tokenizer.padding_side = "right"
         collator = DataCollatorForSeq2Seq(tokenizer)
