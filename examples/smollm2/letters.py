@@ -20,6 +20,7 @@ TASKS = {
     "spelling": lambda word: (f"Spell the word: {word} ->", " " + " ".join(word)),
     "reversal": lambda word: (f"Reverse the word: {word} ->", " " + word[::-1]),
 }
+BATCH = 4  # rows of a step of fine-tuning
 NUM_SHOTS = 4  # solved examples before the question, for a model that was not fine-tuned
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 
@@ -71,7 +72,7 @@ def count_right(model, tokenizer, tested: list[str], shots: list[str]) -> dict[s
     return results
 
 
-def fine_tune(model, tokenizer, words: list[str], epochs: float, batch: int = 16, learning_rate: float = 1e-3):
+def fine_tune(model, tokenizer, words: list[str], epochs: float, batch: int = BATCH, learning_rate: float = 1e-3):
     """Returns the model with LoRA on all linear layers, trained on both tasks for each word; the answer alone counts."""
     end = text_ids(tokenizer, "\n")
 
@@ -97,6 +98,7 @@ def fine_tune(model, tokenizer, words: list[str], epochs: float, batch: int = 16
             report_to="none",
             dataloader_pin_memory=False,
             use_cpu=model.device.type == "cpu",
+            bf16=True,
         )
         tokenizer.padding_side = "right"
         collator = DataCollatorForSeq2Seq(tokenizer)

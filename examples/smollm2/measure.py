@@ -152,6 +152,7 @@ def run_noise(pair, arguments) -> dict:
 def run_letters(pair, arguments) -> dict:
     tested, trained = letters.choose_words(arguments.words, arguments.trained_words)
     figures = {"words": len(tested), "examples": 2 * len(trained), "epochs": arguments.epochs, "lora": letters.LORA}
+    figures |= {"batch": letters.BATCH, "products of fine-tuning": "bf16"}
     for name, (model, tokenizer) in pair.items():
         before = letters.count_right(model, tokenizer, tested, trained[: letters.NUM_SHOTS])
         started = time.perf_counter()
