@@ -40,9 +40,8 @@ from ..model.step_blt import StepRunner
 
 
 UNMASKING_RULES = ("confidence", "entropy")
-_LEAST_SURE = (
-    0.15  # probability below which a block's most probable byte, and those behind it, are not worth a verification
-)
+# Where a block's most probable byte is less probable, this byte and those behind it are not worth a verification.
+_LEAST_SURE = 0.15
 
 
 @dataclass

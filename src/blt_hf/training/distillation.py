@@ -249,7 +249,8 @@ class EncoderStage(Stage):
             is_known = early_states[..., 0].isfinite()  # rows with other words have no such states
             weights = ((counts > 0).float() - 0.5 * keep_word) * is_known
             behind, error = self._error_behind_layers(inputs, early_states.nan_to_num(), weights)
-            self.note("state_error", error, 1)
+            has_known = float(is_known.any())
+            self.note("state_error", error * has_known, has_known)
             loss = behind + self.embedding_weight * loss
         return loss
 
