@@ -10,7 +10,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 VERBS = """
 Adds Applies Asks Attends Bisects Bounds Builds Calls Captures Changes Checkpoints Checks Chooses Classifies Closes
-Computes Continues Converts Copies Corrupts Counts Crosses Cuts Decides Discards Divides Does Draws Drops Empties Exchanges
+Computes Continues Converts Copies Corrupts Counts Crosses Cuts Decides Discards Divides Does Draws Drops Embeds Empties
+Exchanges
 Fills Finds Fine-tunes Flattens Freezes Gives Hands Hides Imports Inverts Is Joins Keeps Lays Learns Lets Lists Loads
 Makes Measures Moves Multiplies Names Numbers Opens Pads Pools Predicts Prepares Prints Projects Puts Raises Reads
 Refuses Renews Reorders Repeats Replaces Returns Rotates Rounds Runs Saves Says Sees Sets Shows Splits Starts Stops Sums

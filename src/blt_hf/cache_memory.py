@@ -22,7 +22,7 @@ def count_row_memory(cache, num_bytes: int, num_patches: int, dtype: torch.dtype
     of_latents = config.cross_attn_k * kv_heads * (decoder.hidden_size // heads)
     of_slots = [  # slots, and bytes of memory of each
         (cache.recent_slots, 8 * cache.history.num_fields + 4 + len(cache.byte_states) * encoder.hidden_size * size),
-        (cache.latent_slots, 2 * cache.num_cross_layers * of_latents * size),
+        (cache.latent_slots, 2 * (cache.num_cross_layers + (decoder.lexicon_size > 0)) * of_latents * size),
     ]
     for layers, part, item in (
         (cache.patcher, config.patcher_config, 4),

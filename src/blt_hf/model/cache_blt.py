@@ -501,7 +501,8 @@ class BltCache(Cache):
         if encoder is not None:
             # The history also serves the patching rule, and a registered one may look further back than the hashes.
             rule = PatchingRule(config.patching_mode)
-            self.num_hash_bytes = max(*config.encoder_hash_byte_group_size, rule.window) - 1
+            words = config.decoder_config.lexicon_length + 1 if config.decoder_config.lexicon_size else 1
+            self.num_hash_bytes = max(*config.encoder_hash_byte_group_size, rule.window, words) - 1
             if rule.mode not in PATCHING_MODES and rule.uses_entropies:
                 self.num_rule_entropies = max(rule.window - 1, 1)
         self.config, self.made_for = config, cache_shapes(config)

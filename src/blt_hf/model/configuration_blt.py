@@ -196,11 +196,17 @@ class BltLocalDecoderConfig(_BltLocalConfig):
 
     Fields as in transformers' `BltLocalDecoderConfig`; in addition `num_cross_attention_heads`,
     `num_cross_key_value_heads` and `cross_attn_window` (patches a byte reads, the last closed one and those before),
-    as in [`BltLocalEncoderConfig`].
+    as in [`BltLocalEncoderConfig`], and:
+        lexicon_size: entries of the decoder's lexicon ([`BltLexicon`]); 0: it has none.
+        lexicon_top_k: entries that are kept for each patch, the most probable ones.
+        lexicon_length: ids of the longest spelling of an entry; what is longer is cut.
     """
 
     model_type = "blt_local_decoder"
 
+    lexicon_size: int = 0
+    lexicon_top_k: int = 32
+    lexicon_length: int = 12
     cross_attn_all_layers: bool | None = True
     num_hidden_layers: int = 9
     intermediate_size: int = 2816
@@ -208,6 +214,17 @@ class BltLocalDecoderConfig(_BltLocalConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        _check_least("BltLocalDecoderConfig.lexicon_size", self.lexicon_size, "0 (no lexicon)", least=0)
+        if self.lexicon_size:
+            _check_least("BltLocalDecoderConfig.lexicon_length", self.lexicon_length, "1 id")
+            _check(
+                1 <= self.lexicon_top_k <= self.lexicon_size,
+                "`BltLocalDecoderConfig.lexicon_top_k` must be from 1 to `lexicon_size`, "
+                f"{self.lexicon_size}; got {self.lexicon_top_k}.",
+            )
+        super().__post_init__(**kwargs)
 
 
 @strict

@@ -1,5 +1,6 @@
 """Building blocks of all stacks: norm, feed-forward, self-attention and the two cross attentions."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -231,6 +232,74 @@ class BltByteCrossAttention(_BltCrossAttention):
         index, hidden = (None if t is None else t.to(query.device) for t in (latent_index.index, latent_index.hidden))
         output = gathered_attention(query, keys.view(shape), values.view(shape), index, hidden, self.scaling)
         return project(self.o_proj, output.flatten(2)) + hidden_states
+
+
+class BltLexiconKeys(nn.Embedding):
+    """Multiplies states `(..., W)` with the keys of all entries, `(..., V)`. To PEFT it is no linear layer."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return nn.functional.linear(states, self.weight)
+
+
+class BltLexicon(nn.Module):
+    """Spells likely words: for each patch the best entries of a list of byte strings, for each byte what these have next.
+
+    The normed state of a patch is multiplied with the keys of all entries; a softmax over the products says how probable
+    each entry is behind the patch. The entries that begin with the bytes that have come since then share the probability
+    of the next byte. In a byteified model entries are the tokens of the token model, and keys the rows of its head.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k, self.vocab_size = config.lexicon_top_k, config.vocab_size
+        self.norm = BltRMSNorm(config.hidden_size_global, config.rms_norm_eps)
+        self.keys = BltLexiconKeys(config.lexicon_size, config.hidden_size_global)
+        self.register_buffer("spellings", torch.full((config.lexicon_size, config.lexicon_length), -1))
+        self.embedding = nn.Linear(config.vocab_size + 2, config.hidden_size, bias=False)
+
+    def rank(self, states: Tensor) -> Tensor:
+        """Finds the entries that are most probable behind patches, for their states `(B, P, W_global)`.
+
+        Returns:
+            `(B, P, 4 * top_k)`: three digits of the entries, of base 256, which all dtypes hold exactly; logarithms of
+            their probabilities.
+        """
+        scores = self.keys(self.norm(states)).float()
+        best, index = scores.topk(self.top_k, dim=-1)
+        log_probs = best - scores.logsumexp(dim=-1, keepdim=True)
+        digits = (index // 256**power % 256 for power in range(3))
+        return torch.cat([*(digit.to(states.dtype) for digit in digits), log_probs.to(states.dtype)], dim=-1)
+
+    def forward(self, ranked: Tensor, ids: Tensor, open_bytes: Tensor) -> Tensor:
+        """Embeds what the ranked entries have next, `(B, S, W)`.
+
+        Args:
+            ranked: `(B, S, 4 * top_k)` as `rank` gives it, of the patch that each byte reads.
+            ids: int64 `(B, S, 1 + length)`, the last ids up to each byte, the byte itself last.
+            open_bytes: int64 `(B, S)`, how many of them came behind the patch.
+        """
+        low, middle, high, log_probs = ranked.float().chunk(4, dim=-1)
+        spellings = self.spellings[(low + 256 * middle + 65536 * high).long()]  # (B, S, K, length)
+        length = spellings.shape[-1]
+        place = torch.arange(length + 1, device=ids.device)
+        # The id that ended the patch (often a space), then those behind it. What has not come equals no id of an entry.
+        since = ids.gather(-1, (length - open_bytes[..., None] + place).clamp(0, length))
+        since = since.masked_fill(place > open_bytes[..., None], -2)
+        # Entries may begin with the id that ended the patch, as a token does that is a space and a word.
+        begins_before = spellings[..., 0] == since[..., None, 0]
+        came = torch.where(begins_before[..., None], since[..., None, :-1], since[..., None, 1:])
+        count = open_bytes[..., None] + begins_before  # (B, S, K)
+        is_alive = ((spellings == came) | (place[:-1] >= count[..., None])).all(dim=-1) & (count < length)
+        following = spellings.gather(-1, count.clamp_max(length - 1)[..., None])[..., 0]
+        probs = log_probs.exp() * is_alive
+        goes_on = probs * (following >= 0)
+        following = probs.new_zeros(*ids.shape[:2], self.vocab_size).scatter_add(-1, following.clamp_min(0), goes_on)
+        alive = probs.sum(dim=-1, keepdim=True)
+        # Shares of what is left, and that itself, in nats above a thousandth.
+        left = alive.clamp_min(1e-9)
+        features = torch.cat([following / left, 1 - goes_on.sum(dim=-1, keepdim=True) / left, alive], dim=-1)
+        features = features.clamp_min(1e-3).log() + math.log(1e3)
+        return self.embedding(features.to(self.embedding.weight.dtype))
 
 
 def run_layers(

@@ -17,6 +17,7 @@ from .configuration_blt import (
 from .generation_blt import BltGenerationMixin
 from .layers_blt import (
     BltByteCrossAttention,
+    BltLexicon,
     BltPatchCrossAttention,
     BltRMSNorm,
     BltRotaryEmbedding,
@@ -250,6 +251,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         self.patch_embedding_projection = nn.Linear(
             config.hidden_size_global, config.hidden_size * config.cross_attn_k, bias=False
         )
+        self.lexicon = BltLexicon(config) if config.lexicon_size else None
         self.norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
         num_cross = config.num_hidden_layers if config.cross_attn_all_layers else 1
         self.cross_attn_layers = nn.ModuleList([BltByteCrossAttention(config, i) for i in range(num_cross)])
@@ -283,11 +285,12 @@ class BltLocalDecoder(BltPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions if positions is None else positions)
         if collector is not None:
             collector.add(hidden_states if positions is None else hidden_states[:, : chunk.num_columns])
+        # Views of all at once: the gradient of each single one would be a tensor of the size of all.
+        keys_values = [] if latents is None else [pair.unbind(2) for pair in latents.unbind(2)]
         for index, layer in enumerate(self.layers):
             if index < len(self.cross_attn_layers):
-                keys, values = latents[:, :, index, 0], latents[:, :, index, 1]
                 hidden_states = hidden_states + self.cross_attn_layers[index](
-                    hidden_states, keys, values, latent_index
+                    hidden_states, *keys_values[index], latent_index
                 )
             cache_layer = None if cache is None else cache.decoder[index]
             hidden_states, weights = layer(hidden_states, position_embeddings, span, cache_layer)
@@ -297,12 +300,28 @@ class BltLocalDecoder(BltPreTrainedModel):
         return self.norm(hidden_states)
 
     def project_latents(self, global_states: Tensor, packed=None) -> Tensor:
-        """Projects patches `(B, P, W_global)` to keys and values `(B, P, L, 2, F)` of `L` cross attentions."""
+        """Projects patches `(B, P, W_global)` to keys and values `(B, P, L, 2, F)` of `L` cross attentions.
+
+        With a lexicon, `L` is one more: the last holds the entries that it ranks first.
+        """
         latents = self.split_latents(global_states)
         if packed is not None and packed.decoder is not None and packed.decoder.keys_values is not None:
-            return packed.decoder.project_latents(latents)
-        states = [torch.stack(cross(latents=latents), dim=-2) for cross in self.cross_attn_layers]
-        return torch.stack([layer_states.to(states[0].device) for layer_states in states], dim=2)
+            states = packed.decoder.project_latents(latents)
+        else:
+            states = [torch.stack(cross(latents=latents), dim=-2) for cross in self.cross_attn_layers]
+            states = torch.stack([layer_states.to(states[0].device) for layer_states in states], dim=2)
+        if self.lexicon is None:
+            return states
+        ranked = self.lexicon.rank(global_states).to(states)
+        size = states[0, 0, 0].numel()
+        ranked = nn.functional.pad(ranked, (0, size - ranked.shape[-1])).unflatten(-1, states.shape[3:])
+        return torch.cat([states, ranked[:, :, None]], dim=2)
+
+    def read_lexicon(self, latents: Tensor, latent_index: LatentIndex, ids: Tensor, open_bytes: Tensor) -> Tensor:
+        """Embeds `(B, S, W)` what the lexicon's entries have next; `latents` as `project_latents` gives them."""
+        ranked = latents[:, :, -1].flatten(2)[..., : 4 * self.lexicon.top_k]
+        index = latent_index.index[..., :1].to(ranked.device).expand(-1, -1, ranked.shape[-1])
+        return self.lexicon(ranked.gather(1, index), ids, open_bytes)
 
     def split_latents(self, global_states: Tensor) -> Tensor:
         """Projects patches `(B, P, W_global)` to `K` latents each, `(B, P, K, W)`."""

@@ -53,7 +53,8 @@ def byteify(
     Queries and keys are reordered: Llama rotates the two halves of a head, BLT pairs of neighbours. Embeddings and head
     are not used. BLT's global transformer has no final norm. The weight of the token model's final norm is multiplied
     into the columns of the decoder's patch projection; its normalisation is not needed, because every latent is
-    normalised when it is read.
+    normalised when it is read. With `lexicon_size`, keys and norm of the decoder's lexicon are the head and the final
+    norm; `token_lexicon.spell_lexicon` adds how tokens are spelled.
 
     Patches reach the layers at the scale of the token embeddings that they replace: the weights that make them are
     multiplied so that both have the same root mean square. At a larger scale they would drown the layers' results.
@@ -92,8 +93,22 @@ def byteify(
         model.model.global_transformer.layers.load_state_dict(weights)
         # Each column of the projection reads one channel of the state, so scaling columns is scaling channels.
         model.model.local_decoder.patch_embedding_projection.weight.mul_(base.norm.weight)
+        if (lexicon := model.model.local_decoder.lexicon) is not None:
+            head = _head_of(token_model)
+            if head.shape != lexicon.keys.weight.shape:
+                raise ValueError(
+                    f"`lexicon_size` must be 0 or the number of tokens, {len(head)}; got {lexicon.keys.num_embeddings}."
+                )
+            lexicon.keys.weight.copy_(head)
+            lexicon.norm.weight.copy_(base.norm.weight)
     _scale_patches(model, base.embed_tokens.weight)
     return model
+
+
+def _head_of(token_model: nn.Module) -> Tensor:
+    """Returns the weight of a token model's head; of a model without one, its embeddings."""
+    head = token_model.get_output_embeddings()
+    return (_base_model(token_model).embed_tokens if head is None else head).weight
 
 
 @torch.no_grad()

@@ -53,7 +53,8 @@ class Stage(nn.Module):
         self.model = model
         self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(self.trained) or ".lora_" in name and "lora" in self.trained)
+            learns = name.startswith(self.trained) and not learned.is_of_token_model(name)
+            parameter.requires_grad_(learns or ".lora_" in name and "lora" in self.trained)
 
     def whiten(self, rows, is_new: bool) -> None:
         """Lets the decoder's projection of patch states learn on whitened states; the weight stays one of plain states.

@@ -19,6 +19,8 @@ from ..model.modeling_blt import BltForCausalLM
 
 
 _LAYERS = "model.global_transformer.layers."
+_LEXICON = "model.local_decoder.lexicon."
+_OF_TOKEN_MODEL = tuple(_LEXICON + name for name in ("keys.", "norm.", "spellings"))
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PARAMETRIZED = re.compile(r"(.*)\.parametrizations\.weight\.(.*)")
 _FACTOR = re.compile(r"(.*)\.lora_(A|B)(\.[^.]+\.weight)?$")
@@ -44,11 +46,16 @@ def add_lora(model: BltForCausalLM, rank: int) -> BltForCausalLM:
     return model
 
 
+def is_of_token_model(name: str) -> bool:
+    """Tells whether a tensor outside the layers of the global transformer comes from the token model as it is."""
+    return name.startswith(_OF_TOKEN_MODEL)
+
+
 def collect(model: BltForCausalLM) -> dict[str, Tensor]:
     """Returns what [`save`] writes, by name, on the CPU; an entropy model is left out."""
     learned = {}
     for name, tensor in model.state_dict().items():
-        if name.startswith("model.patcher."):
+        if name.startswith("model.patcher.") or is_of_token_model(name):
             continue
         if match := _PARAMETRIZED.fullmatch(name):
             if match[2] == "original":
@@ -139,4 +146,4 @@ def _load_adapter(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> No
         module.weight.copy_(module.weight.float() + up @ down)
 
 
-__all__ = ["add_lora", "collect", "load", "rank_of", "save"]
+__all__ = ["add_lora", "collect", "is_of_token_model", "load", "rank_of", "save"]
