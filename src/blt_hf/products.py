@@ -7,6 +7,7 @@ torch's own.
 """
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -81,19 +82,39 @@ def multiply(states: Tensor, weight: Tensor) -> Tensor:
     return _in_blocks(lambda rows: multiply_few(rows, weight), states)
 
 
+def least_rows(layer: nn.Module, is_packed: bool) -> float:
+    """Counts the rows from which a `PackedStack` of such layers multiplies by oneDNN.
+
+    `is_packed`: weights are joined in copies; one row of these stays with MKL, which does not wait for other threads.
+    """
+    if not prefers_onednn(16):
+        return math.inf
+    size = sum(weight.numel() for weight in layer.parameters()) // (4 if is_packed else 7)  # of a product
+    fewest = 1 if not is_packed and prefers_onednn(1) else 2
+    return max(fewest, -(-LEAST_WORK * (1 + is_packed) // size))
+
+
 def choose(num_rows: int) -> tuple[Callable, Callable]:
-    """Chooses functions for so many rows, in the place of `torch.mm` and `torch.addmm`, for weights `(out, in)`."""
-    return (multiply_few, _add_multiply_few) if num_rows <= _BLOCKS[-1] else (multiply, _add_multiply)
+    """Chooses functions for so many rows, in the place of `torch.mm` and `torch.addmm`."""
+    return (_multiply_few, _add_multiply_few) if num_rows <= _BLOCKS[-1] else (_multiply, _add_multiply)
+
+
+def _multiply(states: Tensor, weight: Tensor) -> Tensor:
+    return multiply(states, weight.t())
 
 
 def _add_multiply(other: Tensor, states: Tensor, weight: Tensor, beta: int = 1) -> Tensor:
-    return multiply(states, weight).add_(other, alpha=beta)
+    return multiply(states, weight.t()).add_(other, alpha=beta)
+
+
+def _multiply_few(states: Tensor, weight: Tensor) -> Tensor:
+    return multiply_few(states, weight.t())
 
 
 def _add_multiply_few(other: Tensor, states: Tensor, weight: Tensor, beta: int = 1) -> Tensor:
     if beta == 1:
-        return _add_pointwise(states, other, weight, None, "add")
-    return multiply_few(states, weight).add_(other, alpha=beta)
+        return _add_pointwise(states, other, weight.t(), None, "add")
+    return multiply_few(states, weight.t()).add_(other, alpha=beta)
 
 
 def multiply_gated(states: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Callable) -> Tensor:
@@ -134,6 +155,44 @@ def absorb(queries: Tensor, outputs: Tensor, latents: Tensor) -> list[tuple[Tens
     return list(zip(keys.transpose(1, 2).unbind(), values.unbind()))
 
 
+class HeldPatch:
+    """The cross attentions of a `PackedStack` for bytes of one row that read the same patch: two small products each.
+
+    Their weights are multiplied by the latents once, not by each state.
+
+    Args:
+        cross_layers: packed weights of each cross attention: of queries `(W, H*D)`, of the output `(H*D, W)`.
+        like: one of their modules.
+
+    Attributes:
+        cross_layers: the same weights, in one piece for [`absorb`]; queries with the factor of scores.
+        pairs: what [`absorb`] makes of the patch. Empty: the next byte tells which; None: each byte reads its own.
+    """
+
+    def __init__(self, cross_layers: tuple, like: nn.Module):
+        queries, outputs, _ = zip(*cross_layers)
+        self._queries = torch.stack([query.t() for query in queries]).mul_(like.scaling)
+        self._outputs = torch.stack(outputs)
+        self._sizes = like.num_latents, -1, like.head_dim
+        self._heads = self._queries.shape[1] // like.head_dim
+        self.cross_layers = tuple((query.t(), output, None) for query, output in zip(self._queries, self._outputs))
+        self.pairs: list[tuple[Tensor, Tensor]] | None = None
+
+    def hold(self, holds: bool) -> None:
+        """Says whether the steps of one byte from now on read the patch that the first of them reads."""
+        self.pairs = [] if holds else None
+
+    def take(self, latents: Tensor) -> None:
+        """Takes the keys and values `(1, P, L, 2, K*H_kv*D)` that the first of these bytes reads."""
+        self.pairs += absorb(self._queries, self._outputs, latents[0].unflatten(-1, self._sizes))
+
+    def attend(self, number: int, states: Tensor, normed: Tensor) -> Tensor:
+        """Adds twice the queries `(1, W)` and what they read, in the cross attention of that number."""
+        keys, values = self.pairs[number]
+        weights = torch.mm(normed, keys).view(self._heads, -1).softmax(dim=-1).view(1, -1)
+        return torch.addmm(states, weights, values, beta=2)
+
+
 def can_multiply(states: Tensor, *linears: nn.Module) -> bool:
     """Tells whether oneDNN should multiply `(..., in)`, and does all that calling these linear layers would do."""
     if states.shape[-2] < _LEAST_ROWS or torch.is_grad_enabled() or not prefers_onednn():
@@ -158,10 +217,11 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 __all__ = [
-    "LEAST_WORK",
+    "HeldPatch",
     "absorb",
     "can_multiply",
     "choose",
+    "least_rows",
     "multiply",
     "multiply_gated",
     "prefers_onednn",

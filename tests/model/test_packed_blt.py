@@ -82,7 +82,7 @@ def test_bytes_that_read_the_same_patch(rule):
     held = []
 
     def draft(logits, step):
-        held.append(bool(packed.decoder.absorbed))
+        held.append(bool(packed.decoder.held_patch.pairs))
         return logits.argmax(dim=-1), logits
 
     for start in range(20, 50, 3):
@@ -111,10 +111,10 @@ def test_bytes_that_read_the_same_patch(rule):
         (values, logits, _), (expected, logits_of_modules, _) = (r.next(c) for r, c in zip(runners, choices))
         assert values == expected
         assert_same(logits, logits_of_modules)
-        held.append(bool(packed.decoder.absorbed))
+        held.append(bool(packed.decoder.held_patch.pairs))
     # Without a window of one patch, some patches do not exist, and each byte says which.
     assert any(held) == (
-        packed.decoder.stacked is not None and (model.config.decoder_config.cross_attn_window or 1) == 1
+        packed.decoder.held_patch is not None and (model.config.decoder_config.cross_attn_window or 1) == 1
     )
 
 

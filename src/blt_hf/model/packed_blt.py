@@ -12,6 +12,7 @@ weights) are not packed; they run as they are.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,13 +70,6 @@ class PackedLayer(NamedTuple):
     mlp_norm: Tensor | None
 
 
-def _transpose(packed):
-    """Views packed weights as `(out, in)`."""
-    if packed is None or isinstance(packed, Tensor):
-        return packed if packed is None else packed.t()
-    return getattr(packed, "_make", tuple)(map(_transpose, packed))
-
-
 def _multiply_one_row(states: Tensor, weight: Tensor) -> Tensor:
     """Computes `torch.mm` of one row `(1, in)` as a sum, which the compiler fuses with its neighbours."""
     return (states * weight.t()).sum(dim=-1)[None]
@@ -124,23 +118,16 @@ class PackedStack:
         activations = [layer.mlp.act_fn for layer in layers]
         self.activations = [torch._C._nn.silu if type(act).forward is silu else act for act in activations]
         self.layers = tuple(map(self._pack_layer, layers))
-        self.products = products = import_where_installed("products") if self.is_exact else None
-        self.least_rows, self.stacked, self.absorbed = math.inf, None, None
+        self.products = import_where_installed("products") if self.is_exact else None
+        self.least_rows = math.inf if self.products is None else self.products.least_rows(layers[0], copies)
         self.cross_layers = tuple(map(self._pack_cross, cross_layers))
-        if cross_layers and self.turns and products is not None:  # `hold_patch` needs them in one piece
-            queries, outputs, _ = zip(*self.cross_layers)
-            self.stacked = torch.stack([q.t() for q in queries]).mul_(cross_layers[0].scaling), torch.stack(outputs)
-            self.cross_layers = tuple((query.t(), output, None) for query, output in zip(*self.stacked))
-        if products is not None and products.prefers_onednn(16):
-            # One row of a copy stays with MKL, which does not wait for other threads.
-            size = sum(weight.numel() for weight in layers[0].parameters()) // (4 if copies else 7)  # of a product
-            fewest = 1 if not copies and products.prefers_onednn(1) else 2
-            self.least_rows = max(fewest, -(-products.LEAST_WORK * (1 + copies) // size))
-            self.transposed = _transpose(self.layers), _transpose(self.cross_layers)
+        self.held_patch = None  # a `blt_hf.products.HeldPatch`, for bytes that read the same patch
         if cross_layers:
             cross = cross_layers[0]
-            self.cross_head_dim, self.cross_scaling = cross.head_dim, cross.scaling if self.stacked is None else 1.0
-            self.cross_heads = cross.q_proj.weight.shape[0] // cross.head_dim
+            self.cross_head_dim, self.cross_scaling = cross.head_dim, cross.scaling
+            if self.turns and self.products is not None:
+                self.held_patch = self.products.HeldPatch(self.cross_layers, cross)
+                self.cross_layers, self.cross_scaling = self.held_patch.cross_layers, 1.0
             self.cross_kv_heads, self.num_latents = cross.k_proj.weight.shape[0] // cross.head_dim, cross.num_latents
             # Latents are normed once for all layers, so only where the weights of norms are part of products.
             pairs = (self._join([layer.k_proj, layer.v_proj], layer.k_norm.weight) for layer in cross_layers)
@@ -205,25 +192,17 @@ class PackedStack:
         shape, slot_index = states.shape, span.slot_index
         states = states.reshape(-1, shape[-1])  # (N, W)
         rotation, mask = self._rotation(positions, states, span), span.whole_mask(states)
-        products, layers, cross_layers = (torch.mm, torch.addmm), self.layers, self.cross_layers
-        if torch.compiler.is_compiling():
-            products = (_multiply_one_row, _add_one_row) if states.shape[0] == 1 else products
-        elif states.shape[0] >= self.least_rows:
-            products, (layers, cross_layers) = self.products.choose(states.shape[0]), self.transposed
-        mm, addmm = products
-        absorbed = self.absorbed if states.shape[0] == 1 else None
-        kept = None if absorbed or not cross_layers else self._gather(latents, latent_index, states)
-        if absorbed == [] and kept[1] is None:
-            taken = kept[0][0].unflatten(-1, (self.num_latents, -1, self.cross_head_dim))
-            absorbed += self.products.absorb(*self.stacked, taken)
-        for number, (layer, activation, cache_layer) in enumerate(zip(layers, self.activations, cache_layers)):
-            if number < len(cross_layers):
-                if absorbed:
-                    scores = torch.mm(self._normed(states, cross_layers[number][2]), absorbed[number][0])
-                    weights = scores.view(self.cross_heads, -1).softmax(dim=-1).view(1, -1)
-                    states = torch.addmm(states, weights, absorbed[number][1], beta=2)
+        products = mm, addmm = self._choose_products(states.shape[0])
+        held = self.held_patch.pairs if self.held_patch is not None and states.shape[0] == 1 else None
+        kept = None if held or not self.cross_layers else self._gather(latents, latent_index, states)
+        if held == [] and kept[1] is None:
+            self.held_patch.take(kept[0])
+        for number, (layer, activation, cache_layer) in enumerate(zip(self.layers, self.activations, cache_layers)):
+            if number < len(self.cross_layers):
+                if held:
+                    states = self.held_patch.attend(number, states, self._normed(states, None))
                 else:
-                    states = self._cross_attend(cross_layers[number], states, number, products, *kept)
+                    states = self._cross_attend(self.cross_layers[number], states, number, products, *kept)
             states = self._attend(layer, states, products, rotation, mask, slot_index, cache_layer, shape[:2])
             normed = self._normed(states, layer.mlp_norm)
             if self.copies:
@@ -234,6 +213,12 @@ class PackedStack:
         if self.norm is not None:
             states = self._normed(states, self.norm)
         return states.view(shape)
+
+    def _choose_products(self, num_rows: int) -> tuple[Callable, Callable]:
+        """Chooses functions for so many rows: `torch.mm` and `torch.addmm`, or others that do the same."""
+        if torch.compiler.is_compiling():
+            return (_multiply_one_row, _add_one_row) if num_rows == 1 else (torch.mm, torch.addmm)
+        return (torch.mm, torch.addmm) if num_rows < self.least_rows else self.products.choose(num_rows)
 
     def _attend(
         self, layer: PackedLayer, states, products, rotation, mask, slot_index: SlotIndex, cache_layer, shape
@@ -279,22 +264,12 @@ class PackedStack:
         )
         return addmm(states, attended.view(states.shape[0], -1), output, beta=2)
 
-    def hold_patch(self, holds: bool) -> None:
-        """Says that the steps of one byte of one row from now on read the patch that the first of them reads.
-
-        Cross attentions are two small products then: weights are multiplied by the latents once, not by each state.
-        """
-        self.absorbed = [] if holds and self.stacked is not None else None
-
     def project_latents(self, latents: Tensor) -> Tensor:
         """Projects latents `(B, P, K, W)` to keys and values `(B, P, L, 2, F)`, for all cross attentions."""
         rows, num_patches, num_latents, width = latents.shape
         states = self._normed(latents.reshape(-1, width), None)
-        if states.shape[0] < self.least_rows or torch.compiler.is_compiling():
-            states = torch.mm(states, self.keys_values)
-        else:
-            states = self.products.choose(states.shape[0])[0](states, self.keys_values.t())
-        states = states.view(rows, num_patches, num_latents, len(self.cross_layers), 2, -1)
+        mm, _ = self._choose_products(states.shape[0])
+        states = mm(states, self.keys_values).view(rows, num_patches, num_latents, len(self.cross_layers), 2, -1)
         return states.permute(0, 1, 3, 4, 2, 5).flatten(-2)
 
     def _gather(self, latents: Tensor, latent_index: LatentIndex, states: Tensor) -> tuple[Tensor, Tensor | None]:

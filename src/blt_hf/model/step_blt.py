@@ -188,8 +188,9 @@ class StepRunner:
 
     def _hold_patch(self, holds: bool) -> None:
         """Says whether the next bytes of one row read the patch that the first of them reads."""
-        if not (self.packed is None or self.packed.decoder is None or self.compiles or self.graphs is not None):
-            self.packed.decoder.hold_patch(holds)
+        held = None if self.packed is None or self.packed.decoder is None else self.packed.decoder.held_patch
+        if held is not None and self.graphs is None:
+            held.hold(holds)
 
     def _begin(self, rows: int, columns: int, count: int, device: torch.device) -> None:
         self.cache.begin(rows, count, True, device)
