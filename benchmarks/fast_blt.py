@@ -179,8 +179,8 @@ def measure_proportions(arguments, trained: list[dict]) -> list[dict]:
         is_masked = torch.arange(size, device=device)[None] > 0
 
         def read():
-            state = runner.read_last(block[:, :1])
             cache.begin(1, size, True, block.device)
+            state = blocks.read_last(model, cache, block[:, :1], runner.packed)
             blocks.read_block(model, cache, state, block, is_masked, runner.packed)
 
         return timed(read, device)

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from ..model.attention_blt import SlotSpan
 from ..model.cache_blt import BltCache
-from ..model.chunk_blt import next_bytes
-from ..model.forward_blt import ForwardSettings
+from ..model.chunk_blt import assign_patches, next_bytes
+from ..model.forward_blt import ForwardInputs, ForwardSettings, read_bytes
 from ..model.generation_blt import Drafts, DraftSource, RaggedText, finish_rows
 from ..model.layers_blt import LatentIndex
 from ..model.step_blt import StepRunner
@@ -149,6 +149,18 @@ class BlockSpan(SlotSpan):
         return create_block_mask(is_visible, len(visible), None, *visible.shape[1:], device=device)
 
 
+def read_last(model, cache: BltCache, ids: Tensor, packed=None) -> Tensor:
+    """Computes encoder states `(B, 1, W)` of one more byte of each row `(B, 1)`, which the cache does not count.
+
+    Other arguments as [`read_block`].
+    """
+    settings = ForwardSettings.of(model.config)
+    chunk = next_bytes(ids, None, cache, settings.documents)
+    chunk.packed = packed
+    patches = assign_patches(chunk, torch.zeros_like(ids, dtype=torch.bool), settings.documents)
+    return read_bytes(model.model, settings, chunk, cache, ForwardInputs(patches=patches)).byte_states[-1]
+
+
 def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_masked: Tensor, packed=None) -> Tensor:
     """Computes fp32 logits `(B, K - 1, V)` of the masks of a block behind each row's text, which the cache does not count.
 
@@ -217,11 +229,13 @@ def fill_block(
         choose: picks the masked bytes to keep, from scores and `is_masked`, as [`Unmasking.choose`]. None: all.
     """
     last, rows, cache = text.last_ids(), len(needed), runner.cache
-    read = read_block
+    stages = [read_last, read_block]
     if rows == 1 and runner.compiles:
-        read = model.model.compiled_steps.find(read_block, (block_size, runner.hooks), cache)
-    last_state = runner.read_last(last)
+        key = block_size, runner.hooks
+        stages = [model.model.compiled_steps.find(stage, key, cache) for stage in stages]
+    read_first, read = stages
     cache.begin(rows, block_size, True, last.device)
+    last_state = read_first(model, cache, last, runner.packed)
     ids = last.new_full((rows, block_size - 1), text.pad_token_id)
     is_masked = torch.ones_like(ids, dtype=torch.bool)
     is_needed = torch.arange(block_size - 1, device=ids.device) < torch.tensor(needed, device=ids.device)[:, None]

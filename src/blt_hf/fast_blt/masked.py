@@ -289,7 +289,7 @@ class TwoStreamSpan(AttentionSpan):
             torch.cat([self._before(states[:, :, : self.num_queries]), mine], dim=2)
             for states, mine in zip((key, value), own[1:])
         )
-        mask = self._mask("blocks of bytes", query, self._build_two_stream_mask)
+        mask = self.mask(query, self._build_two_stream_mask)
         output, _ = self._call(module, own[0], key, value, mask, dropout)
         size = self.blocks.ids.shape[-1]
         output = output.reshape(-1, size, *output.shape[2:])  # (R*M, K, H, D)

@@ -4,6 +4,7 @@ Dimension letters: `B` rows, `S` queries, `T` keys, `P` patches, `K` latents a p
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -79,15 +80,7 @@ class AttentionSpan:
         """
         if self.block:
             return self._attend_in_blocks(module, query, key, value, dropout), None
-        return self._call(module, query, key, value, self.whole_mask(query), dropout)
-
-    def whole_mask(self, query: Tensor) -> Tensor | None:
-        """Returns the mask of an attention in one piece, as the attention interface takes it."""
-        return self._mask("whole", query, self._build_mask)
-
-    def keep_mask(self, mask: Tensor, query: Tensor) -> None:
-        """Takes a mask that was made elsewhere, for queries of this dtype and device."""
-        self._masks["whole", query.dtype, query.device] = mask
+        return self._call(module, query, key, value, self.mask(query), dropout)
 
     def _call(self, module, query, key, value, mask, dropout):
         if self.implementation == "sdpa" and module.num_key_value_groups == 1:
@@ -102,14 +95,18 @@ class AttentionSpan:
             interface = ALL_ATTENTION_FUNCTIONS[self.implementation]
         return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling)
 
-    def _mask(self, name: str, query: Tensor, build: Callable[[torch.device], Tensor | None]):
+    def mask(self, query: Tensor, build: Callable[[torch.device], Tensor | None] | None = None):
         """Returns an `attention_mask` of the attention interface, built once a forward and shared by all layers.
 
-        `build` says which keys are hidden, or makes a mask of flex attention.
+        `build` says which keys are hidden, or makes a mask of flex attention; None: of an attention in one piece.
         """
-        key = name, query.dtype, query.device  # stacks that share a span may differ
+        key = (
+            None if build is None else build.__name__,
+            query.dtype,
+            query.device,
+        )  # stacks that share a span may differ
         if key not in self._masks:
-            mask = None if self.sees_all else build(query.device)
+            mask = None if self.sees_all else (build or self._build_mask)(query.device)
             if isinstance(mask, Tensor) and self.implementation in ("eager", "sdpa"):
                 # Of bools, sdpa would make floats in every layer, and keep them for its backward.
                 mask = (mask * torch.finfo(torch.float32).min).to(query.dtype)
@@ -155,7 +152,7 @@ class AttentionSpan:
         """Attends from each block of queries, as a row of a larger batch, to its keys and the `window - 1` before them."""
         block, history = self.block, self.window - 1
         if self.first_key is not None:
-            mask = self._mask("blocks", query, self._build_blocks_mask)
+            mask = self.mask(query, self._build_blocks_mask)
             return self._run_blocks(module, query, key, value, max(history - self.num_past, 0), mask, dropout)
         # All blocks with a whole history share one small mask; the queries before them are few enough for one piece.
         num_head = min(-(-max(history - self.num_past, 0) // block) * block, self.num_queries)
@@ -170,7 +167,7 @@ class AttentionSpan:
             outputs.append(head)
         if num_head < self.num_queries:
             start = self.num_past + num_head - history
-            mask = self._mask("interior", query, self._build_interior_mask)
+            mask = self.mask(query, self._build_interior_mask)
             tail = query[:, :, num_head:], key[:, :, start:], value[:, :, start:]
             outputs.append(self._run_blocks(module, *tail, 0, mask, dropout))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -263,6 +260,29 @@ class SlotSpan(AttentionSpan):
             return (queries[row, query] - key) % num_slots <= oldest[row, query]
 
         return create_block_mask(visible, queries.shape[0], None, queries.shape[1], num_slots, device=device)
+
+    def split(self, like: Tensor, stack=None) -> list["SlotSpan"]:
+        """Makes the span of each query alone; masks, and rotations of a [`PackedStack`], are made for all of them at once.
+
+        `like`: of the dtype and device of queries.
+        """
+        positions = self.query_positions
+        starts = [None] * positions.shape[1] if self.start is None else self.start.split(1, dim=1)
+        indices = self.slot_index.index.view(positions.shape).unbind(1)
+        spans = [
+            SlotSpan(
+                self.num_slots, one, self.window, start, self.implementation, replace(self.slot_index, index=index)
+            )
+            for one, start, index in zip(positions.split(1, dim=1), starts, indices)
+        ]
+        mask = self.mask(like)
+        if isinstance(mask, Tensor):  # not one of flex attention
+            for span, own in zip(spans, mask.split(1, dim=2)):
+                span._masks[None, like.dtype, like.device] = own
+        if stack is not None:
+            for span, own in zip(spans, stack.split_rotation(positions, like)):
+                span.rotations[stack.rotation_key] = own
+        return spans
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, segment: Tensor, scaling: float) -> Tensor:

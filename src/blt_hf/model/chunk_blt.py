@@ -5,12 +5,13 @@ that begin with their first new byte and knows nothing of padding. Dimension let
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attention_blt import AttentionSpan, SlotSpan
-from .cache_blt import BltCache, RowState, SlotIndex, Slots, round_up_patches
+from .cache_blt import PATCH_BLOCK, BltCache, RowState, SlotIndex, Slots, round_up
 from .checks_blt import check_attention_mask, check_position_ids
 from .names_blt import is_compiling, is_exporting, kept_arange, largest_count, running_max, take_columns
 from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
@@ -413,11 +414,37 @@ class HostPatchCounts:
         rows = patches.counts.tolist()
         if len(rows) == 1:
             old, after, open_bytes, last_id = rows[0]
-            return cls([old], [after - old], after - old, round_up_patches(after), open_bytes, [last_id])
+            return cls([old], [after - old], after - old, round_up(after, PATCH_BLOCK), open_bytes, [last_id])
         old, after, open_bytes, last_ids = map(list, zip(*rows))
         new = [a - o for a, o in zip(after, old)]
         max_new = max(new)
-        return cls(old, new, max_new, round_up_patches(max(old) + max_new), max(open_bytes), last_ids)
+        return cls(old, new, max_new, round_up(max(old) + max_new, PATCH_BLOCK), max(open_bytes), last_ids)
+
+
+class ClosingInputs(NamedTuple):
+    """Says what the patches that a chunk closed are made of, and what they see.
+
+    Attributes:
+        new_patches: int64 `0 .. P - 1`, for up to `P` patches of a row.
+        seen_slots: int64 `0, 1, ...`, slots of the global transformer's cache to read. None of them: these patches are the
+            first.
+        byte_offsets: int64 `(T,)`, of a small chunk: places of the last `T` bytes, which hold all that these patches are
+            made of, counted from the first byte of the chunk.
+        rows: int64 `(R,)`, rows that close a patch. None: every row runs; results of rows that close none are not read.
+        sees_all: there is one new patch of one row, which may see all `seen_slots`.
+    """
+
+    new_patches: Tensor
+    seen_slots: Tensor
+    byte_offsets: Tensor | None = None
+    rows: Tensor | None = None
+    sees_all: bool = False
+
+    @classmethod
+    def of_texts(cls, num_patches: int, device: torch.device) -> "ClosingInputs":
+        """Makes those of the first `num_patches` patches of each row."""
+        patches = torch.arange(num_patches, device=device)
+        return cls(patches, patches[:0])
 
 
 def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> PatchAssignment:

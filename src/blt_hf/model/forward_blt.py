@@ -11,14 +11,14 @@ order, and writes its last entries to the slots at its end.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention_blt import AttentionSpan
-from .cache_blt import BltCache, SlotIndex, round_up_patches
-from .chunk_blt import ByteChunk, DocumentRules, HostPatchCounts, PatchAssignment, assign_patches
+from .cache_blt import PATCH_BLOCK, BltCache, SlotIndex, round_up
+from .chunk_blt import ByteChunk, ClosingInputs, DocumentRules, HostPatchCounts, PatchAssignment, assign_patches
 from .layers_blt import LatentIndex, OutputCollector, ngram_hashes
 from .names_blt import kept_arange, sliding_windows
 from .patching_blt import PatchingRule, find_patch_ends
@@ -75,8 +75,7 @@ class ForwardInputs:
         given_ends: bool `(B, S)`, patch ends in the place of the rule's.
         collectors: of hidden states and attention weights: encoder, global transformer, decoder.
         block_noise: adds corrupted blocks to what the decoder reads, for the masked loss of BLT-D.
-        is_draft: the local models alone run, as if no patch ended.
-        patches: of a draft that the cache does not count.
+        patches: of a draft, which the local models alone run, as if no patch ended, and the cache does not count.
     """
 
     embeds: Tensor | None = None
@@ -84,11 +83,10 @@ class ForwardInputs:
     given_ends: Tensor | None = None
     collectors: tuple[OutputCollector | None, OutputCollector | None, OutputCollector | None] = (None, None, None)
     block_noise: Any = None
-    is_draft: bool = False
     patches: PatchAssignment | None = None
 
 
-PLAIN, DRAFT = ForwardInputs(), ForwardInputs(is_draft=True)
+PLAIN = ForwardInputs()
 
 
 @dataclass
@@ -119,10 +117,7 @@ def read_bytes(
     """Runs entropy model, rule and encoder on a chunk. A small one that is no draft is written to the history, too."""
     entropies, patches = None, inputs.patches
     if patches is None:
-        if inputs.is_draft:
-            ends = torch.zeros_like(chunk.input_ids, dtype=torch.bool)
-        else:
-            entropies, ends = find_patches(model, settings.rule, chunk, cache, inputs.given_ends)
+        entropies, ends = find_patches(model, settings.rule, chunk, cache, inputs.given_ends)
         patches = assign_patches(chunk, ends, settings.documents)
     collector = inputs.collectors[0]
     span = chunk.span(cache, settings.local_window, settings.attention, collector)
@@ -130,62 +125,33 @@ def read_bytes(
     if collector is not None:
         collector.add(embeds)
     byte_states = model.local_encoder(embeds, chunk, span, cache, collector)
-    if chunk.is_small and not inputs.is_draft:
+    if chunk.is_small and inputs.patches is None:
         keep_bytes(chunk, patches, byte_states, entropies, cache)
     return BytesRead(chunk, patches, byte_states, span, entropies)
 
 
-class ClosingInputs(NamedTuple):
-    """Says what the patches that a small chunk closed are made of, and what they see.
-
-    Attributes:
-        new_patches: int64 `0 .. P - 1`, for up to `P` patches of a row.
-        seen_slots: int64 `0, 1, ...`, slots of the global transformer's cache to read.
-        byte_offsets: int64 `(T,)`, places of the last `T` bytes, which hold all that these patches are made of, counted
-            from the first byte of the chunk.
-        rows: int64 `(R,)`, rows that close a patch. None: every row runs; results of rows that close none are not read.
-        sees_all: there is one new patch of one row, which may see all `seen_slots`.
-    """
-
-    new_patches: Tensor
-    seen_slots: Tensor
-    byte_offsets: Tensor
-    rows: Tensor | None
-    sees_all: bool
-
-
 def close_patches(
-    model, cache: BltCache, read: BytesRead, inputs: ClosingInputs, collector: OutputCollector | None = None
-) -> None:
-    """Runs encoder cross attention and global transformer for the patches that a small chunk closed, into the slots."""
-    new_patches, seen_slots, byte_offsets, rows, sees_all = inputs
-    chunk, before = read.chunk, read.chunk.previous.num_patches
-    states, segment = model.local_encoder.held_bytes(cache, chunk, byte_offsets, rows)
-    latents = model.local_encoder.make_latents(states, segment, new_patches.shape[0])
-    states = model.global_transformer(
-        latents.flatten(2), chunk, read.patches, new_patches, seen_slots, rows, cache, collector, sees_all
-    )
-    before = before if rows is None else before.index_select(0, rows)
-    index = cache.latent_slots.find(before[:, None] + new_patches, rows).flatten()
+    model, cache: BltCache | None, read: BytesRead, inputs: ClosingInputs, collector: OutputCollector | None = None
+) -> Tensor | None:
+    """Runs encoder cross attention and global transformer for the patches that a chunk closed.
+
+    Returns:
+        keys and values `(B, P, L, 2, F)` of the patches of a large chunk; None: those of a small one are in the cache.
+    """
+    chunk, rows, before = read.chunk, inputs.rows, read.chunk.previous.num_patches
+    if chunk.is_small:
+        states, segment = model.local_encoder.held_bytes(cache, chunk, inputs.byte_offsets, rows)
+    else:
+        states, segment = model.local_encoder.patch_bytes(chunk, read.patches, read.byte_states, cache)
+    latents = model.local_encoder.make_latents(states, segment, inputs.new_patches.shape[0])
+    states = model.global_transformer(latents.flatten(2), chunk, read.patches, inputs, cache, collector)
     latents = model.local_decoder.project_latents(states, chunk.packed)
+    if not chunk.is_small:
+        return latents
+    before = before if rows is None else before.index_select(0, rows)
+    index = cache.latent_slots.find(before[:, None] + inputs.new_patches, rows).flatten()
     cache.latents.write(latents, SlotIndex(index=index).on(latents.device), len(cache.row_bytes))
-
-
-def close_patches_in_order(
-    model, cache: BltCache | None, read: BytesRead, counts: HostPatchCounts, collector: OutputCollector | None = None
-) -> Tensor:
-    """Does the same for a large chunk; gives keys and values `(B, P, L, 2, F)` of its patches."""
-    chunk = read.chunk
-    if cache is not None:
-        cache.reserve_patches(counts.max_new)
-    states, segment = model.local_encoder.patch_bytes(chunk, read.patches, read.byte_states, cache)
-    latents = model.local_encoder.make_latents(states, segment, counts.max_new)
-    new_patches = torch.arange(counts.max_new, device=latents.device)
-    seen_slots = torch.arange(0 if chunk.cached_bytes is None else counts.seen, device=latents.device)
-    states = model.global_transformer(
-        latents.flatten(2), chunk, read.patches, new_patches, seen_slots, None, cache, collector
-    )
-    return model.local_decoder.project_latents(states)
+    return None
 
 
 def predict_bytes(
@@ -337,11 +303,9 @@ def run_chunk(
     read = read_bytes(model, settings, chunk, cache, inputs)
     counts = HostPatchCounts.symbolic(read.patches) if chunk.is_symbolic else HostPatchCounts.of(read.patches)
     latents = None
-    if counts.max_new and chunk.is_small:
-        closing = closing_inputs(cache, read, counts, counts_rows(model))
-        close_patches(model, cache, read, closing, inputs.collectors[1])
-    elif counts.max_new:
-        latents = close_patches_in_order(model, cache, read, counts, inputs.collectors[1])
+    if counts.max_new:
+        closing = closing_inputs(cache, read, counts, chunk.is_small and counts_rows(model))
+        latents = close_patches(model, cache, read, closing, inputs.collectors[1])
     if cache is not None and not chunk.is_small:
         # Only now, because the open patches of before are read from the slots that are written over here.
         cache.reserve_open(counts.max_open_bytes, chunk.num_columns)
@@ -357,26 +321,32 @@ def run_chunk(
 
 
 def closing_inputs(
-    cache: BltCache, read: BytesRead, counts: HostPatchCounts, all_rows: bool, is_fixed: bool = False
+    cache: BltCache | None,
+    read: BytesRead,
+    counts: HostPatchCounts,
+    all_rows: bool,
+    sizes: tuple[int, int] | None = None,
 ) -> ClosingInputs:
     """Makes the inputs of [`close_patches`], and room for its patches.
 
     Args:
         all_rows: run also rows that close none.
-        is_fixed: in shapes of which few exist.
+        sizes: how many patches a compiled or captured step closes, and how many slots it reads; see [`reserve_closing`].
     """
     device, num_columns, max_new = read.chunk.device, read.chunk.num_columns, counts.max_new
-    sees_all = not is_fixed and len(counts.new) == 1 and max_new == 1
-    if is_fixed:
-        max_new, seen = reserve_closing(cache, num_columns, counts)
-    else:
+    if cache is not None and sizes is None:
         cache.reserve_patches(max_new)
+    if not read.chunk.is_small:
+        seen = 0 if read.chunk.cached_bytes is None else counts.seen
+        return ClosingInputs(torch.arange(max_new, device=device), torch.arange(seen, device=device))
+    sees_all = sizes is None and len(counts.new) == 1 and max_new == 1
+    if sizes is None:
         seen = max(counts.old) + max_new
-        seen = seen if sees_all else round_up_patches(seen)
+        seen_slots = kept_arange(0, seen if sees_all else round_up(seen, PATCH_BLOCK), device)
+    else:  # marked as dynamic, which must not be done to a tensor that others share
+        max_new, seen_slots = sizes[0], torch.arange(sizes[1], device=device)
     size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
-    first = num_columns - (size if is_fixed else min(-(-needed // _HELD) * _HELD, size))
-    # A compiled step marks `seen_slots` as dynamic, which must not be done to a tensor that others share.
-    seen_slots = torch.arange(seen, device=device) if is_fixed else kept_arange(0, seen, device)
+    first = num_columns - (min(round_up(needed, _HELD), size) if sizes is None else size)
     rows = None
     # Leaving rows out saves work on a CPU; a GPU had better see the same shapes again.
     if not all_rows and device.type == "cpu" and 0 in counts.new:
@@ -393,6 +363,6 @@ def reserve_closing(cache: BltCache, num_columns: int, counts: HostPatchCounts) 
     """
     max_new = STEP_PATCHES if num_columns > 1 else counts.max_new
     cache.reserve_patches(max_new)
-    needed = round_up_patches(max(counts.old) + max_new)
+    needed = round_up(max(counts.old) + max_new, PATCH_BLOCK)
     block = 1 << max(needed.bit_length() - 4, 0)
-    return max_new, min(-(-needed // block) * block, cache.patch_slots.size)
+    return max_new, min(round_up(needed, block), cache.patch_slots.size)

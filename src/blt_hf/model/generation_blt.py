@@ -633,23 +633,16 @@ class BltGenerationMixin(GenerationMixin):
                 blocks.decode_blocks(self, runner, text, size, unmasking, do_sample)
         return text.finish(cache)
 
-    def _decode_bytes(self, runner: StepRunner, text: RaggedText, choose: NextByte, logits: Tensor) -> None:
+    @staticmethod
+    def _decode_bytes(runner: StepRunner, text: RaggedText, choose: NextByte, logits: Tensor) -> None:
         """Writes texts to their ends, byte by byte."""
-        # A replaced `forward` (accelerate's, for autocast or devices) and hooks of the model are called at each byte.
-        calls = any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (self, self.model))
         ids, scores = choose(logits)
-        values = runner.start(ids) if text.goes_on and not calls else ids.flatten().tolist()
+        values = runner.start(ids) if text.goes_on else ids.flatten().tolist()
         while True:
             text.append([[value] for value in values], [1] * len(values), logits, scores)
             if text.is_done:
                 return
-            if calls:
-                logits = self(input_ids=ids, past_key_values=runner.cache, use_cache=True).logits.float()
-                choose.prepare()
-                ids, scores = choose(logits)
-                values = ids.flatten().tolist()
-            else:
-                values, logits, scores = runner.next(choose, text.goes_on)
+            values, logits, scores = runner.next(choose, text.goes_on)
 
     def _import_blocks(self) -> ModuleType:
         return import_from_package("fast_blt.blocks", "`generate` with `diffusion_block_size`")
@@ -657,16 +650,19 @@ class BltGenerationMixin(GenerationMixin):
     def _decodes_itself(self, generation_config, model_kwargs: dict) -> bool:
         """Tells whether a loop that looks at nothing but logits gives the result of transformers' loop."""
         config, cache = generation_config, model_kwargs.get(CACHE_NAME)
+        if not (isinstance(cache, BltCache) and hasattr(self, "make_runner")):
+            return False
+        # A replaced `forward` (accelerate's, for autocast or devices) and hooks of the model are called at each byte.
+        calls = any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (self, self.model))
+        drafts = config.self_speculation_window is not None or config.diffusion_block_size is not None
         wants_states = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
         has_own_inputs = "prepare_inputs_for_generation" in vars(self) or (
             type(self).prepare_inputs_for_generation is not BltGenerationMixin.prepare_inputs_for_generation
         )
         plain = {"attention_mask", CACHE_NAME, "use_cache", "position_ids", "logits_to_keep"}
         return (
-            isinstance(cache, BltCache)
-            and bool(model_kwargs.get("use_cache"))
-            and not (wants_states or has_own_inputs or config.is_assistant)
-            and hasattr(self, "make_runner")
+            bool(model_kwargs.get("use_cache"))
+            and not (wants_states or has_own_inputs or config.is_assistant or (calls and not drafts))
             and set(model_kwargs) <= plain
         )
 

@@ -24,7 +24,6 @@ from .names_blt import (
     is_compiling,
     is_exporting,
 )
-from .patching_blt import PatchingRule
 
 
 logger = logging.get_logger(__name__)
@@ -170,22 +169,14 @@ class BltPreTrainedModel(PreTrainedModel):
         finally:
             self.__class__ = current
 
-    def get_patches(
-        self,
-        inputs=None,
-        attention_mask: Tensor | None = None,
-        *,
-        input_ids: Tensor | None = None,
-        rule: PatchingRule | None = None,
-        batch_size: int = 8,
-    ):
+    def get_patches(self, inputs=None, attention_mask: Tensor | None = None, **settings):
         """Finds patches, entropies and boundaries of texts, as data; see `blt_hf.patches.data.get_patches`.
 
         Raises:
             ImportError: this code came with a checkpoint.
         """
         data = import_from_package("patches.data", "`get_patches`")
-        return data.get_patches(self, inputs, attention_mask, input_ids=input_ids, rule=rule, batch_size=batch_size)
+        return data.get_patches(self, inputs, attention_mask, **settings)
 
     def _resolve_output(self, name: str, value: bool | list[int] | None) -> bool | list[int]:
         """Returns an `output_*` argument, or the config's; hidden states may be chosen by index."""
@@ -204,13 +195,6 @@ class BltPreTrainedModel(PreTrainedModel):
         function = functools.partial(checkpoint_for_gradients, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, function, **kwargs)
 
-    def _uses_checkpointing(self) -> bool:
-        """Tells whether layers are run again for their gradients, so that they may not write to a cache."""
-        if not torch.is_grad_enabled():
-            return False
-        # transformers renamed its own property for that between two releases.
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-
     def _resolve_use_cache(self, cache, use_cache: bool | None) -> bool:
         """Decides whether a forward writes to a cache; None: as the config says, but not in training."""
         if use_cache is None:
@@ -219,7 +203,12 @@ class BltPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "`use_cache=True` cannot be exported, as a cache is no tensor; pass whole texts and `use_cache=False`."
             )
-        if use_cache and self.training and self._uses_checkpointing():
+        # Layers that are run again for their gradients may not write to a cache. transformers' own property for that has
+        # different names in different releases.
+        if (
+            use_cache and self.training and torch.is_grad_enabled()
+            and any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        ):  # fmt: skip
             logger.warning_once(
                 "`use_cache=True` is incompatible with gradient checkpointing; setting `use_cache=False`."
             )

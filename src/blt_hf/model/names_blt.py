@@ -38,22 +38,16 @@ _IS_NOT_HERE = "is not part of the code that comes with a checkpoint: `pip insta
 _LIKE = "llama"  # whose default targets of PEFT fit: queries, keys and values have the same names
 _Function = TypeVar("_Function", bound=Callable)
 
-# The Auto class that loads each class.
-AUTO_CLASSES = {
-    "BltModel": "AutoModel",
-    "BltForCausalLM": "AutoModelForCausalLM",
-    "BltPatcher": "AutoModelForCausalLM",
-    "BltForSequenceClassification": "AutoModelForSequenceClassification",
-    "BltForTokenClassification": "AutoModelForTokenClassification",
+# The task of each class, as transformers spells it in the names of Auto classes and in those of its tables.
+_TASKS = {
+    "BltModel": ("", None),
+    "BltForCausalLM": ("ForCausalLM", "CAUSAL_LM"),
+    "BltPatcher": ("ForCausalLM", "CAUSAL_LM"),
+    "BltForSequenceClassification": ("ForSequenceClassification", "SEQUENCE_CLASSIFICATION"),
+    "BltForTokenClassification": ("ForTokenClassification", "TOKEN_CLASSIFICATION"),
 }
-
-# The table of transformers that lists each class for its task.
-TASK_TABLES = {
-    "BltForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "BltPatcher": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "BltForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "BltForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-}
+AUTO_CLASSES = {name: f"AutoModel{task}" for name, (task, _) in _TASKS.items()}
+TASK_TABLES = {name: f"MODEL_FOR_{table}_MAPPING_NAMES" for name, (_, table) in _TASKS.items() if table}
 
 
 def takes_cache(function: _Function) -> _Function:

@@ -191,7 +191,7 @@ class PackedStack:
         """
         shape, slot_index = states.shape, span.slot_index
         states = states.reshape(-1, shape[-1])  # (N, W)
-        rotation, mask = self._rotation(positions, states, span), span.whole_mask(states)
+        rotation, mask = self._rotation(positions, states, span), span.mask(states)
         products = mm, addmm = self._choose_products(states.shape[0])
         held = self.held_patch.pairs if self.held_patch is not None and states.shape[0] == 1 else None
         kept = None if held or not self.cross_layers else self._gather(latents, latent_index, states)
@@ -287,14 +287,11 @@ class PackedStack:
 
     def _rotation(self, positions: Tensor, states: Tensor, span: AttentionSpan) -> Tensor:
         """Computes the rotation of queries and keys: complex `(N, 1, D/2)`, or cosines and sines `(2, B, S, 1, D)`."""
-        known = span.rotations.get(self.rotation_key)
-        if known is None:
-            known = self.make_rotation(positions, states)
-            if self.shares_rotation:
-                span.rotations[self.rotation_key] = known
-        return known
+        if self.rotation_key not in span.rotations:
+            span.rotations[self.rotation_key] = self.make_rotation(positions, states)
+        return span.rotations[self.rotation_key]
 
-    rotation_key, shares_rotation = 0, False
+    rotation_key = 0  # stacks with the same one share their rotations of a span
 
     def make_rotation(self, positions: Tensor, states: Tensor) -> Tensor:
         """Computes it for positions `(B, S)`, in the dtype of `states`."""
@@ -305,6 +302,13 @@ class PackedStack:
         cos, sin = angles.cos() * self.rotary_scaling, angles.sin() * self.rotary_scaling
         cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
         return torch.stack([cos, sin]).to(states.dtype)
+
+    def split_rotation(self, positions: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+        """Does the same for each column of positions alone."""
+        rotation = self.make_rotation(positions, states)
+        if rotation.is_complex():
+            return rotation.unflatten(0, positions.shape).unbind(1)
+        return rotation.split(1, dim=2)
 
 
 class PackedStacks:
@@ -323,7 +327,6 @@ class PackedStacks:
         turns = cache.compile_config is None
         if len(encoder.cross_attn_layers) == 1 and _can_pack(encoder, cache.encoder):
             self.encoder = PackedStack(encoder.layers, encoder.rotary_emb, turns=turns)
-            self.encoder.shares_rotation = True  # with the decoder, a later stage of the same step
         if _can_pack(decoder, cache.decoder, *decoder.cross_attn_layers, decoder.norm):
             cross_layers = decoder.cross_attn_layers
             self.decoder = PackedStack(decoder.layers, decoder.rotary_emb, decoder.norm, cross_layers, turns=turns)

@@ -7,7 +7,15 @@ from transformers.utils import can_return_tuple
 from .attention_blt import AttentionSpan, SlotSpan, hidden_bytes, reads_under_mask
 from .cache_blt import BltCache, RowState, SlotIndex
 from .checks_blt import check_inputs, check_labels
-from .chunk_blt import ByteChunk, DocumentRules, PatchAssignment, assign_patches, first_visible_patches, make_chunk
+from .chunk_blt import (
+    ByteChunk,
+    ClosingInputs,
+    DocumentRules,
+    PatchAssignment,
+    assign_patches,
+    first_visible_patches,
+    make_chunk,
+)
 from .configuration_blt import (
     BltGlobalTransformerConfig,
     BltLocalDecoderConfig,
@@ -191,12 +199,9 @@ class BltGlobalTransformer(BltPreTrainedModel):
         inputs_embeds: Tensor,
         chunk: ByteChunk,
         patches: PatchAssignment,
-        new_patches: Tensor,
-        seen_slots: Tensor,
-        rows: Tensor | None = None,
+        inputs: ClosingInputs,
         cache: BltCache | None = None,
         collector: OutputCollector | None = None,
-        sees_all: bool = False,
     ) -> Tensor:
         """Runs the patches that were closed: latents `(R, P, K*W_local)` to `(R, P, W)`.
 
@@ -204,11 +209,9 @@ class BltGlobalTransformer(BltPreTrainedModel):
 
         Args:
             chunk, patches: the bytes that closed them.
-            new_patches: int64 `0 .. P - 1`.
-            seen_slots: int64 `0, 1, ...`, slots of the cache to read. None of them: the new patches are the first.
-            rows: int64 `(R,)`, rows that take part; None: all.
-            sees_all: there is one new patch of one row, which may see all `seen_slots`.
+            inputs: which patches, and what they see.
         """
+        new_patches, seen_slots, _, rows, sees_all = inputs
         before, first_patch = chunk.previous.num_patches, None
         if chunk.document_start is not None:
             first_patch = first_visible_patches(patches, new_patches)

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from .cache_blt import BltCache
-from .chunk_blt import HostPatchCounts, next_bytes
+from .cache_blt import BltCache, round_up
+from .chunk_blt import HostPatchCounts, assign_patches, next_bytes
 from .forward_blt import (
-    DRAFT,
-    PLAIN,
     STEP_PATCHES,
     BytesRead,
+    ForwardInputs,
     ForwardSettings,
     close_patches,
     closing_inputs,
@@ -27,7 +26,7 @@ from .forward_blt import (
     read_bytes,
     reserve_closing,
 )
-from .names_blt import IS_FROM_CHECKPOINT, import_from_package, import_where_installed
+from .names_blt import import_where_installed, kept_arange
 
 
 CAPTURES_BY_DEFAULT = False
@@ -133,7 +132,7 @@ class StepRunner:
     def _next(self, read: BytesRead, choose) -> tuple[Tensor, Tensor, BytesRead]:
         logits = self._run_predict(read)
         ids, scores = choose(logits)
-        return logits, scores, self._run_read(ids, None, False)
+        return logits, scores, self._run_read(ids, None)
 
     @torch.no_grad()
     def draft(self, input_ids: Tensor, count: int, choose: Callable) -> list[tuple]:
@@ -152,28 +151,25 @@ class StepRunner:
         return self.graphs.run(("drafts", count), lambda ids: self._draft(ids, count, choose), input_ids)
 
     def _draft(self, ids: Tensor, count: int, choose: Callable) -> list[tuple]:
-        cache, documents = self.cache, self.settings.documents
+        model, settings, cache = self.model, self.settings, self.cache
         self._hold_patch(True)
-        has_documents = cache.has_documents or documents.mask_documents or documents.newline_reset
-        if not (self.is_compiled or self.graphs is not None or has_documents or IS_FROM_CHECKPOINT):
-            drafting = import_from_package("drafting", "drafting ahead")
-            return drafting.draft_ahead(self.model, self.settings, cache, self.packed, self.head, ids, count, choose)
-        history, found, done = cache.history, [], 0
-        try:
-            for step in range(count):
-                logits = self._run_predict(self._run_read(ids, None, True, is_held=False))
-                done += 1
-                found.append(choose(logits, step))
-                ids = found[-1][0]
-        finally:  # also after an interrupt
-            if done:
-                history.take_back(history.state.num_bytes - done, cache.has_documents)
+        first = next_bytes(ids, None, cache, settings.documents)
+        no_end = torch.zeros_like(ids, dtype=torch.bool)
+        inputs = ForwardInputs(patches=assign_patches(first, no_end, settings.documents))
+        # The span of all drafts, which stay in the document of the first byte, is made at once.
+        positions = first.row_positions + kept_arange(0, count, ids.device)
+        start = None if first.document_start is None else first.document_start.expand_as(positions)
+        whole = replace(first, row_positions=positions, document_start=start, packed=self.packed)
+        span = whole.span(cache, settings.local_window, settings.attention)
+        encoder = None if self.packed is None else self.packed.encoder
+        read_one, predict_one = self._stage(read_bytes, 1), self._stage(predict_bytes, 1)
+        (key,), history, found = whole.spans, whole.history, []
+        for one in span.split(model.local_encoder.embed_tokens.weight, encoder):
+            chunk = replace(whole, input_ids=ids, history=history, row_positions=one.query_positions, spans={key: one})
+            read = read_one(model, settings, chunk, cache, inputs)
+            found.append(choose(predict_one(model, settings, cache, read, None, self.head, inputs), len(found)))
+            history, ids = torch.cat([history, ids], dim=1)[:, 1:], found[-1][0]
         return found
-
-    @torch.no_grad()
-    def read_last(self, input_ids: Tensor) -> Tensor:
-        """Computes encoder states `(B, 1, W)` of one more byte of each row `(B, 1)`, which the cache does not count."""
-        return self._kept(self._read(input_ids, is_draft=True).byte_states[-1])
 
     @property
     def is_current(self) -> bool:
@@ -196,42 +192,46 @@ class StepRunner:
         self.cache.begin(rows, count, True, device)
         self.is_compiled = self.compiles and rows == 1 and columns == round_up_bytes(columns)
 
-    def _read(self, input_ids: Tensor, lengths: list[int] | None = None, is_draft: bool = False) -> BytesRead:
+    def _read(self, input_ids: Tensor, lengths: list[int] | None = None) -> BytesRead:
         rows, columns = input_ids.shape
         self._begin(rows, columns, columns, input_ids.device)
         on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
-        return self._run(("read", is_draft), lambda *given: self._run_read(*given, is_draft), input_ids, on_device)
+        if self.graphs is None:
+            return self._run_read(input_ids, on_device)
+        return self.graphs.run(("read",), self._run_read, input_ids, on_device)
 
-    def _run_read(self, input_ids: Tensor, lengths: Tensor | None, is_draft: bool, is_held: bool = True) -> BytesRead:
+    def _run_read(self, input_ids: Tensor, lengths: Tensor | None) -> BytesRead:
         if self.is_compiled:
             input_ids = input_ids.clone(memory_format=torch.contiguous_format)  # one stride, whatever it was cut from
         stage = self._stage(read_next, input_ids.shape[1])
-        read = stage(self.model, self.settings, self.cache, self.packed, input_ids, lengths, is_draft)
-        return read if self.graphs is None or not is_held else self.graphs.hold(read, lengths is None, is_draft)
+        read = stage(self.model, self.settings, self.cache, self.packed, input_ids, lengths)
+        return read if self.graphs is None else self.graphs.hold(read, lengths is None)
 
     def _close(self, read: BytesRead, counts: HostPatchCounts) -> None:
-        cache, columns, max_new = self.cache, read.chunk.num_columns, counts.max_new
+        cache, columns = self.cache, read.chunk.num_columns
         is_fixed = self.is_compiled or self.graphs is not None
-        if not is_fixed or (columns > 1 and max_new > STEP_PATCHES):
+        if not is_fixed or (columns > 1 and counts.max_new > STEP_PATCHES):
             close_patches(self.model, cache, read, closing_inputs(cache, read, counts, self.all_rows))
             return
-        all_rows = self.all_rows or self.graphs is not None
-        new, seen = reserve_closing(cache, columns, counts)
+        all_rows, sizes = self.all_rows or self.graphs is not None, reserve_closing(cache, columns, counts)
 
         def close():
-            inputs = closing_inputs(cache, read, counts, all_rows, is_fixed=True)
+            inputs = closing_inputs(cache, read, counts, all_rows, sizes)
             stage = self._stage(close_patches, columns)
             if stage is not close_patches:
                 torch._dynamo.maybe_mark_dynamic(inputs.seen_slots, 0)
             stage(self.model, cache, read, inputs)
 
-        self._run(("close", id(read), new, seen), close)
+        if self.graphs is None:
+            close()
+        else:
+            self.graphs.run(("close", id(read), *sizes), close)
 
     def _predict(self, read: BytesRead) -> Tensor:
-        return self._kept(self._run(("predict", id(read)), lambda: self._run_predict(read)))
-
-    def _run(self, key: tuple, function: Callable, *inputs: Tensor | None):
-        return function(*inputs) if self.graphs is None else self.graphs.run(key, function, *inputs)
+        if self.graphs is None:
+            return self._run_predict(read)
+        # A copy, as the next step writes over the result of a graph.
+        return self.graphs.run(("predict", id(read)), lambda: self._run_predict(read)).clone()
 
     def _run_predict(self, read: BytesRead) -> Tensor:
         settings, chunk = self.settings, read.chunk
@@ -247,24 +247,14 @@ class StepRunner:
             return function
         return self.model.compiled_steps.find(function, (columns, self.hooks), self.cache)
 
-    def _kept(self, result: Tensor) -> Tensor:
-        """Copies a result for the caller: the next step overwrites that of a captured stage."""
-        return result if self.graphs is None else result.clone()
-
 
 def read_next(
-    model,
-    settings: ForwardSettings,
-    cache: BltCache,
-    packed,
-    input_ids: Tensor,
-    lengths: Tensor | None,
-    is_draft: bool,
+    model, settings: ForwardSettings, cache: BltCache, packed, input_ids: Tensor, lengths: Tensor | None
 ) -> BytesRead:
     """Reads the next bytes `(B, S)` of each row, `lengths` `(B,)` of which count (None: all)."""
     chunk = next_bytes(input_ids, lengths, cache, settings.documents)
     chunk.packed = packed
-    return read_bytes(model, settings, chunk, cache, DRAFT if is_draft else PLAIN)
+    return read_bytes(model, settings, chunk, cache)
 
 
 # Compiled steps.
@@ -272,7 +262,7 @@ def read_next(
 
 def round_up_bytes(count: int) -> int:
     """Rounds up the bytes of a compiled step that reads `count` of one row."""
-    return 1 if count == 1 else -(-count // _STEP_BYTES) * _STEP_BYTES
+    return 1 if count == 1 else round_up(count, _STEP_BYTES)
 
 
 def is_spread(model) -> bool:
@@ -322,12 +312,10 @@ def _compile(function: Callable, settings: dict) -> Callable:
         if (mode := settings.pop("mode", None)) is not None:  # torch takes a mode or options
             options = {**torch._inductor.list_mode_options(mode, settings.get("dynamic")), **options}
         options["triton.cudagraphs"] = False  # `CudaGraphs` captures what runs, compiled or not
-    return torch.compile(_copy_function(function), **{**settings, "options": options or None})
-
-
-def _copy_function(function: Callable) -> Callable:
-    """Copies a function with its code object, to which torch attaches compiled code and the limit of recompilations."""
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    # A copy with a code object of its own, to which torch attaches compiled code and the limit of recompilations.
+    code, name = function.__code__.replace(), function.__name__
+    copied = FunctionType(code, function.__globals__, name, function.__defaults__)
+    return torch.compile(copied, **{**settings, "options": options or None})
 
 
 # CUDA graphs, which `blt_hf.cuda_graphs` captures.

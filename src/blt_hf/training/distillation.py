@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..model.attention_blt import AttentionSpan
-from ..model.chunk_blt import HostPatchCounts, make_chunk
+from ..model.chunk_blt import ClosingInputs, HostPatchCounts, make_chunk
 from ..model.forward_blt import BytesRead, ForwardSettings, predict_bytes, read_bytes
 from ..model.layers_blt import OutputCollector, run_layers
 from ..model.modeling_blt import BltForCausalLM
@@ -378,10 +378,8 @@ class JointStage(Stage):
         read = self.read(input_ids, attention_mask)
         inputs = self.patch_inputs(read)
         collector = OutputCollector(True, False)
-        new_patches = torch.arange(inputs.shape[1], device=inputs.device)
-        made = self.model.model.global_transformer(
-            inputs, read.chunk, read.patches, new_patches, new_patches[:0], None, None, collector
-        )
+        patches = ClosingInputs.of_texts(inputs.shape[1], inputs.device)
+        made = self.model.model.global_transformer(inputs, read.chunk, read.patches, patches, None, collector)
         loss = self.byte_loss(self.predict(read, made), labels, target_ids, target_probs, self.byte_share)
         pairs = [("state_error", made, states)]
         if self.early_layer is not None:
