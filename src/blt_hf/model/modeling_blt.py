@@ -163,31 +163,21 @@ class BltModel(BltPreTrainedModel):
             embeds=None if inputs_embeds is None else chunk.pack(inputs_embeds),
             byte_embeds=None if byte_embeds is None else chunk.pack(byte_embeds),
             given_ends=None if patch_lengths is None else self._given_ends(chunk, patch_lengths),
-            collectors=tuple(OutputCollector(wants_states, wants_weights) for _ in range(3)),
             block_noise=block_noise,
         )
+        if wants_states is not False or wants_weights:
+            inputs.collectors = tuple(OutputCollector(wants_states, wants_weights) for _ in range(3))
         hidden_states, read = run_chunk(self, settings, chunk, cache, inputs)
+        fields = {CACHE_NAME: cache, "last_hidden_state": chunk.unpack(hidden_states), "blocks": read.blocks}
         of_encoder, of_global, of_decoder = inputs.collectors
-        encoder_states, encoder_weights = of_encoder.collected(chunk)
-        global_states, global_weights = of_global.collected()
-        states, weights = of_decoder.collected(chunk, last=hidden_states)
-        entropies = patch_lengths = None
+        if of_decoder is not None:
+            fields["encoder_hidden_states"], fields["encoder_attentions"] = of_encoder.collected(chunk)
+            fields["global_hidden_states"], fields["global_attentions"] = of_global.collected()
+            fields["hidden_states"], fields["attentions"] = of_decoder.collected(chunk, last=hidden_states)
         if output_patches:
-            entropies = None if read.entropies is None else chunk.unpack(read.entropies)
-            patch_lengths = patch_lengths_from_ends(read.patches.ends, chunk.num_bytes)
-        return BltModelOutput(
-            last_hidden_state=chunk.unpack(hidden_states),
-            **{CACHE_NAME: cache},
-            hidden_states=states,
-            attentions=weights,
-            encoder_hidden_states=encoder_states,
-            encoder_attentions=encoder_weights,
-            global_hidden_states=global_states,
-            global_attentions=global_weights,
-            entropies=entropies,
-            patch_lengths=patch_lengths,
-            blocks=read.blocks,
-        )
+            fields["entropies"] = None if read.entropies is None else chunk.unpack(read.entropies)
+            fields["patch_lengths"] = patch_lengths_from_ends(read.patches.ends, chunk.num_bytes)
+        return BltModelOutput(**fields)
 
     @takes_cache
     def embed_bytes(
