@@ -1,6 +1,7 @@
 """OpenAI's protocol on continuous batching, spoken by OpenAI's own client."""
 
 import asyncio
+import time
 
 import httpx
 import openai
@@ -166,6 +167,13 @@ async def test_too_many_requests(client, server):
 
 async def test_who_leaves_is_taken_out(server):
     """The row is free again, and nothing more is made for it."""
+    step, steps = server._manager._batch.step, []
+
+    def slow_step():
+        steps.append(time.sleep(0.02))
+        return step()
+
+    server._manager._batch.step = slow_step
     pieces = server.answer([1, 100], 300)
     await anext(pieces)
     assert server.num_requests == 1
@@ -175,6 +183,7 @@ async def test_who_leaves_is_taken_out(server):
             break
         await asyncio.sleep(0.05)
     assert server._manager._batch.is_idle and server.num_requests == 0
+    assert 0 < len(steps) < 300  # the text did not end by itself
     with pytest.raises(QueueFullError):
         server.max_requests = 0
         await anext(server.answer([1], 2))

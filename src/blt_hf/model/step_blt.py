@@ -292,10 +292,7 @@ class CompiledSteps(dict):
     graph for all of them takes minutes to compile, and saves little beside the work of each byte.
     """
 
-    def __deepcopy__(self, memo) -> "CompiledSteps":
-        return CompiledSteps()
-
-    def __reduce__(self):
+    def __reduce__(self):  # for copies and pickles
         return CompiledSteps, ()
 
     def find(self, function: Callable, key: tuple, cache) -> Callable:

@@ -295,9 +295,16 @@ async def _events(form: "_Form", first: Answer, pieces: AsyncIterator[Answer], p
 
 
 class _Form:
-    """How one kind of request and its answers are written."""
+    """How one kind of request and its answers are written.
+
+    Attributes:
+        kind: begins the id of an answer.
+        whole_object, piece_object: kinds of an answer, and of a piece of one.
+        whole_key, piece_key: where their text stands.
+    """
 
     kind, whole_object, piece_object = "", "", ""
+    whole_key = piece_key = "text"
 
     def __init__(self, body: _Settings, server: TextServer):
         self.body, self.server = body, server
@@ -311,11 +318,16 @@ class _Form:
         return self.body.max_tokens or 16
 
     def whole(self, answer: Answer) -> dict:
-        return {**self._head, "object": self.whole_object, "choices": [self._choice(answer, False)]}
+        return {**self._head, "object": self.whole_object, "choices": [self._choice(answer, self.whole_key)]}
 
     def piece(self, answer: Answer | None) -> dict:
-        choices = [] if answer is None else [self._choice(answer, True)]
+        choices = [] if answer is None else [self._choice(answer, self.piece_key)]
         return {**self._head, "object": self.piece_object, "choices": choices}
+
+    def _choice(self, answer: Answer, key: str) -> dict:
+        logprobs = self._logprobs(answer) if self.wants_logprobs else None
+        content = self._content(answer)
+        return {"index": 0, key: content, "finish_reason": answer.finish_reason, "logprobs": logprobs}
 
     def _tokens(self, answer: Answer) -> list[str]:
         return [self.server.tokenizer.convert_ids_to_tokens(index) for index in answer.ids]
@@ -330,15 +342,16 @@ class _CompletionForm(_Form):
             return self.server.tokenizer(prompt).input_ids
         return prompt
 
-    def _choice(self, answer: Answer, is_piece: bool) -> dict:
-        logprobs = None
-        if self.wants_logprobs:
-            logprobs = {"tokens": self._tokens(answer), "token_logprobs": answer.logprobs, "top_logprobs": None}
-        return {"index": 0, "text": answer.text, "finish_reason": answer.finish_reason, "logprobs": logprobs}
+    def _content(self, answer: Answer) -> str:
+        return answer.text
+
+    def _logprobs(self, answer: Answer) -> dict:
+        return {"tokens": self._tokens(answer), "token_logprobs": answer.logprobs, "top_logprobs": None}
 
 
 class _ChatForm(_Form):
     kind, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    whole_key, piece_key = "message", "delta"
 
     def max_bytes(self) -> int:
         return self.body.max_completion_tokens or self.body.max_tokens or 512
@@ -351,14 +364,12 @@ class _ChatForm(_Form):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    def _choice(self, answer: Answer, is_piece: bool) -> dict:
-        logprobs = None
-        if self.wants_logprobs:
-            tokens = zip(self._tokens(answer), answer.logprobs)
-            logprobs = {"content": [{"token": t, "logprob": p, "bytes": None, "top_logprobs": []} for t, p in tokens]}
-        message = {"role": "assistant", "content": answer.text}
-        name = "delta" if is_piece else "message"
-        return {"index": 0, name: message, "finish_reason": answer.finish_reason, "logprobs": logprobs}
+    def _content(self, answer: Answer) -> dict:
+        return {"role": "assistant", "content": answer.text}
+
+    def _logprobs(self, answer: Answer) -> dict:
+        tokens = zip(self._tokens(answer), answer.logprobs)
+        return {"content": [{"token": t, "logprob": p, "bytes": None, "top_logprobs": []} for t, p in tokens]}
 
 
 def _as_text(content) -> str:
