@@ -31,8 +31,8 @@ def read_answer(blt, token_model, rows: TextRows, index: int, start: int) -> tup
     stage = JointStage(blt, state_weight=0.0)
     read = stage.read(batch["input_ids"], batch["attention_mask"])
     inputs = stage.patch_inputs(read)
-    patches = ClosingInputs.of_texts(inputs.shape[1], inputs.device)
-    made = blt.model.global_transformer(inputs, read.chunk, read.patches, patches)
+    new = torch.arange(inputs.shape[1])
+    made = blt.model.global_transformer(inputs, read.chunk, read.patches, ClosingInputs(new, new[:0]))
     last = batch["patch_last"][0]
     known = (last >= start) & (last + 1 < batch["tokens"].shape[1]) & (batch["patch_tokens"][0, :, 1] > 0)
     expected = teacher_states(token_model, batch["tokens"])[0][0, last[known]]

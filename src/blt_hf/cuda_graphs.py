@@ -176,6 +176,15 @@ class CudaGraphs:
         self._stages.clear()
         self._held.clear()
 
+    def have_room(self, num_columns: int) -> bool:
+        """Tells whether `BltCache.begin` for a small chunk of so many columns moves no tensor."""
+        cache = self.cache
+        if cache.record_past:
+            return False
+        cache.recent_slots.keep = cache.needed_history(cache.max_open_bytes + num_columns)
+        total, kinds = max(cache.row_bytes) + num_columns, (cache.patcher_slots, cache.local_slots, cache.recent_slots)
+        return all(slots.needed(total, cache.slack) <= slots.size for slots in kinds if slots.tensors)
+
     def hold(self, read, *key):
         """Copies what was read, a `BytesRead`, to tensors that are the same for each step."""
         key, chunk, patches = (read.chunk.num_columns, *key), read.chunk, read.patches

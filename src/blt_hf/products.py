@@ -95,26 +95,25 @@ def least_rows(layer: nn.Module, is_packed: bool) -> float:
 
 
 def choose(num_rows: int) -> tuple[Callable, Callable]:
-    """Chooses functions for so many rows, in the place of `torch.mm` and `torch.addmm`."""
-    return (_multiply_few, _add_multiply_few) if num_rows <= _BLOCKS[-1] else (_multiply, _add_multiply)
+    """Chooses functions for so many rows, in the place of `torch.mm` and `torch.addmm`, for weights `(out, in)`."""
+    return (multiply_few, _add_multiply_few) if num_rows <= _BLOCKS[-1] else (multiply, _add_multiply)
 
 
-def _multiply(states: Tensor, weight: Tensor) -> Tensor:
-    return multiply(states, weight.t())
+def transpose(packed):
+    """Views tensors in nested tuples as [`choose`] wants them."""
+    if packed is None or isinstance(packed, Tensor):
+        return packed if packed is None else packed.t()
+    return getattr(packed, "_make", tuple)(map(transpose, packed))
 
 
 def _add_multiply(other: Tensor, states: Tensor, weight: Tensor, beta: int = 1) -> Tensor:
-    return multiply(states, weight.t()).add_(other, alpha=beta)
-
-
-def _multiply_few(states: Tensor, weight: Tensor) -> Tensor:
-    return multiply_few(states, weight.t())
+    return multiply(states, weight).add_(other, alpha=beta)
 
 
 def _add_multiply_few(other: Tensor, states: Tensor, weight: Tensor, beta: int = 1) -> Tensor:
     if beta == 1:
-        return _add_pointwise(states, other, weight.t(), None, "add")
-    return multiply_few(states, weight.t()).add_(other, alpha=beta)
+        return _add_pointwise(states, other, weight, None, "add")
+    return multiply_few(states, weight).add_(other, alpha=beta)
 
 
 def multiply_gated(states: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Callable) -> Tensor:
@@ -225,4 +224,5 @@ __all__ = [
     "multiply",
     "multiply_gated",
     "prefers_onednn",
+    "transpose",
 ]

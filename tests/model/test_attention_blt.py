@@ -15,7 +15,6 @@ from blt_hf.model.attention_blt import (
     AttentionSpan,
     SlotSpan,
     gathered_attention,
-    repeat_kv_heads,
     segment_attention,
 )
 from helpers.models import make_model, tiny_config
@@ -131,7 +130,7 @@ def test_gathered_attention_is_softmax_over_a_window_of_patches(data, rows, late
         visible = visible & (patches >= first[..., None])
     visible = visible.repeat_interleave(latents, dim=-1)[:, None]
     wide_key, wide_value = (
-        repeat_kv_heads(states.flatten(1, 2).transpose(1, 2), num_heads // num_kv_heads, dim=1)
+        states.flatten(1, 2).transpose(1, 2).repeat_interleave(num_heads // num_kv_heads, dim=1)
         for states in (key, value)
     )
     expected = dense_attention(query.transpose(1, 2), wide_key, wide_value, visible).transpose(1, 2)
@@ -157,7 +156,7 @@ def span_case(num_past, length, window, first_key, implementation, groups=1):
     if first_key is not None:
         visible = visible & (keys >= first_key[..., None])
     expected = dense_attention(
-        query, repeat_kv_heads(key, groups, dim=1), repeat_kv_heads(value, groups, dim=1), visible[:, None]
+        query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), visible[:, None]
     )
     assert_same_gradients(actual, expected.transpose(1, 2), (query, key, value))
 
@@ -264,7 +263,7 @@ def test_eager_weights_are_those_of_the_output():
     output, weights = AttentionSpan(2, 3, None, None, "eager").attend(module_with(2), query, key, value)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 3))
     assert (weights.masked_select(~mask) == 0).all()
-    torch.testing.assert_close(output, (weights @ repeat_kv_heads(value, 2, dim=1)).transpose(1, 2))
+    torch.testing.assert_close(output, (weights @ value.repeat_interleave(2, dim=1)).transpose(1, 2))
 
 
 def test_a_registered_kernel_gets_a_mask_of_bools(monkeypatch):

@@ -76,7 +76,7 @@ def global_states(model, inputs_embeds: torch.Tensor) -> torch.Tensor:
     global_transformer = model.model.global_transformer
     global_transformer.token_embedding_projection = nn.Identity()
     with torch.no_grad():
-        return global_transformer(inputs_embeds, chunk, None, ClosingInputs.of_texts(count, inputs_embeds.device))
+        return global_transformer(inputs_embeds, chunk, None, ClosingInputs(torch.arange(count), torch.arange(0)))
 
 
 def token_states(token_model, inputs_embeds: torch.Tensor) -> torch.Tensor:

@@ -22,11 +22,6 @@ def reads_under_mask(num_patches: int) -> bool:
     return num_patches == 1 or (num_patches <= _FEW_PATCHES and not torch.is_grad_enabled())
 
 
-def repeat_kv_heads(states: Tensor, groups: int, dim: int) -> Tensor:
-    """Repeats each key/value head `groups` times along `dim`."""
-    return states if groups == 1 else states.repeat_interleave(groups, dim=dim)
-
-
 class AttentionSpan:
     """Says which keys each query sees, for every self-attention of one stack in one forward.
 

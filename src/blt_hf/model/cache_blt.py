@@ -24,16 +24,20 @@ from .patching_blt import PATCHING_MODES, PatchingRule
 
 
 _BLOCK = 32  # numbers of slots are multiples of this, so that few shapes occur
-PATCH_BLOCK = 64  # the same for patches, of which a step reads no more than there are
+_PATCHES = 64  # the same for patches, of which a step reads no more than there are
 _OPEN_BYTES = 64  # fewest slots for the last bytes in compiled steps, which a new shape would compile again
 _SLACK = 16  # bytes that can be taken back, if nobody asks for more
 _MOST_IDLE_SLACK = 128  # slack that a cache keeps after `activate_past_recording` has raised it
 _LARGEST_SMALL_CHUNK = 64  # above this, attention in blocks is faster than over all slots
 
 
-def round_up(count: int, block: int = _BLOCK) -> int:
-    """Rounds up to a multiple of `block`, so that few numbers occur."""
-    return -(-count // block) * block
+def _round_up(count: int) -> int:
+    return -(-count // _BLOCK) * _BLOCK
+
+
+def round_up_patches(count: int) -> int:
+    """Rounds up the patches of a row, to numbers of slots of which few occur."""
+    return -(-count // _PATCHES) * _PATCHES
 
 
 _BY_HEAD = (2, 3, 0, 1, 4)  # (B, size, 2, H, D) -> (2, H, B, size, D), and back
@@ -107,7 +111,7 @@ class Slots:
         if needed > self.size:  # by half at least, so that a growing row is moved seldom
             most = self.most if self.keep is None else self.keep + slack
             grown = self.size + self.size // 2
-            self.resize(round_up(max(needed, grown if most is None else min(grown, most))), counts)
+            self.resize(_round_up(max(needed, grown if most is None else min(grown, most))), counts)
 
     def resize(self, size: int, counts: Tensor | None) -> None:
         """Moves the entries of rows of `counts` `(B,)` entries to their slots among `size`."""
@@ -589,11 +593,6 @@ class BltCache(Cache):
         self.history.start(num_rows, device)
         self._starts += 1
 
-    def expect(self, num_bytes: int) -> None:
-        """Tells the cache how many bytes the longest row will have, so that no tensor grows beyond its need."""
-        for slots in self.kinds:
-            slots.most = num_bytes  # patches are no more than bytes
-
     def fix_steps(self, compile_config=None, max_length: int | None = None) -> None:
         """Prepares an empty cache for compiled steps, and on a GPU for CUDA graphs: its tensors stay where they are.
 
@@ -635,27 +634,20 @@ class BltCache(Cache):
         total, counts = max(history.row_bytes) + num_columns, history.state.num_bytes
         for slots in (self.patcher_slots, self.local_slots):
             slots.reserve(total, self.slack, counts)
-            slots.seen = None if self.is_fixed or round_up(total) >= slots.size else round_up(total)
+            slots.seen = None if self.is_fixed or _round_up(total) >= slots.size else _round_up(total)
         if is_small:
             history.row_stale = [max(stale, num_columns) for stale in history.row_stale]
-            self.recent_slots.keep = self._needed_history(self.max_open_bytes + num_columns)
+            self.recent_slots.keep = self.needed_history(self.max_open_bytes + num_columns)
             self.recent_slots.reserve(total, self.slack, counts)
 
-    def has_room(self, num_columns: int) -> bool:
-        """Tells whether [`begin`] for a small chunk of so many columns moves no tensor."""
-        if self.record_past:
-            return False
-        self.recent_slots.keep = self._needed_history(self.max_open_bytes + num_columns)
-        total, kinds = max(self.row_bytes) + num_columns, (self.patcher_slots, self.local_slots, self.recent_slots)
-        return all(slots.needed(total, self.slack) <= slots.size for slots in kinds if slots.tensors)
-
-    def _needed_history(self, max_open_bytes: int) -> int:
+    def needed_history(self, max_open_bytes: int) -> int:
+        """Bounds the bytes before the next one that the history must hold."""
         return max(self.num_hash_bytes, self.needed_states(max_open_bytes))
 
     def reserve_open(self, max_open_bytes: int, num_columns: int) -> None:
         """Makes room for the history of the next `num_columns` bytes, and for open patches of so many bytes."""
         self.max_open_bytes = max(self.max_open_bytes, max_open_bytes)
-        self.recent_slots.keep = self._needed_history(self.max_open_bytes)
+        self.recent_slots.keep = self.needed_history(self.max_open_bytes)
         self.recent_slots.reserve(max(self.row_bytes) + num_columns, self.slack, self.num_bytes)
 
     def needed_states(self, max_open_bytes: int) -> int:
@@ -667,7 +659,7 @@ class BltCache(Cache):
     def reserve_patches(self, max_new: int) -> None:
         """Makes room for up to `max_new` more patches in every row."""
         total = max(self.row_patches) + max_new
-        self.patch_slots.reserve(round_up(total, PATCH_BLOCK), 0, self.num_patches)
+        self.patch_slots.reserve(round_up_patches(total), 0, self.num_patches)
         # Rows that close fewer patches than others write past their counter, and `crop` may lower it besides.
         self.latent_slots.keep = self.decoder_window + self.slack
         self.latent_slots.reserve(total, self.slack, self.num_patches)
@@ -761,8 +753,8 @@ class BltCache(Cache):
         if self.slack > most:  # give back room that recording asked for
             self.slack = most
             for slots in self.kinds:
-                if slots.keep is not None and slots.size > round_up(slots.keep + most):
-                    slots.resize(round_up(slots.keep + most), self.counts_of(slots))
+                if slots.keep is not None and slots.size > _round_up(slots.keep + most):
+                    slots.resize(_round_up(slots.keep + most), self.counts_of(slots))
 
     def crop_rows(self, counts: list[int] | Tensor) -> None:
         """Takes back the last `counts[b]` bytes of each row; `get_seq_length`, which counts columns, stays.

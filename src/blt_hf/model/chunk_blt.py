@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention_blt import AttentionSpan, SlotSpan
-from .cache_blt import PATCH_BLOCK, BltCache, RowState, SlotIndex, Slots, round_up
+from .cache_blt import BltCache, RowState, SlotIndex, Slots, round_up_patches
 from .checks_blt import check_attention_mask, check_position_ids
 from .names_blt import is_compiling, is_exporting, kept_arange, largest_count, running_max, take_columns
 from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
@@ -414,11 +414,11 @@ class HostPatchCounts:
         rows = patches.counts.tolist()
         if len(rows) == 1:
             old, after, open_bytes, last_id = rows[0]
-            return cls([old], [after - old], after - old, round_up(after, PATCH_BLOCK), open_bytes, [last_id])
+            return cls([old], [after - old], after - old, round_up_patches(after), open_bytes, [last_id])
         old, after, open_bytes, last_ids = map(list, zip(*rows))
         new = [a - o for a, o in zip(after, old)]
         max_new = max(new)
-        return cls(old, new, max_new, round_up(max(old) + max_new, PATCH_BLOCK), max(open_bytes), last_ids)
+        return cls(old, new, max_new, round_up_patches(max(old) + max_new), max(open_bytes), last_ids)
 
 
 class ClosingInputs(NamedTuple):
@@ -439,12 +439,6 @@ class ClosingInputs(NamedTuple):
     byte_offsets: Tensor | None = None
     rows: Tensor | None = None
     sees_all: bool = False
-
-    @classmethod
-    def of_texts(cls, num_patches: int, device: torch.device) -> "ClosingInputs":
-        """Makes those of the first `num_patches` patches of each row."""
-        patches = torch.arange(num_patches, device=device)
-        return cls(patches, patches[:0])
 
 
 def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> PatchAssignment:

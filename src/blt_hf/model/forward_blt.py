@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_blt import AttentionSpan
-from .cache_blt import PATCH_BLOCK, BltCache, SlotIndex, round_up
+from .cache_blt import BltCache, SlotIndex, round_up_patches
 from .chunk_blt import ByteChunk, ClosingInputs, DocumentRules, HostPatchCounts, PatchAssignment, assign_patches
 from .layers_blt import LatentIndex, OutputCollector, ngram_hashes
 from .names_blt import kept_arange, sliding_windows
@@ -76,6 +76,7 @@ class ForwardInputs:
         collectors: of hidden states and attention weights: encoder, global transformer, decoder.
         block_noise: adds corrupted blocks to what the decoder reads, for the masked loss of BLT-D.
         patches: of a draft, which the local models alone run, as if no patch ended, and the cache does not count.
+        span: keys that it sees, made with those of other drafts; None: it is made here.
     """
 
     embeds: Tensor | None = None
@@ -84,6 +85,7 @@ class ForwardInputs:
     collectors: tuple[OutputCollector | None, OutputCollector | None, OutputCollector | None] = (None, None, None)
     block_noise: Any = None
     patches: PatchAssignment | None = None
+    span: AttentionSpan | None = None
 
 
 PLAIN = ForwardInputs()
@@ -120,7 +122,9 @@ def read_bytes(
         entropies, ends = find_patches(model, settings.rule, chunk, cache, inputs.given_ends)
         patches = assign_patches(chunk, ends, settings.documents)
     collector = inputs.collectors[0]
-    span = chunk.span(cache, settings.local_window, settings.attention, collector)
+    span = inputs.span
+    if span is None:
+        span = chunk.span(cache, settings.local_window, settings.attention, collector)
     embeds = embed_bytes(model, settings, chunk, inputs.embeds) if inputs.byte_embeds is None else inputs.byte_embeds
     if collector is not None:
         collector.add(embeds)
@@ -342,11 +346,11 @@ def closing_inputs(
     sees_all = sizes is None and len(counts.new) == 1 and max_new == 1
     if sizes is None:
         seen = max(counts.old) + max_new
-        seen_slots = kept_arange(0, seen if sees_all else round_up(seen, PATCH_BLOCK), device)
+        seen_slots = kept_arange(0, seen if sees_all else round_up_patches(seen), device)
     else:  # marked as dynamic, which must not be done to a tensor that others share
         max_new, seen_slots = sizes[0], torch.arange(sizes[1], device=device)
     size, needed = cache.recent_slots.size, cache.needed_states(cache.max_open_bytes) + num_columns
-    first = num_columns - (min(round_up(needed, _HELD), size) if sizes is None else size)
+    first = num_columns - (min(-(-needed // _HELD) * _HELD, size) if sizes is None else size)
     rows = None
     # Leaving rows out saves work on a CPU; a GPU had better see the same shapes again.
     if not all_rows and device.type == "cpu" and 0 in counts.new:
@@ -363,6 +367,6 @@ def reserve_closing(cache: BltCache, num_columns: int, counts: HostPatchCounts) 
     """
     max_new = STEP_PATCHES if num_columns > 1 else counts.max_new
     cache.reserve_patches(max_new)
-    needed = round_up(max(counts.old) + max_new, PATCH_BLOCK)
+    needed = round_up_patches(max(counts.old) + max_new)
     block = 1 << max(needed.bit_length() - 4, 0)
-    return max_new, min(round_up(needed, block), cache.patch_slots.size)
+    return max_new, min(-(-needed // block) * block, cache.patch_slots.size)

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from .attention_blt import AttentionSpan, gathered_attention, repeat_kv_heads, segment_attention
+from .attention_blt import AttentionSpan, gathered_attention, segment_attention
 from .names_blt import import_where_installed, is_exporting, kept_arange, sliding_windows
 
 
@@ -177,8 +177,11 @@ class BltPatchCrossAttention(_BltCrossAttention):
         query = project(self.q_proj, self.q_norm(patch_states).flatten(1, 2))
         query = query.unflatten(1, (num_patches, latents)).unflatten(-1, (-1, self.head_dim))
         byte_states = self.k_norm(byte_states)
-        states = (project(proj, byte_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
-        key, value = (repeat_kv_heads(s, self.num_key_value_groups, dim=2) for s in states)
+        key, value = (
+            project(proj, byte_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj)
+        )
+        if (groups := self.num_key_value_groups) > 1:
+            key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
         if self.window > 1:
             segment = torch.cat([segment + ahead for ahead in range(self.window)], dim=1)
             key, value = key.repeat(1, self.window, 1, 1), value.repeat(1, self.window, 1, 1)
@@ -368,32 +371,29 @@ _hash_weights: dict[tuple, tuple[Tensor, Tensor]] = {}
 def hash_weights(
     sizes: tuple[int, ...], num_functions: int, num_rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Computes factors of ids in hashes, and where the table of each hash begins among all rows.
+    """Computes factors of ids in hashes, and where the table of each hash begins among all rows; once a process.
 
     Returns:
         int64 `(L, functions * sizes)`, wrapped, the factor of the id `L - 1 - l` bytes back; int64 `(functions * sizes,)`.
     """
-    if is_exporting():  # a tensor of the program, that nothing else may use
-        return _make_hash_weights(sizes, num_functions, num_rows, device)
     key = (sizes, num_functions, num_rows, device)
-    if key not in _hash_weights:
-        # A tensor that is made in inference mode could not be used in training later.
-        with torch.inference_mode(False):
-            _hash_weights[key] = _make_hash_weights(sizes, num_functions, num_rows, device)
-    return _hash_weights[key]
-
-
-def _make_hash_weights(
-    sizes: tuple[int, ...], num_functions: int, num_rows: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    longest = max(sizes)
-    columns = []
+    if key in _hash_weights and not is_exporting():  # an exported program has its own, which nothing else may use
+        return _hash_weights[key]
+    longest, columns = max(sizes), []
     for function in range(num_functions):
         prime = HASH_PRIMES[function % len(HASH_PRIMES)]
         for size in sizes:
             powers = [(pow(prime, power, 2**64) + 2**63) % 2**64 - 2**63 for power in range(size)]
             columns.append([0] * (longest - size) + powers)
-    return torch.tensor(columns, device=device).T.contiguous(), torch.arange(len(columns), device=device) * num_rows
+    # Tensors that are made in inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        made = (
+            torch.tensor(columns, device=device).T.contiguous(),
+            torch.arange(len(columns), device=device) * num_rows,
+        )
+    if not is_exporting():
+        _hash_weights[key] = made
+    return made
 
 
 def ngram_hashes(

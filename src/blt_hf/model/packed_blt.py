@@ -117,21 +117,22 @@ class PackedStack:
         silu = _FORWARDS[SiLUActivation]  # calling the module takes six more calls of functions
         activations = [layer.mlp.act_fn for layer in layers]
         self.activations = [torch._C._nn.silu if type(act).forward is silu else act for act in activations]
-        self.layers = tuple(map(self._pack_layer, layers))
+        packed, packed_cross = tuple(map(self._pack_layer, layers)), tuple(map(self._pack_cross, cross_layers))
         self.products = import_where_installed("products") if self.is_exact else None
-        self.least_rows = math.inf if self.products is None else self.products.least_rows(layers[0], copies)
-        self.cross_layers = tuple(map(self._pack_cross, cross_layers))
-        self.held_patch = None  # a `blt_hf.products.HeldPatch`, for bytes that read the same patch
+        self.held_patch = keys_values = None  # a `blt_hf.products.HeldPatch`, for bytes that read the same patch
         if cross_layers:
             cross = cross_layers[0]
             self.cross_head_dim, self.cross_scaling = cross.head_dim, cross.scaling
             if self.turns and self.products is not None:
-                self.held_patch = self.products.HeldPatch(self.cross_layers, cross)
-                self.cross_layers, self.cross_scaling = self.held_patch.cross_layers, 1.0
+                self.held_patch = self.products.HeldPatch(packed_cross, cross)
+                packed_cross, self.cross_scaling = self.held_patch.cross_layers, 1.0
             self.cross_kv_heads, self.num_latents = cross.k_proj.weight.shape[0] // cross.head_dim, cross.num_latents
             # Latents are normed once for all layers, so only where the weights of norms are part of products.
             pairs = (self._join([layer.k_proj, layer.v_proj], layer.k_norm.weight) for layer in cross_layers)
-            self.keys_values = torch.cat(list(pairs), dim=1) if self.is_exact else None
+            keys_values = torch.cat(list(pairs), dim=1) if self.is_exact else None
+        self.weights = packed, packed_cross, keys_values
+        self.least_rows = math.inf if self.products is None else self.products.least_rows(layers[0], copies)
+        self.transposed = None if self.least_rows == math.inf else self.products.transpose(self.weights)
         self.norm = None if norm is None else self._scaled(norm.weight)
         self.inv_freq = rotary.inv_freq
         self.rotary_scaling = self.inv_freq.new_tensor(float(rotary.attention_scaling))
@@ -192,17 +193,18 @@ class PackedStack:
         shape, slot_index = states.shape, span.slot_index
         states = states.reshape(-1, shape[-1])  # (N, W)
         rotation, mask = self._rotation(positions, states, span), span.mask(states)
-        products = mm, addmm = self._choose_products(states.shape[0])
+        products, (layers, cross_layers, _) = self._choose_products(states.shape[0])
+        mm, addmm = products
         held = self.held_patch.pairs if self.held_patch is not None and states.shape[0] == 1 else None
-        kept = None if held or not self.cross_layers else self._gather(latents, latent_index, states)
+        kept = None if held or not cross_layers else self._gather(latents, latent_index, states)
         if held == [] and kept[1] is None:
             self.held_patch.take(kept[0])
-        for number, (layer, activation, cache_layer) in enumerate(zip(self.layers, self.activations, cache_layers)):
-            if number < len(self.cross_layers):
+        for number, (layer, activation, cache_layer) in enumerate(zip(layers, self.activations, cache_layers)):
+            if number < len(cross_layers):
                 if held:
                     states = self.held_patch.attend(number, states, self._normed(states, None))
                 else:
-                    states = self._cross_attend(self.cross_layers[number], states, number, products, *kept)
+                    states = self._cross_attend(cross_layers[number], states, number, products, *kept)
             states = self._attend(layer, states, products, rotation, mask, slot_index, cache_layer, shape[:2])
             normed = self._normed(states, layer.mlp_norm)
             if self.copies:
@@ -214,11 +216,13 @@ class PackedStack:
             states = self._normed(states, self.norm)
         return states.view(shape)
 
-    def _choose_products(self, num_rows: int) -> tuple[Callable, Callable]:
-        """Chooses functions for so many rows: `torch.mm` and `torch.addmm`, or others that do the same."""
+    def _choose_products(self, num_rows: int) -> tuple[tuple[Callable, Callable], tuple]:
+        """Chooses `torch.mm` and `torch.addmm`, or what does the same for so many rows, and their weights."""
         if torch.compiler.is_compiling():
-            return (_multiply_one_row, _add_one_row) if num_rows == 1 else (torch.mm, torch.addmm)
-        return (torch.mm, torch.addmm) if num_rows < self.least_rows else self.products.choose(num_rows)
+            return (_multiply_one_row, _add_one_row) if num_rows == 1 else (torch.mm, torch.addmm), self.weights
+        if num_rows < self.least_rows:
+            return (torch.mm, torch.addmm), self.weights
+        return self.products.choose(num_rows), self.transposed
 
     def _attend(
         self, layer: PackedLayer, states, products, rotation, mask, slot_index: SlotIndex, cache_layer, shape
@@ -268,8 +272,8 @@ class PackedStack:
         """Projects latents `(B, P, K, W)` to keys and values `(B, P, L, 2, F)`, for all cross attentions."""
         rows, num_patches, num_latents, width = latents.shape
         states = self._normed(latents.reshape(-1, width), None)
-        mm, _ = self._choose_products(states.shape[0])
-        states = mm(states, self.keys_values).view(rows, num_patches, num_latents, len(self.cross_layers), 2, -1)
+        (mm, _), (*_, keys_values) = self._choose_products(states.shape[0])
+        states = mm(states, keys_values).view(rows, num_patches, num_latents, len(self.weights[1]), 2, -1)
         return states.permute(0, 1, 3, 4, 2, 5).flatten(-2)
 
     def _gather(self, latents: Tensor, latent_index: LatentIndex, states: Tensor) -> tuple[Tensor, Tensor | None]:

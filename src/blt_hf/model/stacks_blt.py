@@ -308,7 +308,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         With a lexicon, `L` is one more: the last holds the entries that it ranks first.
         """
         latents = self.split_latents(global_states)
-        if packed is not None and packed.decoder is not None and packed.decoder.keys_values is not None:
+        if packed is not None and packed.decoder is not None and packed.decoder.is_exact:
             states = packed.decoder.project_latents(latents)
         else:
             states = [torch.stack(cross(latents=latents), dim=-2) for cross in self.cross_attn_layers]
@@ -428,8 +428,8 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
             cache.history.write(patches.entries, None, chunk.slot_index(cache.recent_slots, 0))
             cache.history.advance_on_device(chunk, patches)
             cache.advance_chunk_on_host(chunk)
+        states, attentions = collector.collected(chunk, last=hidden_states)
         hidden_states = chunk.unpack(hidden_states)
-        states, attentions = collector.collected(chunk, last=chunk.pack(hidden_states))
         logits = self.lm_head(keep_positions(hidden_states, logits_to_keep)).float()
         entropies = None
         if output_patches:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from .cache_blt import BltCache, round_up
-from .chunk_blt import HostPatchCounts, assign_patches, next_bytes
+from .cache_blt import BltCache
+from .chunk_blt import ByteChunk, HostPatchCounts, assign_patches, next_bytes
 from .forward_blt import (
     STEP_PATCHES,
     BytesRead,
@@ -113,7 +113,7 @@ class StepRunner:
         if counts.max_new:
             self._close(read, counts)
             self._hold_patch(True)
-        if self.graphs is not None and choose.is_on_device and reads and cache.has_room(2):
+        if self.graphs is not None and choose.is_on_device and reads and self.graphs.have_room(2):
             cache.begin(rows, 2, True, read.chunk.device)  # the byte that was read is counted later
             choose.prepare()
             logits, scores, read = self.graphs.run(("next",), lambda: self._next(read, choose))
@@ -154,27 +154,26 @@ class StepRunner:
         model, settings, cache = self.model, self.settings, self.cache
         self._hold_patch(True)
         first = next_bytes(ids, None, cache, settings.documents)
-        no_end = torch.zeros_like(ids, dtype=torch.bool)
-        inputs = ForwardInputs(patches=assign_patches(first, no_end, settings.documents))
-        # The span of all drafts, which stay in the document of the first byte, is made at once.
+        first.packed, history, found = self.packed, first.history, []
+        patches = assign_patches(first, torch.zeros_like(ids, dtype=torch.bool), settings.documents)
         positions = first.row_positions + kept_arange(0, count, ids.device)
-        start = None if first.document_start is None else first.document_start.expand_as(positions)
-        whole = replace(first, row_positions=positions, document_start=start, packed=self.packed)
-        span = whole.span(cache, settings.local_window, settings.attention)
-        encoder = None if self.packed is None else self.packed.encoder
-        read_one, predict_one = self._stage(read_bytes, 1), self._stage(predict_bytes, 1)
-        (key,), history, found = whole.spans, whole.history, []
-        for one in span.split(model.local_encoder.embed_tokens.weight, encoder):
-            chunk = replace(whole, input_ids=ids, history=history, row_positions=one.query_positions, spans={key: one})
-            read = read_one(model, settings, chunk, cache, inputs)
-            found.append(choose(predict_one(model, settings, cache, read, None, self.head, inputs), len(found)))
+        spans, stage = [None] * count, self._stage(draft_next, 1)
+        if not self.is_compiled:  # compiled code makes a span faster than it takes one in
+            # The drafts stay in the document of the first byte.
+            start = None if first.document_start is None else first.document_start.expand_as(positions)
+            whole = replace(first, row_positions=positions, document_start=start)
+            encoder = None if self.packed is None else self.packed.encoder
+            span = whole.span(cache, settings.local_window, settings.attention)
+            spans = span.split(model.local_encoder.embed_tokens.weight, encoder)
+        for span, place in zip(spans, positions.split(1, dim=1)):
+            given = {"input_ids": ids, "history": history, "row_positions": place}
+            if self.is_compiled:
+                given = {name: _of_one_stride(tensor) for name, tensor in given.items()}
+            inputs = ForwardInputs(patches=patches, span=span)
+            logits = stage(model, settings, cache, replace(first, **given, spans={}), inputs, self.head)
+            found.append(choose(logits, len(found)))
             history, ids = torch.cat([history, ids], dim=1)[:, 1:], found[-1][0]
         return found
-
-    @property
-    def is_current(self) -> bool:
-        """Whether CUDA graphs were captured of the weights and modules that the model has now."""
-        return self.graphs is not None and self.graphs.is_current
 
     def close(self) -> None:
         """Gives back what CUDA graphs take; later steps run as they are."""
@@ -202,7 +201,7 @@ class StepRunner:
 
     def _run_read(self, input_ids: Tensor, lengths: Tensor | None) -> BytesRead:
         if self.is_compiled:
-            input_ids = input_ids.clone(memory_format=torch.contiguous_format)  # one stride, whatever it was cut from
+            input_ids = _of_one_stride(input_ids)
         stage = self._stage(read_next, input_ids.shape[1])
         read = stage(self.model, self.settings, self.cache, self.packed, input_ids, lengths)
         return read if self.graphs is None else self.graphs.hold(read, lengths is None)
@@ -248,6 +247,11 @@ class StepRunner:
         return self.model.compiled_steps.find(function, (columns, self.hooks), self.cache)
 
 
+def _of_one_stride(tensor: Tensor) -> Tensor:
+    """Copies an input of compiled code, which depends on the strides of what it was cut from."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def read_next(
     model, settings: ForwardSettings, cache: BltCache, packed, input_ids: Tensor, lengths: Tensor | None
 ) -> BytesRead:
@@ -257,12 +261,20 @@ def read_next(
     return read_bytes(model, settings, chunk, cache)
 
 
+def draft_next(
+    model, settings: ForwardSettings, cache: BltCache, chunk: ByteChunk, inputs: ForwardInputs, head: nn.Module | None
+) -> Tensor:
+    """Reads one byte of each row by the local models alone; results as [`predict_bytes`]."""
+    read = read_bytes(model, settings, chunk, cache, inputs)
+    return predict_bytes(model, settings, cache, read, None, head, inputs)
+
+
 # Compiled steps.
 
 
 def round_up_bytes(count: int) -> int:
     """Rounds up the bytes of a compiled step that reads `count` of one row."""
-    return 1 if count == 1 else round_up(count, _STEP_BYTES)
+    return 1 if count == 1 else -(-count // _STEP_BYTES) * _STEP_BYTES
 
 
 def is_spread(model) -> bool:

@@ -248,7 +248,7 @@ class RunningBatch:
             self.reading = self.waiting.popleft()
             self.reading.state.status = RequestStatus.PREFILLING
             self.reading.cache = self.model.make_cache()
-            self.reading.cache.expect(self.reading.max_bytes)
+            _expect(self.reading.cache, self.reading.max_bytes)
         request = self.reading
         piece, request.remaining = request.remaining[: self.prefill_bytes], request.remaining[self.prefill_bytes :]
         ids = torch.tensor([piece], device=self.model.device)
@@ -309,10 +309,11 @@ class RunningBatch:
         row = self.rows.index(None)
         self.rows[row] = request
         self._longest = max(self._longest, request.max_bytes)
-        self.cache.expect(self._longest)
+        _expect(self.cache, self._longest)
         self.cache.write_rows([row], request.cache)
         self._last_ids[row] = request.state.generated_tokens[-1]
-        if self._runner is not None and not self._runner.is_current:
+        graphs = None if self._runner is None else self._runner.graphs
+        if graphs is None or not graphs.is_current:
             self._runner = None
 
     def _leave(self, rows: list[int]) -> None:
@@ -337,7 +338,7 @@ class RunningBatch:
             self._longest = max((r.max_bytes for r in requests if r), default=0)
             if self.is_static:
                 cache.fix_steps(self.compile_config, self._longest)
-            cache.expect(self._longest)
+            _expect(cache, self._longest)
             cache.start(count, device)
             if kept:
                 index = torch.tensor(kept, device=device)
@@ -345,6 +346,12 @@ class RunningBatch:
                 cache.write_rows(list(range(len(kept))), self.cache)
                 last_ids[: len(kept)] = self._last_ids[index]
         self.rows, self.cache, self._last_ids, self._runner = requests, cache, last_ids, None
+
+
+def _expect(cache, num_bytes: int) -> None:
+    """Tells a cache how many bytes its longest row will have, so that no tensor grows beyond its need."""
+    for slots in cache.kinds:
+        slots.most = num_bytes  # patches are no more than bytes
 
 
 def _is_over(request: _Request) -> bool:

@@ -378,8 +378,9 @@ class JointStage(Stage):
         read = self.read(input_ids, attention_mask)
         inputs = self.patch_inputs(read)
         collector = OutputCollector(True, False)
-        patches = ClosingInputs.of_texts(inputs.shape[1], inputs.device)
-        made = self.model.model.global_transformer(inputs, read.chunk, read.patches, patches, None, collector)
+        new = torch.arange(inputs.shape[1], device=inputs.device)
+        closing = ClosingInputs(new, new[:0])
+        made = self.model.model.global_transformer(inputs, read.chunk, read.patches, closing, None, collector)
         loss = self.byte_loss(self.predict(read, made), labels, target_ids, target_probs, self.byte_share)
         pairs = [("state_error", made, states)]
         if self.early_layer is not None:
