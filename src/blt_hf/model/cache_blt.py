@@ -433,10 +433,6 @@ class ByteHistory:
             for row, count in zip(rows, getattr(other, name)):
                 getattr(self, name)[row] = count
 
-    def reset_row(self, row: int) -> None:
-        self.last[row] = self.last_entropies[row] = 0
-        self.row_bytes[row] = self.row_patches[row] = self.row_stale[row] = 0
-
     def __getstate__(self) -> dict:
         # For pickles and deep copies, in which views would become tensors of their own.
         return {**vars(self), "state": None, "last_ids": None}
@@ -793,8 +789,10 @@ class BltCache(Cache):
 
     def reset_rows(self, index: list[int] | Tensor) -> None:
         """Empties rows: the next byte of each is the first of another text."""
+        history = self.history
         for row in index.tolist() if isinstance(index, Tensor) else index:
-            self.history.reset_row(row)
+            history.last[row] = history.last_entropies[row] = 0
+            history.row_bytes[row] = history.row_patches[row] = history.row_stale[row] = 0
 
     def write_rows(self, index: list[int], other: "BltCache") -> None:
         """Replaces rows `index` by those of `other`, a cache of the same model; the other rows stay as they are."""

@@ -31,25 +31,13 @@ def check_tensor(name: str, value, accepted: str) -> None:
         raise ValueError(f"`{name}` must be a tensor, {accepted}; got {type(value).__name__}{hint}.")
 
 
-def check_inputs(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int, hidden_size: int
-) -> tuple[tuple[int, int], torch.device]:
-    """Checks the bytes of an entropy model, as [`check_byte_inputs`] does; embeddings stand in the place of ids."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(
-            "exactly one of `input_ids` and `inputs_embeds` is needed; got "
-            f"{'neither' if input_ids is None else 'both'}."
-        )
-    return check_byte_inputs(input_ids, inputs_embeds, None, vocab_size, hidden_size, False)
-
-
 def check_byte_inputs(
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     byte_embeds: Tensor | None,
     vocab_size: int,
     hidden_size: int,
-    adds_hashes: bool,
+    adds_hashes: bool = False,
 ) -> tuple[tuple[int, int], torch.device]:
     """Checks the bytes of a forward, whose ids may come with embeddings.
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotIndex, round_up_patches
 from .chunk_blt import ByteChunk, ClosingInputs, DocumentRules, HostPatchCounts, PatchAssignment, assign_patches
-from .layers_blt import LatentIndex, OutputCollector, ngram_hashes
-from .names_blt import kept_arange, sliding_windows
+from .layers_blt import LatentIndex, OutputCollector, last_ids, ngram_hashes
+from .names_blt import kept_arange
 from .patching_blt import PatchingRule, find_patch_ends
 
 
@@ -176,7 +176,7 @@ def predict_bytes(
     states, span, positions = read.byte_states[-1], read.span, None
     if (lexicon := model.local_decoder.lexicon) is not None:
         patches, length = read.patches, lexicon.spellings.shape[1]
-        ids = last_ids(chunk, length + 1)
+        ids = last_ids(chunk.input_ids, chunk.history, length + 1)
         # The patches of a draft are those of the first one.
         open_bytes = patches.field("open_bytes") + chunk.row_positions + 1 - patches.field("num_bytes")
         states = states + model.local_decoder.read_lexicon(latents, latent_index, ids, open_bytes)
@@ -208,13 +208,6 @@ def embed_bytes(model, settings: ForwardSettings, chunk: ByteChunk, embeds: Tens
         chunk.input_ids, chunk.history, positions, settings.hash_sizes, settings.hash_functions, settings.hash_rows
     )
     return embeds + model.encoder_hash_tok_embedding(hashes).to(embeds.device)
-
-
-def last_ids(chunk: ByteChunk, count: int) -> Tensor:
-    """Lists the last `count` ids up to each byte, the byte itself last, int64 `(B, S, count)`; 0 before the text."""
-    ids = chunk.input_ids if chunk.history is None else torch.cat([chunk.history, chunk.input_ids], dim=1)
-    missing = chunk.num_columns + count - 1 - ids.shape[1]
-    return sliding_windows(nn.functional.pad(ids, (missing, 0)), 1, count)
 
 
 def find_patches(

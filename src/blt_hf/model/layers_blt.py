@@ -396,6 +396,20 @@ def hash_weights(
     return made
 
 
+def last_ids(input_ids: Tensor, history: Tensor | None, count: int) -> Tensor:
+    """Lists the last `count` ids up to each byte, the byte itself last, int64 `(B, S, count)`; 0 before the text.
+
+    `history`: int64 `(B, H)`, the ids before `input_ids` `(B, S)`; None: none.
+    """
+    ids = input_ids if history is None else torch.cat([history, input_ids], dim=1)
+    missing = input_ids.shape[1] + count - 1 - ids.shape[1]
+    if missing > 0:
+        ids = nn.functional.pad(ids, (missing, 0))
+    elif missing < 0:
+        ids = ids[:, -missing:]
+    return sliding_windows(ids, 1, count)
+
+
 def ngram_hashes(
     input_ids: Tensor,
     history: Tensor | None,
@@ -410,21 +424,15 @@ def ngram_hashes(
     before the text count as 0.
 
     Args:
-        history: int64 `(B, H)`, the ids before `input_ids` `(B, S)`; None: none.
+        input_ids, history: as [`last_ids`] takes them.
         text_positions: int64 `(B, S)`, index of each byte in its text. None: ids before a text are 0 already.
         sizes: n-gram sizes. Each of `num_functions` hash functions has a table of `num_rows` rows for each size.
     Returns:
         int64 `(B, S, num_functions * len(sizes))`, function-major, with each table's offset added.
     Source: facebookresearch/blt `bytelatent/model/blt.py`, same values from one product of windows and powers.
     """
-    longest, length, device = max(sizes), input_ids.shape[1], input_ids.device
-    past = input_ids if history is None else torch.cat([history, input_ids], dim=1)
-    missing = length + longest - 1 - past.shape[1]
-    if missing > 0:
-        past = nn.functional.pad(past, (missing, 0))
-    elif missing < 0:
-        past = past[:, -missing:]
-    windows = sliding_windows(past, 1, longest)  # (B, S, L)
+    longest, device = max(sizes), input_ids.device
+    windows = last_ids(input_ids, history, longest)  # (B, S, L)
     if text_positions is not None:
         windows = windows * (text_positions[..., None] >= torch.arange(longest - 1, -1, -1, device=device))
     weights, offsets = hash_weights(tuple(sizes), num_functions, num_rows, device)

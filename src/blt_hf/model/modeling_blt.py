@@ -8,7 +8,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple
 
 from .cache_blt import BltCache
-from .checks_blt import check_byte_inputs, check_inputs, check_labels, check_patch_lengths, check_row_labels
+from .checks_blt import check_byte_inputs, check_labels, check_patch_lengths, check_row_labels
 from .chunk_blt import ByteChunk, make_chunk
 from .configuration_blt import BltConfig
 from .forward_blt import ForwardInputs, ForwardSettings, embed_bytes, run_chunk
@@ -195,7 +195,8 @@ class BltModel(BltPreTrainedModel):
             `(B, S, W)`; 0 at padding.
         """
         config, settings = self.config, ForwardSettings.of(self.config)
-        shape, device = check_inputs(input_ids, None, config.vocab_size, config.encoder_config.hidden_size)
+        width = config.encoder_config.hidden_size
+        shape, device = check_byte_inputs(input_ids, None, None, config.vocab_size, width)
         chunk = make_chunk(input_ids, attention_mask, position_ids, past_key_values, shape, device, settings.documents)
         return chunk.unpack(embed_bytes(self, settings, chunk))
 

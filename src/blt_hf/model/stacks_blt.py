@@ -6,7 +6,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_blt import AttentionSpan, SlotSpan, hidden_bytes, reads_under_mask
 from .cache_blt import BltCache, RowState, SlotIndex
-from .checks_blt import check_inputs, check_labels
+from .checks_blt import check_byte_inputs, check_labels
 from .chunk_blt import (
     ByteChunk,
     ClosingInputs,
@@ -408,7 +408,11 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         Returns:
             [`BltCausalLMOutput`].
         """
-        shape, device = check_inputs(input_ids, inputs_embeds, self.config.vocab_size, self.config.hidden_size)
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"exactly one of `input_ids` and `inputs_embeds` is needed; got {got}.")
+        size, width = self.config.vocab_size, self.config.hidden_size
+        shape, device = check_byte_inputs(input_ids, inputs_embeds, None, size, width)
         cache = self._start_cache(past_key_values, use_cache)
         collector = OutputCollector(
             self._resolve_output("output_hidden_states", output_hidden_states),

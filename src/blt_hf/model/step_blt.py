@@ -53,12 +53,13 @@ class StepRunner:
         self.model, self.cache, self.head, self.packed = model, cache, head, packed
         self.settings = ForwardSettings.of(model.config)
         self.all_rows = len(cache.row_bytes) == 1 or counts_rows(model)
-        self.compiles = is_compiled(model, cache)
+        attention = model.config._attn_implementation
+        self.compiles = cache.compile_config is not None and attention in ("eager", "sdpa") and not is_spread(model)
         # Compiled code has no guards for hooks.
         self.hooks = hooks_of(model, head) if self.compiles else None
         self.graphs = make_graphs(model, head, cache) if captures and cache.is_fixed else None
         self.is_watched = is_watched and self.graphs is not None
-        self.is_compiled = False
+        self.is_compiled = False  # the step that runs now is; `compiles`: those of one row are
         self._pending: tuple[BytesRead, HostPatchCounts] | None = None
 
     @torch.no_grad()
@@ -280,12 +281,6 @@ def round_up_bytes(count: int) -> int:
 def is_spread(model) -> bool:
     """Tells whether accelerate has spread a model over devices."""
     return any(hasattr(part, "_hf_hook") for part in (model, *model.children()))
-
-
-def is_compiled(model, cache) -> bool:
-    """Tells whether steps of one row are compiled."""
-    attention = model.config._attn_implementation
-    return cache.compile_config is not None and attention in ("eager", "sdpa") and not is_spread(model)
 
 
 def hooks_of(*roots: nn.Module | None) -> tuple:
