@@ -4,6 +4,7 @@ Beside them, what a captured choice of a byte is made of. Nothing of a model is 
 came with a checkpoint finds this file, too.
 """
 
+import functools
 import threading
 import warnings
 import weakref
@@ -246,6 +247,102 @@ class CudaGraphs:
                 held.copy_(tensor)
         replay()
         return result
+
+
+@functools.cache
+def capturing(runner_class: type) -> type:
+    """Makes a model's `StepRunner` into one that captures its stages."""
+    return type("CapturingRunner", (_Capturing, runner_class), {})
+
+
+class _Capturing:
+    """Runs the stages of a `StepRunner` as CUDA graphs; once they are closed, as they are.
+
+    Args:
+        model, cache, head, packed: as `StepRunner` takes them.
+        graphs: of this model and cache.
+        is_watched: code that may change the model runs between the steps, so look for changes before each.
+    """
+
+    def __init__(self, model, cache, head, packed, graphs: CudaGraphs, is_watched: bool):
+        super().__init__(model, cache, head, packed)
+        self.graphs, self.is_watched, self.all_rows = graphs, is_watched, True
+
+    def close(self) -> None:
+        """Gives back what the graphs take."""
+        if self.graphs is not None:
+            self.graphs.close()
+        self.graphs = None
+
+    def _look(self) -> None:
+        """Closes the graphs if code between the steps has changed the model."""
+        if self.is_watched and self.graphs is not None and not self.graphs.modules.holds():
+            self.close()
+
+    def step(self, input_ids: Tensor, lengths: list[int] | None = None) -> Tensor:
+        self._look()
+        return super().step(input_ids, lengths)
+
+    @torch.no_grad()
+    def next(self, choose, reads: bool = True) -> tuple[list[int], Tensor, Tensor]:
+        """Does the same; the choice of the byte is part of the graph where it asks nothing of the host."""
+        self._look()
+        if self.graphs is None or not (choose.is_on_device and reads and self.graphs.have_room(2)):
+            return super().next(choose, reads)
+        cache, (read, counts) = self.cache, self._pending
+        if counts.max_new:
+            self._close(read, counts)
+        cache.begin(len(cache.row_bytes), 2, True, read.chunk.device)  # the byte that was read is counted later
+        choose.prepare()
+        logits, scores, read = self.graphs.run(("next",), lambda: self._next(read, choose))
+        cache.advance_on_host(1, [1] * len(cache.row_bytes), counts)
+        self._pending = read, type(counts).of(read.patches)
+        return self._pending[1].last_ids, logits, scores
+
+    def _next(self, read, choose) -> tuple:
+        logits = super()._predict(self._with_span(read))
+        ids, scores = choose(logits)
+        return logits, scores, self._read_held(ids, None)
+
+    def _draft(self, ids: Tensor, count: int, choose: Callable) -> list[tuple]:
+        if self.graphs is None or not choose.is_on_device:
+            return super()._draft(ids, count, choose)
+        draft = super()._draft
+        return self.graphs.run(("drafts", count), lambda ids: draft(ids, count, choose), ids)
+
+    def _hold_patch(self, holds: bool) -> None:
+        if self.graphs is None:
+            super()._hold_patch(holds)
+
+    def _run_read(self, input_ids: Tensor, lengths: Tensor | None):
+        if self.graphs is None:
+            return super()._run_read(input_ids, lengths)
+        return self.graphs.run(("read",), self._read_held, input_ids, lengths)
+
+    def _read_held(self, input_ids: Tensor, lengths: Tensor | None):
+        return self.graphs.hold(super()._run_read(input_ids, lengths), lengths is None)
+
+    def _close_fixed(self, read, counts, sizes: tuple[int, int]) -> None:
+        if self.graphs is None:
+            super()._close_fixed(read, counts, sizes)
+        else:
+            close = super()._close_fixed
+            self.graphs.run(("close", id(read), *sizes), lambda: close(read, counts, sizes))
+
+    def _predict(self, read) -> Tensor:
+        predict = super()._predict
+        if self.graphs is None:
+            return predict(self._with_span(read))
+        # A copy, as the next step writes over the result of a graph.
+        return self.graphs.run(("predict", id(read)), lambda: predict(self._with_span(read))).clone()
+
+    def _with_span(self, read):
+        """Makes the span of what graphs hold, which copy tensors alone."""
+        if read.span is not None:
+            return read
+        chunk = replace(read.chunk, spans={})
+        span = chunk.span(self.cache, self.settings.local_window, self.settings.attention)
+        return replace(read, chunk=chunk, span=span)
 
 
 class FixedDraw:

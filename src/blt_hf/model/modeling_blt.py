@@ -19,7 +19,7 @@ from .names_blt import CACHE_NAME, check_patcher, import_from_package, takes_cac
 from .packed_blt import PackedStacks
 from .patching_blt import VOCAB_SIZE, patch_ends_from_lengths, patch_lengths_from_ends
 from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder, BltPatcher
-from .step_blt import CompiledSteps, StepRunner
+from .step_blt import CompiledSteps, StepRunner, make_runner
 
 
 # transformers 5.17 has no style for embeddings split by columns.
@@ -255,10 +255,10 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
     ) -> StepRunner:
         """Makes the runner of steps on a cache that holds some text, with the weights that the model has now.
 
-        `packs`: on packed weights, where the modules allow it. `captures`, `is_watched`: as in [`StepRunner`].
+        `packs`: on packed weights, where the modules allow it. Others: as `make_runner` of `step_blt.py`.
         """
         packed = PackedStacks(self.model, cache) if packs else None
-        return StepRunner(self.model, cache, self.lm_head, packed, captures, is_watched)
+        return make_runner(self.model, cache, self.lm_head, packed, captures, is_watched)
 
     @takes_cache
     @can_return_tuple

@@ -1,7 +1,7 @@
 """Steps of a few bytes for all of a call of `generate`: as they are, compiled, or captured as CUDA graphs.
 
 A byte takes hundreds of small kernels, and Python needs longer to start them than a processor to run them. `torch.compile`
-fuses them; a CUDA graph starts all kernels of a stage at once, compiled or not.
+fuses them; a CUDA graph starts all kernels of a stage at once, compiled or not (`blt_hf.cuda_graphs`).
 """
 
 from collections.abc import Callable
@@ -36,20 +36,18 @@ _STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so th
 class StepRunner:
     """Runs small chunks of plain bytes behind those of a cache, for all bytes of a call of `generate`.
 
-    The stages run as they are, compiled (`cache.compile_config`), or captured as CUDA graphs (`cache.is_fixed`).
+    The stages run as they are, or compiled (`cache.compile_config`).
 
     Args:
         model: a [`BltModel`].
         cache: holds some text.
         head: computes logits; None: results are states.
         packed: a [`PackedStacks`] of the model, made for this call; None: the modules run.
-        captures: capture CUDA graphs, if `cache.is_fixed` and [`make_graphs`] allows it.
-        is_watched: code that may change the model runs between the steps, so look for changes before each.
     """
 
-    def __init__(
-        self, model, cache: BltCache, head: nn.Module | None = None, packed=None, captures=False, is_watched=False
-    ):
+    graphs = None  # the `CudaGraphs` of a runner that captures the stages
+
+    def __init__(self, model, cache: BltCache, head: nn.Module | None = None, packed=None):
         self.model, self.cache, self.head, self.packed = model, cache, head, packed
         self.settings = ForwardSettings.of(model.config)
         self.all_rows = len(cache.row_bytes) == 1 or counts_rows(model)
@@ -57,8 +55,6 @@ class StepRunner:
         self.compiles = cache.compile_config is not None and attention in ("eager", "sdpa") and not is_spread(model)
         # Compiled code has no guards for hooks.
         self.hooks = hooks_of(model, head) if self.compiles else None
-        self.graphs = make_graphs(model, head, cache) if captures and cache.is_fixed else None
-        self.is_watched = is_watched and self.graphs is not None
         self.is_compiled = False  # the step that runs now is; `compiles`: those of one row are
         self._pending: tuple[BytesRead, HostPatchCounts] | None = None
 
@@ -76,8 +72,6 @@ class StepRunner:
             if columns < length <= self.cache.slack:  # bytes that do not count are written behind, and over later
                 filled = nn.functional.pad(input_ids, (0, length - columns))
                 return self.step(filled, lengths)[:, :columns]
-        if self.is_watched and not self.graphs.modules.holds():
-            self.close()
         self._hold_patch(False)
         read = self._read(input_ids, lengths)
         counts = HostPatchCounts.of(read.patches)
@@ -102,38 +96,24 @@ class StepRunner:
         The host learns all that it needs in one transfer: the bytes, and what patches they closed.
 
         Args:
-            choose: a [`NextByte`]. One that asks nothing of the host is part of the graph.
+            choose: a [`NextByte`].
             reads: the text goes on behind the next byte. Without it, that is not read.
         Returns:
             the bytes, on the host; fp32 logits and processed scores `(B, 1, V)`, which hold until the next step.
         """
-        if self.is_watched and not self.graphs.modules.holds():
-            self.close()
         cache, (read, counts) = self.cache, self._pending
-        rows = len(cache.row_bytes)
         if counts.max_new:
             self._close(read, counts)
             self._hold_patch(True)
-        if self.graphs is not None and choose.is_on_device and reads and self.graphs.have_room(2):
-            cache.begin(rows, 2, True, read.chunk.device)  # the byte that was read is counted later
-            choose.prepare()
-            logits, scores, read = self.graphs.run(("next",), lambda: self._next(read, choose))
-            cache.advance_on_host(1, [1] * rows, counts)
-        else:
-            logits = self._predict(read)
-            cache.advance_on_host(1, [1] * rows, counts)
-            choose.prepare()
-            ids, scores = choose(logits)
-            if not reads:
-                return ids.flatten().tolist(), logits, scores
-            read = self._read(ids)
+        logits = self._predict(read)
+        cache.advance_on_host(1, [1] * len(cache.row_bytes), counts)
+        choose.prepare()
+        ids, scores = choose(logits)
+        if not reads:
+            return ids.flatten().tolist(), logits, scores
+        read = self._read(ids)
         self._pending = read, HostPatchCounts.of(read.patches)
         return self._pending[1].last_ids, logits, scores
-
-    def _next(self, read: BytesRead, choose) -> tuple[Tensor, Tensor, BytesRead]:
-        logits = self._run_predict(read)
-        ids, scores = choose(logits)
-        return logits, scores, self._run_read(ids, None)
 
     @torch.no_grad()
     def draft(self, input_ids: Tensor, count: int, choose: Callable) -> list[tuple]:
@@ -147,9 +127,7 @@ class StepRunner:
             what `choose` gave. The cache is as before.
         """
         self._begin(input_ids.shape[0], 1, count, input_ids.device)
-        if self.graphs is None or not choose.is_on_device:
-            return self._draft(input_ids, count, choose)
-        return self.graphs.run(("drafts", count), lambda ids: self._draft(ids, count, choose), input_ids)
+        return self._draft(input_ids, count, choose)
 
     def _draft(self, ids: Tensor, count: int, choose: Callable) -> list[tuple]:
         model, settings, cache = self.model, self.settings, self.cache
@@ -178,14 +156,11 @@ class StepRunner:
 
     def close(self) -> None:
         """Gives back what CUDA graphs take; later steps run as they are."""
-        if self.graphs is not None:
-            self.graphs.close()
-        self.graphs, self.is_watched = None, False
 
     def _hold_patch(self, holds: bool) -> None:
         """Says whether the next bytes of one row read the patch that the first of them reads."""
         held = None if self.packed is None or self.packed.decoder is None else self.packed.decoder.held_patch
-        if held is not None and self.graphs is None:
+        if held is not None:
             held.hold(holds)
 
     def _begin(self, rows: int, columns: int, count: int, device: torch.device) -> None:
@@ -196,51 +171,32 @@ class StepRunner:
         rows, columns = input_ids.shape
         self._begin(rows, columns, columns, input_ids.device)
         on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
-        if self.graphs is None:
-            return self._run_read(input_ids, on_device)
-        return self.graphs.run(("read",), self._run_read, input_ids, on_device)
+        return self._run_read(input_ids, on_device)
 
     def _run_read(self, input_ids: Tensor, lengths: Tensor | None) -> BytesRead:
         if self.is_compiled:
             input_ids = _of_one_stride(input_ids)
         stage = self._stage(read_next, input_ids.shape[1])
-        read = stage(self.model, self.settings, self.cache, self.packed, input_ids, lengths)
-        return read if self.graphs is None else self.graphs.hold(read, lengths is None)
+        return stage(self.model, self.settings, self.cache, self.packed, input_ids, lengths)
 
     def _close(self, read: BytesRead, counts: HostPatchCounts) -> None:
         cache, columns = self.cache, read.chunk.num_columns
         is_fixed = self.is_compiled or self.graphs is not None
         if not is_fixed or (columns > 1 and counts.max_new > STEP_PATCHES):
             close_patches(self.model, cache, read, closing_inputs(cache, read, counts, self.all_rows))
-            return
-        all_rows, sizes = self.all_rows or self.graphs is not None, reserve_closing(cache, columns, counts)
-
-        def close():
-            inputs = closing_inputs(cache, read, counts, all_rows, sizes)
-            stage = self._stage(close_patches, columns)
-            if stage is not close_patches:
-                torch._dynamo.maybe_mark_dynamic(inputs.seen_slots, 0)
-            stage(self.model, cache, read, inputs)
-
-        if self.graphs is None:
-            close()
         else:
-            self.graphs.run(("close", id(read), *sizes), close)
+            self._close_fixed(read, counts, reserve_closing(cache, columns, counts))
+
+    def _close_fixed(self, read: BytesRead, counts: HostPatchCounts, sizes: tuple[int, int]) -> None:
+        inputs = closing_inputs(self.cache, read, counts, self.all_rows, sizes)
+        stage = self._stage(close_patches, read.chunk.num_columns)
+        if stage is not close_patches:
+            torch._dynamo.maybe_mark_dynamic(inputs.seen_slots, 0)
+        stage(self.model, self.cache, read, inputs)
 
     def _predict(self, read: BytesRead) -> Tensor:
-        if self.graphs is None:
-            return self._run_predict(read)
-        # A copy, as the next step writes over the result of a graph.
-        return self.graphs.run(("predict", id(read)), lambda: self._run_predict(read)).clone()
-
-    def _run_predict(self, read: BytesRead) -> Tensor:
-        settings, chunk = self.settings, read.chunk
-        if read.span is None:  # held by graphs, which copy tensors alone; a span is made anew
-            chunk = replace(chunk, spans={})
-            span = chunk.span(self.cache, settings.local_window, settings.attention)
-            read = replace(read, chunk=chunk, span=span)
-        stage = self._stage(predict_bytes, chunk.num_columns)
-        return stage(self.model, settings, self.cache, read, None, self.head)
+        stage = self._stage(predict_bytes, read.chunk.num_columns)
+        return stage(self.model, self.settings, self.cache, read, None, self.head)
 
     def _stage(self, function: Callable, columns: int) -> Callable:
         if not self.is_compiled:
@@ -335,12 +291,20 @@ def captures_by_default(device: torch.device) -> bool:
     return CAPTURES_BY_DEFAULT and can_capture(device)
 
 
-def make_graphs(model, head: nn.Module | None, cache: BltCache):
-    """Makes the `blt_hf.cuda_graphs.CudaGraphs` of the steps of a model on a cache; None: these run as they are.
+def make_runner(
+    model, cache: BltCache, head: nn.Module | None, packed, captures: bool, is_watched: bool
+) -> StepRunner:
+    """Makes the runner of the steps of a model on a cache.
 
-    They do where the package is not installed, and where accelerate has spread the model over devices.
+    Args:
+        captures: capture CUDA graphs, if `cache.is_fixed` and the device has them. Steps run as they are where the package
+            is not installed, and where accelerate has spread the model over devices.
+        is_watched: code that may change the model runs between the steps, so look for changes before each.
     """
-    if not can_capture(cache.num_bytes.device) or is_spread(model):
-        return None
-    module = import_where_installed("cuda_graphs")
-    return None if module is None else module.CudaGraphs.of(model, head, cache)
+    module = None
+    if captures and cache.is_fixed and can_capture(cache.num_bytes.device) and not is_spread(model):
+        module = import_where_installed("cuda_graphs")
+    graphs = None if module is None else module.CudaGraphs.of(model, head, cache)
+    if graphs is None:
+        return StepRunner(model, cache, head, packed)
+    return module.capturing(StepRunner)(model, cache, head, packed, graphs, is_watched)
