@@ -41,8 +41,14 @@ python "$recipe/overlap.py" "$work/texts.jsonl" "$work/chats.jsonl"
 blt-hf byteify states "$wheel" "$work/texts.jsonl" $gguf $device $shape $tokens -o "$work/states-texts" --early-layer 4 \
     --limit "${STATES:-500000}"
 blt-hf byteify states "$wheel" "$work/chats.jsonl" $gguf $device $shape $tokens -o "$work/states-chats" --early-layer 4
+if [ ! -d "$work/states-exercises" ]; then
+    python "$recipe/exercises.py" texts "$wheel" "$work/exercises.jsonl" --count "${EXERCISES:-330}"
+    blt-hf byteify states "$wheel" "$work/exercises.jsonl" $gguf $device $shape $tokens -o "$work/states-partly" --early-layer 4
+    python "$recipe/exercises.py" targets "$work/states-partly"
+    mv "$work/states-partly" "$work/states-exercises"
+fi
 
-states="$work/states-texts $work/states-chats"
+states="$work/states-texts $work/states-chats $work/states-exercises"
 if [ -z "$start" ]; then
     byteify encoder "$wheel" "$work/texts.jsonl" "$work/chats.jsonl" $stage $tokens -o "$work/$sitting-encoder" \
         --layers 4 --noise 0.05 --steps "${STEPS_ENCODER:-1350}"
@@ -52,6 +58,6 @@ else
     byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-decoder" --start "$start" \
         --encoder-weight 0.3 --layers 4 --swap 0.6 --swap-rows 0.5 --byte-share 0.5 --batch-size 4 --learning-rate 1e-3 --steps "${STEPS_DECODER:-1500}"
 fi
-byteify joint "$wheel" $states $stage -o "$work/$sitting-joint" --start "$work/$sitting-decoder" --early-layer 4 \
+byteify joint "$wheel" $states $stage $tokens -o "$work/$sitting-joint" --start "$work/$sitting-decoder" --early-layer 4 \
     --learning-rate 6e-4 --lora "${LORA:-0}" --steps "${STEPS_JOINT:-300}"
 python "$recipe/keep.py" "$work/$sitting-joint/learned.safetensors" "$output"

@@ -200,6 +200,8 @@ class _Run:
     output: Output
     config: ConfigFile
     gguf_file: GgufFile = None
+    special: Specials = None
+    end_token: EndToken = None
     start: Annotated[
         str | None, typer.Option(help="Folder of another stage, or a file of its kind, to start from.")
     ] = None
@@ -233,7 +235,7 @@ class _Run:
         held_out = TeacherData(self.held_out) if self.held_out else None
         set_seed(self.seed)
         token_model, tokenizer = _load(self.token_model, self.gguf_file)
-        model = byteify(token_model, **_read_config(self.config))
+        model = byteify(token_model, alphabet=self.alphabet(tokenizer), **_read_config(self.config))
         if self.cpu or not torch.accelerator.is_available():
             model.set_attn_implementation("eager")  # on a CPU, the backward of SDPA takes longer
         rule = PatchingRule.from_config(model.config)
@@ -260,6 +262,12 @@ class _Run:
         )  # fmt: skip
         shown = [(name, f"{value:.4f}") for name, value in figures.items() if isinstance(value, float)]
         print_rows([*shown, ("learned", str(_learned_file(self.output)))])
+
+    def alphabet(self, tokenizer):
+        """Reads what the tokens of the token model are in the ids of the BLT."""
+        from blt_hf.training.token_models import TokenAlphabet
+
+        return TokenAlphabet.of(tokenizer, _special_ids(self.special), self.end_token)
 
 
 def _learned_file(path: str) -> Path:
@@ -293,8 +301,6 @@ def encoder(
     layers: Annotated[int, typer.Option(min=0, help="Layers that run, and behind which states are compared.")] = 0,
     noise: Annotated[float, typer.Option(min=0, max=1, help="Share of words that are misspelled.")] = 0.0,
     swap: Swap = 0.0,
-    special: Specials = None,
-    end_token: EndToken = None,
     text_column: TextColumn = "text",
 ) -> None:
     """Train stage 1: the encoder learns to make what the layers take for tokens.
@@ -306,7 +312,6 @@ def encoder(
     from blt_hf.training.data import read_texts
     from blt_hf.training.distillation import EncoderStage, NoisyRows, embeddings_of
     from blt_hf.training.teacher_data import TextRows, collate_teacher_rows
-    from blt_hf.training.token_models import TokenAlphabet
     from blt_hf.training.word_swaps import WordTokens
 
     def make_stage(model, token_model):
@@ -316,7 +321,7 @@ def encoder(
         return stage
 
     def make_rows(tokenizer, rule):
-        alphabet = TokenAlphabet.of(tokenizer, _special_ids(special), end_token)
+        alphabet = run.alphabet(tokenizer)
         change = partial(WordTokens(alphabet, run.seed).swap_in_text, share=swap) if swap else None
         return TextRows(read_texts(run.data, text_column), tokenizer, alphabet, rule, change=change)
 
@@ -340,8 +345,6 @@ def decoder(
     ] = 0.0,
     layers: Annotated[int, typer.Option(min=0, help="Of that loss: layers that run.")] = 0,
     byte_share: ByteShare = 0.0,
-    special: Specials = None,
-    end_token: EndToken = None,
 ) -> None:
     """Train stage 2: the decoder learns to spell what the token model's states say.
 
@@ -351,13 +354,12 @@ def decoder(
     """
     from blt_hf.training.distillation import DecoderStage, EncoderDecoderStage, embeddings_of
     from blt_hf.training.teacher_data import collate_teacher_rows
-    from blt_hf.training.token_models import TokenAlphabet
     from blt_hf.training.word_swaps import SwappedStates, WordTokens
 
     def make_collate(token_model, tokenizer, rule, rows):
         if not swap:
             return collate_teacher_rows
-        alphabet = TokenAlphabet.of(tokenizer, _special_ids(special), end_token)
+        alphabet = run.alphabet(tokenizer)
         words = WordTokens(alphabet, run.seed)
         states = rows.some_states()
         return SwappedStates(collate_teacher_rows, token_model, words, rule, states, alphabet, swap, swap_rows)
@@ -403,15 +405,19 @@ def save(
     output: Output,
     config: ConfigFile,
     gguf_file: GgufFile = None,
+    special: Specials = None,
+    end_token: EndToken = None,
 ) -> None:
     """Put layers and what was learned together: a folder that any client loads."""
     from blt_hf import BltTokenizer
     from blt_hf.training import learned
     from blt_hf.training.byteify import byteify
+    from blt_hf.training.token_models import TokenAlphabet
 
     with plain_messages():
-        model, _ = _load(token_model, gguf_file)
-        blt = byteify(model, **_read_config(config))
+        model, tokenizer = _load(token_model, gguf_file)
+        alphabet = TokenAlphabet.of(tokenizer, _special_ids(special), end_token)
+        blt = byteify(model, alphabet=alphabet, **_read_config(config))
         learned.load(blt, _learned_file(learned_file))
         blt.save_pretrained(output)
         BltTokenizer().save_pretrained(output)

@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blt_hf.conversion.smollm2 import CHAT_TOKENS, assemble_smollm2
+from blt_hf.training import learned as learned_files
 from blt_hf.training.byteify import byteify
+from blt_hf.training.token_models import TokenAlphabet
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
@@ -68,10 +70,15 @@ def make_token_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+TOKENIZER = make_token_tokenizer()
+ALPHABET = TokenAlphabet.of(TOKENIZER, {CHAT_TOKENS[1]: 261, CHAT_TOKENS[2]: 262}, CHAT_TOKENS[0])
+OVERRIDES["decoder_config"] |= {"lexicon_size": len(TOKENIZER), "lexicon_top_k": 8}
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2") / "teacher"
-    tokenizer = make_token_tokenizer()
+    tokenizer = TOKENIZER
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -97,9 +104,11 @@ def recipe(tmp_path_factory, teacher_folder) -> Path:
     (folder / "config.json").write_text(json.dumps(OVERRIDES))
     (folder / "card.md").write_text((EXAMPLE / "card.md").read_text())
     torch.manual_seed(1)
-    model = byteify(LlamaForCausalLM.from_pretrained(teacher_folder), **OVERRIDES)
+    model = byteify(LlamaForCausalLM.from_pretrained(teacher_folder), alphabet=ALPHABET, **OVERRIDES)
     learned = {}
     for name, weight in model.state_dict().items():
+        if learned_files.is_of_token_model(name):
+            continue
         if not name.startswith("model.global_transformer.layers."):
             learned[name] = weight + 0.1 * torch.randn_like(weight)
         elif "norm" not in name:

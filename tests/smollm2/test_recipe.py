@@ -4,8 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import ceiling
+import exercises
+import letters
 import marks
 import overlap
 import pytest
@@ -32,7 +35,9 @@ def test_what_is_learned_fits_the_budget():
     shape = {"vocab_size": 100, "hidden_size": 576, "intermediate_size": 64, "num_hidden_layers": 1}
     llama = LlamaForCausalLM(LlamaConfig(num_attention_heads=9, num_key_value_heads=3, **shape))
     config = json.loads((EXAMPLE / "config.json").read_text())
-    numbers = sum(tensor.numel() for tensor in collect(byteify(llama, **config)).values())
+    config["decoder_config"]["lexicon_size"] = 100
+    blt = byteify(llama, alphabet=TokenAlphabet([(2,)] * 100, 0), **config)
+    numbers = sum(tensor.numel() for tensor in collect(blt).values())
     rank, layers, width, hidden, kv = 8, 30, 576, 1536, 192
     adapters = layers * rank * (4 * width + 2 * (width + kv) + 3 * (width + hidden))
     assert numbers + adapters <= 12_000_000
@@ -90,9 +95,12 @@ def test_states_are_read_by_the_head_of_the_token_model():
     config = json.loads((EXAMPLE / "config.json").read_text())
     local = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
     local["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
-    blt = byteify(llama, **{**config, "encoder_config": local, "decoder_config": local})
-    entry = {"question": "the cat?", "answer": " sat on, and ran"}
     alphabet = TokenAlphabet.of(tokenizer, {"<|im|>": 261}, END)
+    lexicon = {"lexicon_size": len(tokenizer), "lexicon_top_k": 8}
+    blt = byteify(
+        llama, alphabet=alphabet, **{**config, "encoder_config": local, "decoder_config": {**local, **lexicon}}
+    )
+    entry = {"question": "the cat?", "answer": " sat on, and ran"}
     found = states.measure(blt, llama, tokenizer, [entry], alphabet)
     assert found["questions"] == 1 and found["patches"] == 4 and 0 <= found["same"] <= 4
     messages = [{"role": "user", "content": entry["question"]}]
@@ -150,3 +158,34 @@ def test_the_curve_is_drawn_from_the_logs(tmp_path):
 
 def test_the_sitting_is_a_script_that_sh_reads():
     assert subprocess.run(["sh", "-n", EXAMPLE / "train.sh"], check=False).returncode == 0
+
+
+def test_exercises_are_right_and_hold_no_word_of_the_test():
+    tested, trained = letters.choose_words(100, 500)
+    words = exercises.choose_words(
+        [f" {word}" for word in [*tested, *trained]] + [" garden", " Paris", "x"], Random(0)
+    )
+    assert sorted(words) == ["Paris", "garden"]
+    texts = exercises.write_texts(words, 20, Random(1))
+    asked = "".join(texts).count("<|im_start|>user\n")
+    assert asked == "".join(texts).count("<|im_end|>\n<|im_start|>assistant\n") > 100
+    for word in words:
+        for seed in range(20):
+            question, answer = exercises.write_exercise(word, Random(seed))
+            found = [letter for letter in answer.split(":")[0] if letter.isalpha()]
+            assert word in question and found in ([*word], [*reversed(word)])
+
+
+def test_targets_of_exercises_are_the_bytes_that_came(tmp_path):
+    ids = torch.tensor([1, 40, 41, 1, 42], dtype=torch.int16)
+    shard = {
+        "input_ids": ids,
+        "row_ids": torch.tensor([3, 2]),
+        "target_ids": torch.full((5, 8), 7, dtype=torch.int16),
+        "target_probs": torch.full((5, 8), 0.125, dtype=torch.float16),
+    }
+    save_file(shard, tmp_path / "shard-00000.safetensors")
+    assert exercises.set_targets(tmp_path) == 1
+    shard = load_file(tmp_path / "shard-00000.safetensors")
+    assert shard["target_ids"][:, 0].tolist() == [40, 41, 0, 42, 0] and not shard["target_ids"][:, 1:].any()
+    assert shard["target_probs"].sum(dim=1).tolist() == [1, 1, 0, 1, 0]  # the last id of a row has no next one

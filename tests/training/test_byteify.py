@@ -32,6 +32,7 @@ from blt_hf.training.byteify import (
     interleave_rotary_rows,
 )
 from blt_hf.training.data import BltDataCollator, byte_ids
+from blt_hf.training.token_models import TokenAlphabet
 from helpers.models import make_model, tiny_config
 from helpers.processes import run_example
 
@@ -292,3 +293,56 @@ def test_example(tmp_path, with_entropy_model):
     assert float(after) < float(before)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.patching_mode == ("entropy" if with_entropy_model else "space")
+
+
+# The lexicon.
+
+WORDS = ["", " ab", " abc", " b", "c", " abcdefgh", "\n", ",", " ac", "b"]
+ALPHABET = TokenAlphabet([(2,), *(tuple(ord(letter) + 4 for letter in word) for word in WORDS[1:])], 0)
+
+
+def byteify_with_lexicon(lexicon_size: int = len(WORDS), alphabet: TokenAlphabet | None = ALPHABET):
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+        )
+    )
+    llama.model.norm.weight.data.uniform_(0.5, 1.5)
+    decoder = {"lexicon_size": lexicon_size, "lexicon_top_k": 6, "lexicon_length": 4}
+    options = {"patching_mode": "space", "encoder_hash_byte_group_vocab": 20, "decoder_config": decoder}
+    return llama, byteify(llama, alphabet=alphabet, **options).eval()
+
+
+def test_entries_are_ranked_as_the_token_model_ranks_tokens():
+    llama, model = byteify_with_lexicon()
+    states = torch.randn(1, 3, 32)
+    log_probs = llama.lm_head(llama.model.norm(states)).log_softmax(dim=-1)
+    low, middle, high, found = model.model.local_decoder.lexicon.rank(states).chunk(4, dim=-1)
+    expected = log_probs.topk(6, dim=-1)
+    assert torch.equal((low + 256 * middle + 65536 * high).long(), expected.indices)
+    torch.testing.assert_close(found, expected.values)
+
+
+def test_spellings_are_those_of_tokens():
+    _, model = byteify_with_lexicon()
+    spellings = model.model.local_decoder.lexicon.spellings
+    assert spellings[1].tolist() == [36, 101, 102, -1] and spellings[5].tolist() == [36, 101, 102, 103]  # cut
+
+
+@pytest.mark.parametrize(
+    ("size", "alphabet", "message"),
+    [
+        (11, ALPHABET, "`lexicon_size` must be 0 or the number of tokens of `token_model`, 10; got 11"),
+        (10, TokenAlphabet(ALPHABET.ids[:-1], 0), "the number of tokens of `alphabet`, 9; got 10"),
+        (10, None, "`lexicon_size` needs `alphabet`"),
+    ],
+)
+def test_a_lexicon_that_does_not_fit_is_refused(size, alphabet, message):
+    with pytest.raises(ValueError, match=message):
+        byteify_with_lexicon(size, alphabet)
+
+
+def test_without_a_lexicon_no_alphabet_is_needed():
+    _, model = byteify_with_lexicon(0, None)
+    assert model.model.local_decoder.lexicon is None

@@ -146,12 +146,15 @@ def build_model(source: str | Path, overrides: dict, learned_file: Path) -> PreT
     """Makes the BLT in memory, in float32: the layers of `source`, what was learned around them, LoRA merged."""
     from ..training import learned
     from ..training.byteify import byteify
-    from ..training.token_models import load_token_model
+    from ..training.token_models import TokenAlphabet, load_token_model
 
     path = Path(source)
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
-    token_model, _ = load_token_model(str(folder), **options)
-    model = byteify(token_model.float(), **overrides)
+    token_model, tokenizer = load_token_model(str(folder), **options)
+    end_token, *others = CHAT_TOKENS
+    special_ids = {name: make_chat_tokenizer().convert_tokens_to_ids(name) for name in others}
+    alphabet = TokenAlphabet.of(tokenizer, special_ids, end_token)
+    model = byteify(token_model.float(), alphabet=alphabet, **overrides)
     learned.load(model, learned_file)
     model.generation_config = GenerationConfig(
         bos_token_id=BOS_TOKEN_ID, eos_token_id=[EOS_TOKEN_ID, END_OF_TURN_ID], pad_token_id=BOE_TOKEN_ID

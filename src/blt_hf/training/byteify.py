@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..model.configuration_blt import BltConfig
+from ..model.layers_blt import BltLexicon
 from ..model.modeling_blt import BltForCausalLM, BltPatcher
 from ..model.patching_blt import BOS_TOKEN_ID, PatchingRule
 from ..tokenizer.encoding import byte_ids
+from .token_models import TokenAlphabet
 
 
 GLOBAL_LEARNING_RATE_SCALE = 0.1
@@ -46,6 +48,7 @@ def byteify(
     token_model: nn.Module,
     config: BltConfig | None = None,
     patcher: BltPatcher | None = None,
+    alphabet: TokenAlphabet | None = None,
     **overrides,
 ) -> BltForCausalLM:
     """Makes a BLT whose global transformer has the layers of `token_model`; the rest is new.
@@ -53,8 +56,10 @@ def byteify(
     Queries and keys are reordered: Llama rotates the two halves of a head, BLT pairs of neighbours. Embeddings and head
     are not used. BLT's global transformer has no final norm. The weight of the token model's final norm is multiplied
     into the columns of the decoder's patch projection; its normalisation is not needed, because every latent is
-    normalised when it is read. With `lexicon_size`, keys and norm of the decoder's lexicon are the head and the final
-    norm; `token_lexicon.spell_lexicon` adds how tokens are spelled.
+    normalised when it is read.
+
+    With `lexicon_size`, the entries of the decoder's lexicon are the tokens: its keys are the rows of the head, and its
+    norm is the final norm. So the entries that it ranks first are what the token model would write.
 
     Patches reach the layers at the scale of the token embeddings that they replace: the weights that make them are
     multiplied so that both have the same root mean square. At a larger scale they would drown the layers' results.
@@ -63,6 +68,7 @@ def byteify(
         token_model: a model of type llama or mistral, with or without its head.
         config: of the new BLT; None: [`byteify_config`] with `overrides`.
         patcher: the entropy model; None with patching modes that need none.
+        alphabet: how tokens are spelled; a lexicon needs it.
         overrides: fields of [`BltConfig`] for [`byteify_config`]; not together with `config`.
     Returns:
         [`BltForCausalLM`] in the dtype of `token_model` and on its device.
@@ -93,22 +99,25 @@ def byteify(
         model.model.global_transformer.layers.load_state_dict(weights)
         # Each column of the projection reads one channel of the state, so scaling columns is scaling channels.
         model.model.local_decoder.patch_embedding_projection.weight.mul_(base.norm.weight)
-        if (lexicon := model.model.local_decoder.lexicon) is not None:
-            head = _head_of(token_model)
-            if head.shape != lexicon.keys.weight.shape:
-                raise ValueError(
-                    f"`lexicon_size` must be 0 or the number of tokens, {len(head)}; got {lexicon.keys.num_embeddings}."
-                )
-            lexicon.keys.weight.copy_(head)
-            lexicon.norm.weight.copy_(base.norm.weight)
+    if (lexicon := model.model.local_decoder.lexicon) is not None:
+        _fill_lexicon(lexicon, token_model, alphabet)
     _scale_patches(model, base.embed_tokens.weight)
     return model
 
 
-def _head_of(token_model: nn.Module) -> Tensor:
-    """Returns the weight of a token model's head; of a model without one, its embeddings."""
-    head = token_model.get_output_embeddings()
-    return (_base_model(token_model).embed_tokens if head is None else head).weight
+@torch.no_grad()
+def _fill_lexicon(lexicon: BltLexicon, token_model: nn.Module, alphabet: TokenAlphabet | None) -> None:
+    """Makes the tokens of a token model the entries of a lexicon; without a head, tokens are ranked by its embeddings."""
+    if alphabet is None:
+        raise ValueError("`lexicon_size` needs `alphabet`, which says how the tokens are spelled; got None.")
+    base, head = _base_model(token_model), token_model.get_output_embeddings()
+    keys, size = (base.embed_tokens if head is None else head).weight, lexicon.keys.num_embeddings
+    for name, count in (("token_model", len(keys)), ("alphabet", len(alphabet.ids))):
+        if size != count:
+            raise ValueError(f"`lexicon_size` must be 0 or the number of tokens of `{name}`, {count}; got {size}.")
+    lexicon.keys.weight.copy_(keys)
+    lexicon.norm.weight.copy_(base.norm.weight)
+    lexicon.spellings.copy_(alphabet.table(lexicon.spellings.shape[1]))
 
 
 @torch.no_grad()
