@@ -61,6 +61,7 @@ SUBJECTS = {
     "model/test_embeddings.py",
     "model/test_export.py",
     "model/test_generation_in_training.py",
+    "model/test_lexicon.py",
     "model/test_long_text.py",
     "model/test_patcher.py",
     "model/test_precision.py",

@@ -1,12 +1,14 @@
 """Small random models that behave like trained ones."""
 
 import os
+import random
 
 import torch
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from blt_hf import BltConfig, BltForCausalLM
+from blt_hf.model.layers_blt import BltLexicon
 from helpers.texts import encode
 
 
@@ -77,9 +79,27 @@ def make_model(config: BltConfig | None = None, model_class=BltForCausalLM, seed
                 weight.add_(0.25 * torch.randn_like(weight))
             if name.endswith("patcher.lm_head.weight"):
                 weight.mul_(2.5)
+    spell(model, seed)
     if getattr(model.config, "patching_mode", None) == "entropy":
         _calibrate(model)
     return model
+
+
+@torch.no_grad()
+def spell(model, seed: int = 0) -> None:
+    """Writes random words of the letters of the tests' texts into a lexicon, and makes them matter."""
+    generator = random.Random(seed)
+    for module in model.modules():
+        if not isinstance(module, BltLexicon):
+            continue
+        size, length = module.spellings.shape
+        for entry in range(size):
+            first, most = generator.choice(["", "", " ", " ", ",", "\n", "é"]), generator.randint(0, length)
+            word = first + "".join(generator.choice("aabbcdehiknortuw 2é速") for _ in range(most))
+            ids = encode(word, bos=False)[:length]
+            module.spellings[entry, : len(ids)] = torch.tensor(ids)
+        module.embedding.weight.mul_(4)
+        module.keys.weight.mul_(3)
 
 
 def _calibrate(model) -> None:
@@ -130,6 +150,10 @@ RULES = {
     },
     "full_windows": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
     "mean_pooling": {"encoder_config": {"patch_pooling": "mean"}},
+    "lexicon": {
+        "patching_mode": "space",
+        "decoder_config": {"lexicon_size": 300, "lexicon_top_k": 16, "lexicon_length": 5},
+    },
 }
 rules = st.sampled_from(sorted(RULES))
 

@@ -11,7 +11,7 @@ from transformers import CompileConfig, ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from blt_hf.serving.continuous import RunningBatch, row_memory
-from helpers.models import greedy, make_model, tiny_config
+from helpers.models import RULES, greedy, make_model, tiny_config
 from helpers.texts import TEXTS, encode
 
 
@@ -38,6 +38,7 @@ MODES = {
     "monotonic": {"monotonicity": True},
     "static": {"patching_mode": "static", "patch_size": 3},
     "no windows": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
+    "lexicon": RULES["lexicon"],
 }
 
 

@@ -18,7 +18,7 @@ from blt_hf import (
 )
 from blt_hf.model import layers_blt
 from helpers.exporting import dynamic_shapes, export, make_ids, make_inputs, make_small
-from helpers.models import make_model
+from helpers.models import RULES, make_model
 from helpers.processes import run
 from helpers.texts import encode
 
@@ -95,6 +95,7 @@ VARIANTS = {
         "decoder_config": {"num_hidden_layers": 2},
     },
     "no hashes": {"encoder_hash_byte_group_nb_functions": 0},
+    "lexicon": RULES["lexicon"],
 }
 
 

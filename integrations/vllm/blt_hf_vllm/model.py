@@ -90,8 +90,17 @@ class BltForCausalLM(nn.Module, HasInnerState):
 
         The mask embedding of a BLT-D is for filling blocks alone, which this does not do.
         """
-        loader = AutoWeightsLoader(self)
-        loaded = loader.load_weights((name, weight) for name, weight in weights if "mask_embedding" not in name)
+        loader, buffers, loaded = AutoWeightsLoader(self), dict(self.named_buffers()), set()
+
+        def parameters() -> Iterable[tuple[str, Tensor]]:
+            for name, weight in weights:
+                if name in buffers:  # which the loader does not know: how entries of a lexicon are spelled
+                    buffers[name].copy_(weight)
+                    loaded.add(name)
+                elif "mask_embedding" not in name:
+                    yield name, weight
+
+        loaded |= loader.load_weights(parameters())
         if self.config.tie_word_embeddings:
             loaded |= {"lm_head.weight", "model.local_encoder.embed_tokens.weight"}
         return loaded

@@ -56,6 +56,7 @@ SHAPES = {
     },
     "no_windows": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
     "monotonicity": {"monotonicity": True, "patching_threshold": 0.02, "max_patch_length": 9},
+    "lexicon": {"decoder_config": {"lexicon_size": 400, "lexicon_top_k": 32, "lexicon_length": 12}},
 }
 """Options of models that differ from [`make_model`]'s in what the plugin has to know."""
 
@@ -94,6 +95,11 @@ def make_model(mode: str, **options) -> BltForCausalLM:
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.normal_(0, 0.12)
+        if (lexicon := model.model.local_decoder.lexicon) is not None:
+            spellings, letters = lexicon.spellings, torch.tensor(encode(TEXTS[1])[1:])
+            lexicon.spellings[:] = letters[torch.randint(len(letters), spellings.shape)]
+            ends = torch.randint(1, 6, (len(spellings), 1))
+            lexicon.spellings.masked_fill_(torch.arange(spellings.shape[1]) >= ends, -1)
     return model
 
 

@@ -411,7 +411,7 @@ _ESSENCE = {*_SAME_NAMES, "patch_in_forward", "patching_newline_reset", "encoder
 _PART_ESSENCE = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size",
     "rms_norm_eps", "rope_parameters", "hidden_act", "sliding_window", "cross_attention_heads", "cross_attn_window",
-    "cross_attn_all_layers", "cross_attn_k", "patch_pooling", "dropout",
+    "cross_attn_all_layers", "cross_attn_k", "patch_pooling", "dropout", "lexicon_size",
 )  # fmt: skip
 
 

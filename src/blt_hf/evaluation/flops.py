@@ -50,8 +50,8 @@ class FlopsPerByte:
         global_transformer: layers over patches; of a token model, over tokens.
         encoder_cross, decoder_cross: cross attentions.
         head: logits.
-        projections: pooled bytes to queries, latents to the global transformer, its states to latents. The paper
-            leaves them out.
+        projections: pooled bytes to queries, latents to the global transformer, its states to latents, and to the
+            entries of a lexicon. The paper leaves them out.
         patcher: the entropy model. The paper leaves it out.
     """
 
@@ -174,6 +174,10 @@ def _blt_flops(config: BltConfig, patch_bytes: float, context_bytes: float) -> F
     projections = 2 * encoder.hidden_size * pooled + 2 * global_config.hidden_size * latents * decoder.hidden_size
     if pooled != global_config.hidden_size:
         projections += 2 * pooled * global_config.hidden_size
+    projections *= patches
+    if decoder.lexicon_size:
+        projections += 2 * global_config.hidden_size * decoder.lexicon_size * patches
+        projections += 2 * decoder.hidden_size * (config.vocab_size + 2)
     patcher = Flops()
     if config.uses_patcher:
         patcher = _self_attention_layers(config.patcher_config, context_bytes, config.patcher_config.sliding_window)
@@ -188,7 +192,7 @@ def _blt_flops(config: BltConfig, patch_bytes: float, context_bytes: float) -> F
         encoder_cross=_cross_attention_layers(encoder, latents * patches, 1, encoder_seen),
         decoder_cross=_cross_attention_layers(decoder, 1, latents * patches, decoder_seen),
         head=_head(decoder, config.vocab_size),
-        projections=Flops(patches * projections),
+        projections=Flops(projections),
         patcher=patcher,
     )
 

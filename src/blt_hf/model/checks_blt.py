@@ -213,6 +213,7 @@ def cache_shapes(config) -> dict[str, object]:
     """Lists for each part what a cache depends on: shapes of keys and values, windows, use of an entropy model."""
     fields = ("num_hidden_layers", "num_key_value_heads", "head_dim")
     cross = ("hidden_size", "cross_attention_heads", "cross_attn_k", "cross_attn_all_layers", "cross_attn_window")
+    lexicon = ("lexicon_size", "lexicon_top_k", "lexicon_length")
     if config.model_type == "blt_patcher":
         shapes = tuple(getattr(config, name) for name in (*fields, "sliding_window"))
         return {"model type": "blt_patcher", "`patcher_config`": shapes}
@@ -221,7 +222,7 @@ def cache_shapes(config) -> dict[str, object]:
         "model type": "blt",
         "`patcher_config`": cache_shapes(config.patcher_config)["`patcher_config`"] if has_patcher else None,
         "`encoder_config`": tuple(getattr(config.encoder_config, name) for name in (*fields, *cross)),
-        "`decoder_config`": tuple(getattr(config.decoder_config, name) for name in (*fields, *cross)),
+        "`decoder_config`": tuple(getattr(config.decoder_config, name) for name in (*fields, *cross, *lexicon)),
         "`global_config`": tuple(getattr(config.global_config, name) for name in fields),
         "`local_attention_window_len`": config.local_attention_window_len,
         "`encoder_hash_byte_group_size`": max(config.encoder_hash_byte_group_size),

@@ -198,7 +198,8 @@ class BltLocalDecoderConfig(_BltLocalConfig):
     `num_cross_key_value_heads` and `cross_attn_window` (patches a byte reads, the last closed one and those before),
     as in [`BltLocalEncoderConfig`], and:
         lexicon_size: entries of the decoder's lexicon ([`BltLexicon`]); 0: it has none.
-        lexicon_top_k: entries that are kept for each patch, the most probable ones.
+        lexicon_top_k: entries that are kept for each patch, the most probable ones; four numbers each, which must fit into
+            the keys and values of a patch for one cross attention.
         lexicon_length: ids of the longest spelling of an entry; what is longer is cut.
     """
 
@@ -216,15 +217,18 @@ class BltLocalDecoderConfig(_BltLocalConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        _check_least("BltLocalDecoderConfig.lexicon_size", self.lexicon_size, "0 (no lexicon)", least=0)
-        if self.lexicon_size:
-            _check_least("BltLocalDecoderConfig.lexicon_length", self.lexicon_length, "1 id")
-            _check(
-                1 <= self.lexicon_top_k <= self.lexicon_size,
-                "`BltLocalDecoderConfig.lexicon_top_k` must be from 1 to `lexicon_size`, "
-                f"{self.lexicon_size}; got {self.lexicon_top_k}.",
-            )
         super().__post_init__(**kwargs)
+        limits = {"lexicon_size": (0, 256**3)}
+        if self.lexicon_size:
+            heads, kv_heads = self.cross_attention_heads
+            # Those of a patch are kept in the place of its keys and values for one more cross attention.
+            most = self.cross_attn_k * kv_heads * (self.hidden_size // heads) // 2
+            limits["lexicon_top_k"] = 1, min(most, self.lexicon_size)
+            limits |= {"lexicon_length": (1, 2**15), "vocab_size": (1, 2**15)}  # ids are held as int16
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            is_allowed = least <= value <= most
+            _check(is_allowed, f"`BltLocalDecoderConfig.{name}` must be from {least} to {most}; got {value}.")
 
 
 @strict
@@ -386,6 +390,11 @@ class BltConfig(_SavedConfig):
             size is None or (size >= 1 and (window is None or size <= window)),
             "`diffusion_block_size` must be None or at least 1 byte, and at most `local_attention_window_len`; got "
             f"{size} and a window of {window} bytes.",
+        )
+        _check(
+            size is None or not self.decoder_config.lexicon_size,
+            "`diffusion_block_size` must be None with a lexicon (`decoder_config.lexicon_size`), which reads bytes that "
+            f"blocks hide; got {size} and a lexicon of {self.decoder_config.lexicon_size} entries.",
         )
         _check(
             self.diffusion_loss_weight >= 0,

@@ -21,7 +21,7 @@ from .cache_blt import BltCache, SlotIndex, round_up_patches
 from .chunk_blt import ByteChunk, ClosingInputs, DocumentRules, HostPatchCounts, PatchAssignment, assign_patches
 from .layers_blt import LatentIndex, OutputCollector, last_ids, ngram_hashes
 from .names_blt import kept_arange
-from .patching_blt import PatchingRule, find_patch_ends
+from .patching_blt import PatchingRule, find_patch_ends, shift_right
 
 
 STEP_PATCHES = 4  # patches that a compiled or captured step closes, unless more end
@@ -174,12 +174,8 @@ def predict_bytes(
     chunk = read.chunk
     latents, latent_index = find_latents(settings, chunk, read.patches, cache, latents)
     states, span, positions = read.byte_states[-1], read.span, None
-    if (lexicon := model.local_decoder.lexicon) is not None:
-        patches, length = read.patches, lexicon.spellings.shape[1]
-        ids = last_ids(chunk.input_ids, chunk.history, length + 1)
-        # The patches of a draft are those of the first one.
-        open_bytes = patches.field("open_bytes") + chunk.row_positions + 1 - patches.field("num_bytes")
-        states = states + model.local_decoder.read_lexicon(latents, latent_index, ids, open_bytes)
+    if model.local_decoder.lexicon is not None:
+        states = states + read_lexicon(model, read, latents, latent_index, inputs.patches is not None).to(states)
         latents = latents[:, :, :-1]
     collector = inputs.collectors[2]
     if read.blocks is not None:
@@ -208,6 +204,20 @@ def embed_bytes(model, settings: ForwardSettings, chunk: ByteChunk, embeds: Tens
         chunk.input_ids, chunk.history, positions, settings.hash_sizes, settings.hash_functions, settings.hash_rows
     )
     return embeds + model.encoder_hash_tok_embedding(hashes).to(embeds.device)
+
+
+def read_lexicon(model, read: BytesRead, latents: Tensor, latent_index: LatentIndex, is_draft: bool) -> Tensor:
+    """Embeds what the decoder's lexicon says of the byte after each byte, `(B, S, W)`."""
+    chunk, patches, count = read.chunk, read.patches, model.config.decoder_config.lexicon_length + 1
+    open_bytes = patches.field("open_bytes")
+    if is_draft:  # its patches are those of the first byte
+        open_bytes = open_bytes + chunk.row_positions - patches.field("num_bytes") + 1
+    if chunk.text_starts is not None:
+        # The last byte of a text closes a patch that it does not read.
+        longer = shift_right(open_bytes, chunk.previous.open_bytes) + 1
+        open_bytes = torch.where(patches.closes & ~patches.ends, longer, open_bytes)
+    ids = last_ids(chunk.input_ids, chunk.history, count)
+    return model.local_decoder.read_lexicon(latents, latent_index, ids, open_bytes)
 
 
 def find_patches(

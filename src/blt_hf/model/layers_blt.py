@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_blt import AttentionSpan, gathered_attention, segment_attention
-from .names_blt import import_where_installed, is_exporting, kept_arange, sliding_windows
+from .names_blt import import_where_installed, is_compiling, is_exporting, kept_arange, sliding_windows
 
 
 _products = import_where_installed("products")
@@ -237,8 +237,11 @@ class BltByteCrossAttention(_BltCrossAttention):
         return project(self.o_proj, output.flatten(2)) + hidden_states
 
 
+_RANKED_PATCHES = 64  # at once, as each has a score for each entry
+
+
 class BltLexiconKeys(nn.Embedding):
-    """Multiplies states `(..., W)` with the keys of all entries, `(..., V)`. To PEFT it is no linear layer."""
+    """Multiplies states `(..., in)` by the weight `(out, in)`; to PEFT and to quantizers it is no linear layer."""
 
     def forward(self, states: Tensor) -> Tensor:
         return nn.functional.linear(states, self.weight)
@@ -257,8 +260,17 @@ class BltLexicon(nn.Module):
         self.top_k, self.vocab_size = config.lexicon_top_k, config.vocab_size
         self.norm = BltRMSNorm(config.hidden_size_global, config.rms_norm_eps)
         self.keys = BltLexiconKeys(config.lexicon_size, config.hidden_size_global)
-        self.register_buffer("spellings", torch.full((config.lexicon_size, config.lexicon_length), -1))
-        self.embedding = nn.Linear(config.vocab_size + 2, config.hidden_size, bias=False)
+        shape = config.lexicon_size, config.lexicon_length
+        self.register_buffer("spellings", torch.full(shape, -1, dtype=torch.int16))
+        self.embedding = BltLexiconKeys(config.hidden_size, config.vocab_size + 2)
+
+    @torch.no_grad()
+    def resize(self, vocab_size: int) -> None:
+        """Makes the embedding one of so many ids; new ids, which no entry holds, get zeros."""
+        of_ids, of_rest = self.embedding.weight.split([self.vocab_size, 2], dim=1)
+        of_ids = nn.functional.pad(of_ids, (0, vocab_size - self.vocab_size))
+        self.embedding.weight = nn.Parameter(torch.cat([of_ids, of_rest], dim=1), self.embedding.weight.requires_grad)
+        self.embedding.embedding_dim, self.vocab_size = vocab_size + 2, vocab_size
 
     def rank(self, states: Tensor) -> Tensor:
         """Finds the entries that are most probable behind patches, for their states `(B, P, W_global)`.
@@ -267,11 +279,13 @@ class BltLexicon(nn.Module):
             `(B, P, 4 * top_k)`: three digits of the entries, of base 256, which all dtypes hold exactly; logarithms of
             their probabilities.
         """
+        if not is_compiling() and states.shape[1] > _RANKED_PATCHES:
+            return torch.cat([self.rank(part) for part in states.split(_RANKED_PATCHES, dim=1)], dim=1)
         scores = self.keys(self.norm(states)).float()
         best, index = scores.topk(self.top_k, dim=-1)
         log_probs = best - scores.logsumexp(dim=-1, keepdim=True)
-        digits = (index // 256**power % 256 for power in range(3))
-        return torch.cat([*(digit.to(states.dtype) for digit in digits), log_probs.to(states.dtype)], dim=-1)
+        digits = index[..., None, :] // 256 ** kept_arange(0, 3, index.device)[:, None] % 256
+        return torch.cat([digits.flatten(-2).to(states.dtype), log_probs.to(states.dtype)], dim=-1)
 
     def forward(self, ranked: Tensor, ids: Tensor, open_bytes: Tensor) -> Tensor:
         """Embeds what the ranked entries have next, `(B, S, W)`.
@@ -282,27 +296,27 @@ class BltLexicon(nn.Module):
             open_bytes: int64 `(B, S)`, how many of them came behind the patch.
         """
         low, middle, high, log_probs = ranked.float().chunk(4, dim=-1)
-        spellings = self.spellings[(low + 256 * middle + 65536 * high).long()]  # (B, S, K, length)
-        length = spellings.shape[-1]
-        place = torch.arange(length + 1, device=ids.device)
-        # The id that ended the patch (often a space), then those behind it. What has not come equals no id of an entry.
-        since = ids.gather(-1, (length - open_bytes[..., None] + place).clamp(0, length))
-        since = since.masked_fill(place > open_bytes[..., None], -2)
+        spellings = self.spellings[low.add(middle, alpha=256).add(high, alpha=65536).long()]  # (B, S, K, length)
+        length, open_bytes = spellings.shape[-1], open_bytes[..., None]
+        # The id that ended the patch (often a space), then those behind it; -2, which no entry holds, has not come.
+        places = (kept_arange(length, 2 * length, ids.device) - open_bytes).clamp(0, length + 1)
+        since = nn.functional.pad(ids, (0, 1), value=-2).gather(-1, places)
         # Entries may begin with the id that ended the patch, as a token does that is a space and a word.
-        begins_before = spellings[..., 0] == since[..., None, 0]
+        begins_before = spellings[..., 0] == since[..., :1]
         came = torch.where(begins_before[..., None], since[..., None, :-1], since[..., None, 1:])
-        count = open_bytes[..., None] + begins_before  # (B, S, K)
-        is_alive = ((spellings == came) | (place[:-1] >= count[..., None])).all(dim=-1) & (count < length)
+        count = open_bytes + begins_before  # (B, S, K)
+        # The last id of the longest entries is not compared: behind it, nothing is known of what follows.
+        is_alive = (spellings[..., :-1] == came).sum(dim=-1) == count
         following = spellings.gather(-1, count.clamp_max(length - 1)[..., None])[..., 0]
         probs = log_probs.exp() * is_alive
-        goes_on = probs * (following >= 0)
-        following = probs.new_zeros(*ids.shape[:2], self.vocab_size).scatter_add(-1, following.clamp_min(0), goes_on)
         alive = probs.sum(dim=-1, keepdim=True)
-        # Shares of what is left, and that itself, in nats above a thousandth.
         left = alive.clamp_min(1e-9)
-        features = torch.cat([following / left, 1 - goes_on.sum(dim=-1, keepdim=True) / left, alive], dim=-1)
-        features = features.clamp_min(1e-3).log() + math.log(1e3)
-        return self.embedding(features.to(self.embedding.weight.dtype))
+        # Shares of each next id and of the end of an entry (-1, the last place), which takes all if no entry is left.
+        shares = nn.functional.pad(left - alive, (self.vocab_size, 0))
+        shares = shares.scatter_add(-1, following.long() % (self.vocab_size + 1), probs) / left
+        # Shares, and what is left, in nats above a thousandth.
+        features = torch.cat([shares, alive], dim=-1).clamp_min(1e-3).log() + math.log(1e3)
+        return self.embedding(features.to(ranked.dtype))
 
 
 def run_layers(

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from .cache_blt import BltCache, cache_to_write
 from .configuration_blt import BltConfig
 from .generation_blt import BltGenerationMixin
+from .layers_blt import BltLexicon
 from .names_blt import (
     AUTO_CLASSES,
     CACHE_NAME,
@@ -138,6 +139,16 @@ class BltPreTrainedModel(PreTrainedModel):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             std = module.weight.shape[-1] ** -0.5
             init.trunc_normal_(module.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
+        elif isinstance(module, BltLexicon):
+            init.constant_(module.spellings, -1)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Makes embeddings of another size as transformers does, and that of a lexicon, which has a column for each id."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, BltLexicon):
+                module.resize(self.config.vocab_size)
+        return embeddings
 
     _auto_map = {"AutoConfig": "configuration_blt.BltConfig"} | {
         auto_class: f"modeling_blt.{name}" for name, auto_class in AUTO_CLASSES.items() if name != "BltPatcher"

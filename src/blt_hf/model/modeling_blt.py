@@ -138,6 +138,11 @@ class BltModel(BltPreTrainedModel):
         width = config.encoder_config.hidden_size
         adds_hashes = config.encoder_hash_byte_group_nb_functions > 0
         shape, device = check_byte_inputs(input_ids, inputs_embeds, byte_embeds, config.vocab_size, width, adds_hashes)
+        if input_ids is None and self.local_decoder.lexicon is not None:
+            raise ValueError(
+                "`input_ids` are needed, as the decoder's lexicon (`decoder_config.lexicon_size`) compares its entries "
+                "with them; got embeddings alone. Pass both."
+            )
         cache = self._start_cache(past_key_values, use_cache)
         if input_ids is not None and cache is not None and cache.hides_ids:
             self._check_hidden_ids()

@@ -324,7 +324,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         """Embeds `(B, S, W)` what the lexicon's entries have next; `latents` as `project_latents` gives them."""
         ranked = latents[:, :, -1].flatten(2)[..., : 4 * self.lexicon.top_k]
         index = latent_index.index[..., :1].to(ranked.device).expand(-1, -1, ranked.shape[-1])
-        return self.lexicon(ranked.gather(1, index), ids, open_bytes)
+        return self.lexicon(ranked.gather(1, index), ids.to(ranked.device), open_bytes.to(ranked.device))
 
     def split_latents(self, global_states: Tensor) -> Tensor:
         """Projects patches `(B, P, W_global)` to `K` latents each, `(B, P, K, W)`."""

@@ -65,7 +65,8 @@ class StateLayout:
         history: ids before a byte that hashes and rule read.
         shapes, dtypes: of the four tensors of a page. They hold, in this order: id, number of closed patches and bytes
             of the open patch after each byte (int64); entropy after each byte (fp32, nats), where the rule reads earlier
-            ones; the encoder's states of each byte; keys and values of the decoder's cross attentions, of each patch.
+            ones; the encoder's states of each byte; keys and values of the decoder's cross attentions, of each patch,
+            and behind them what its lexicon ranks first.
     """
 
     num_bytes: int
@@ -88,13 +89,16 @@ class StateLayout:
         num_states = encoder.num_hidden_layers if encoder.cross_attn_all_layers else 1
         num_cross = decoder.num_hidden_layers if decoder.cross_attn_all_layers else 1
         history = max(PatchingRule.from_config(config).window, *config.encoder_hash_byte_group_size) - 1
+        ranked = 0
+        if decoder.lexicon_size:
+            history, ranked = max(history, decoder.lexicon_length), 4 * decoder.lexicon_top_k
         num_bytes = max(max_patch or largest_patch(config), history) + max_drafts + 1
         num_latents = max_drafts + 2
         shapes = (
             (num_bytes, 3),
             (num_bytes,),
             (num_bytes, num_states * encoder.hidden_size),
-            (num_latents, 2 * num_cross * width),
+            (num_latents, 2 * num_cross * width + ranked),
         )
         return cls(num_bytes, num_latents, history, shapes, (torch.int64, torch.float32, dtype, dtype))
 
@@ -459,7 +463,7 @@ class RaggedBlt:
         states_log: Tensor,
         attention: RowAttention,
     ) -> tuple[NewPatches, Tensor]:
-        """Computes keys and values `(P, layers * F)` of the latents of the patches that end."""
+        """Computes keys and values `(P, layers * F)` of the patches that end; behind them, entries of the lexicon."""
         device, slots, stacks = found.row.device, self.layout.num_bytes, self._row_stacks
         closing = [row for row, count in enumerate(patches.counts) if count]
         counts = [patches.counts[row] for row in closing]
@@ -495,7 +499,10 @@ class RaggedBlt:
         for layer in range(len(stacks.global_transformer.layers)):
             states = stacks.global_transformer.run(layer, states, rotation, attention.attend_patches)
         latents = stacks.split_latents(states).unflatten(-1, (self.config.cross_attn_k, -1))
-        return new_patches, torch.cat([cross.project(latents) for cross in stacks.cross_layers], dim=1)
+        parts = [cross.project(latents) for cross in stacks.cross_layers]
+        if (lexicon := self.model.local_decoder.lexicon) is not None:
+            parts.append(lexicon.rank(states[None])[0])
+        return new_patches, torch.cat(parts, dim=1)
 
     def _decode(
         self,
@@ -513,6 +520,10 @@ class RaggedBlt:
             kept = torch.cat([kept, latents])
             # The last closed patch of each byte.
             index = torch.where(patches.closed > 0, patches.ended + (num_rows - 1), index)
+        if (lexicon := self.model.local_decoder.lexicon) is not None:
+            kept, ranked = kept.tensor_split([-4 * lexicon.top_k], dim=1)
+            windows = found.windows[:, -1 - self.config.decoder_config.lexicon_length :]
+            states = states + lexicon(ranked.index_select(0, index)[None], windows[None], patches.open_after[None])[0]
         latents = kept.chunk(len(stacks.cross_layers), dim=1)
         stack, rotation = stacks.over_bytes["decoder"], self._rotation("decoder", found, states)
         for layer in range(len(stack.layers)):
