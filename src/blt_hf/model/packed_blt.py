@@ -84,9 +84,7 @@ class PackedStack:
     """Runs the layers of a stack on packed weights.
 
     Args:
-        layers: [`BltTransformerLayer`]s for which [`is_plain`] holds.
-        rotary: the stack's rotary embedding.
-        norm: the norm behind the last layer; None: there is none.
+        stack: its layers, and the norm behind them if there is one, are plain.
         cross_layers: the decoder's cross attentions, in front of the first layers.
         copies: join weights in copies of them. False for the global transformer, whose copies would be large: its products
             stay apart, and all else is as in the local stacks.
@@ -94,16 +92,8 @@ class PackedStack:
             is faster with weights as they were.
     """
 
-    def __init__(
-        self,
-        layers: nn.ModuleList,
-        rotary: nn.Module,
-        norm: BltRMSNorm | None = None,
-        cross_layers=(),
-        copies: bool = True,
-        turns: bool = True,
-    ) -> None:
-        attention = layers[0].self_attn
+    def __init__(self, stack: nn.Module, cross_layers=(), copies: bool = True, turns: bool = True) -> None:
+        layers, attention = stack.layers, stack.layers[0].self_attn
         weight = attention.q_proj.weight
         width = weight.shape[1]
         self.copies, self.eps = copies, layers[0].input_layernorm.eps
@@ -114,6 +104,7 @@ class PackedStack:
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
         self.num_heads = attention.q_proj.weight.shape[0] // self.head_dim
+        self.is_grouped = self.num_heads != self.num_kv_heads  # attention takes no bool of symbolic sizes
         silu = _FORWARDS[SiLUActivation]  # calling the module takes six more calls of functions
         activations = [layer.mlp.act_fn for layer in layers]
         self.activations = [torch._C._nn.silu if type(act).forward is silu else act for act in activations]
@@ -126,6 +117,7 @@ class PackedStack:
             if self.turns and self.products is not None:
                 self.held_patch = self.products.HeldPatch(packed_cross, cross)
                 packed_cross, self.cross_scaling = self.held_patch.cross_layers, 1.0
+            self.is_cross_grouped = cross.num_key_value_groups > 1
             self.cross_kv_heads, self.num_latents = cross.k_proj.weight.shape[0] // cross.head_dim, cross.num_latents
             # Latents are normed once for all layers, so only where the weights of norms are part of products.
             pairs = (self._join([layer.k_proj, layer.v_proj], layer.k_norm.weight) for layer in cross_layers)
@@ -133,9 +125,9 @@ class PackedStack:
         self.weights = packed, packed_cross, keys_values
         self.least_rows = math.inf if self.products is None else self.products.least_rows(layers[0], copies)
         self.transposed = None if self.least_rows == math.inf else self.products.transpose(self.weights)
-        self.norm = None if norm is None else self._scaled(norm.weight)
-        self.inv_freq = rotary.inv_freq
-        self.rotary_scaling = self.inv_freq.new_tensor(float(rotary.attention_scaling))
+        self.norm = self._scaled(stack.norm.weight) if hasattr(stack, "norm") else None
+        self.inv_freq = stack.rotary_emb.inv_freq
+        self.rotary_scaling = self.inv_freq.new_tensor(float(stack.rotary_emb.attention_scaling))
 
     def _pack_layer(self, layer: BltTransformerLayer) -> PackedLayer:
         attention, mlp, down = layer.self_attn, layer.mlp, layer.mlp.down_proj.weight
@@ -248,7 +240,7 @@ class PackedStack:
         is_one = shape[1] == 1  # a byte of each row: two views less
         query = query.unsqueeze(2) if is_one else query.view(*shape, -1, self.head_dim).transpose(1, 2)
         attended = nn.functional.scaled_dot_product_attention(
-            query, keys, values, mask, scale=self.scaling, enable_gqa=self.num_heads != self.num_kv_heads
+            query, keys, values, mask, scale=self.scaling, enable_gqa=self.is_grouped
         )
         attended = attended if is_one else attended.transpose(1, 2)
         return addmm(states, attended.reshape(states.shape[0], -1), layer.output)
@@ -264,7 +256,7 @@ class PackedStack:
             for part in latents[:, :, number].unbind(2)
         )
         attended = nn.functional.scaled_dot_product_attention(
-            query, keys, values, mask, scale=self.cross_scaling, enable_gqa=query.shape[1] != self.cross_kv_heads
+            query, keys, values, mask, scale=self.cross_scaling, enable_gqa=self.is_cross_grouped
         )
         return addmm(states, attended.view(states.shape[0], -1), output, beta=2)
 
@@ -330,15 +322,14 @@ class PackedStacks:
         self.encoder = self.decoder = self.patcher = self.global_transformer = None
         turns = cache.compile_config is None
         if len(encoder.cross_attn_layers) == 1 and _can_pack(encoder, cache.encoder):
-            self.encoder = PackedStack(encoder.layers, encoder.rotary_emb, turns=turns)
-        if _can_pack(decoder, cache.decoder, *decoder.cross_attn_layers, decoder.norm):
-            cross_layers = decoder.cross_attn_layers
-            self.decoder = PackedStack(decoder.layers, decoder.rotary_emb, decoder.norm, cross_layers, turns=turns)
-        if cache.patcher and _can_pack(patcher, cache.patcher, patcher.norm):
-            self.patcher = PackedStack(patcher.layers, patcher.rotary_emb, patcher.norm, turns=turns)
+            self.encoder = PackedStack(encoder, turns=turns)
+        if _can_pack(decoder, cache.decoder, *decoder.cross_attn_layers):
+            self.decoder = PackedStack(decoder, decoder.cross_attn_layers, turns=turns)
+        if cache.patcher and _can_pack(patcher, cache.patcher):
+            self.patcher = PackedStack(patcher, turns=turns)
             self.patcher.rotation_key = 1
         if _can_pack(global_, cache.global_transformer):
-            self.global_transformer = PackedStack(global_.layers, global_.rotary_emb, copies=False)
+            self.global_transformer = PackedStack(global_, copies=False)
         if self.encoder and self.decoder and not self.encoder.inv_freq.equal(self.decoder.inv_freq):
             self.decoder.rotation_key = 2
 
@@ -352,9 +343,8 @@ def _can_pack(stack: nn.Module, cache_layers: list, *parts: nn.Module) -> bool:
     if torch.is_autocast_enabled(weight.device.type) or "dynamic" in rope_type or "longrope" in rope_type:
         return False  # the angles of these rotary embeddings change with the length
     held = (layer.states.values for layer in cache_layers)
-    parts = (*stack.layers, stack.rotary_emb, *parts)
-    if hasattr(stack, "dropout"):
-        parts = (*parts, stack.dropout)
+    others = [getattr(stack, name) for name in ("norm", "dropout") if hasattr(stack, name)]
+    parts = (*stack.layers, stack.rotary_emb, *parts, *others)
     return all(is_plain(part, weight) for part in parts) and all(
         values is not None and (values.dtype, values.device) == (weight.dtype, weight.device) for values in held
     )
