@@ -345,6 +345,9 @@ def decoder(
     ] = 0.0,
     layers: Annotated[int, typer.Option(min=0, help="Of that loss: layers that run.")] = 0,
     byte_share: ByteShare = 0.0,
+    own_states: Annotated[
+        bool, typer.Option("--own-states", help="From this model's states, not the token model's: after `joint`.")
+    ] = False,
 ) -> None:
     """Train stage 2: the decoder learns to spell what the token model's states say.
 
@@ -366,11 +369,15 @@ def decoder(
 
     def make_stage(model, token_model):
         if not encoder_weight:
-            return DecoderStage(model, byte_share)
+            return DecoderStage(model, byte_share, own_states)
         return EncoderDecoderStage(model, embeddings_of(token_model), layers, encoder_weight, byte_share)
 
     if layers and not encoder_weight:
         raise ValueError("--layers are those of the encoder's loss; it needs --encoder-weight above 0.")
+    if own_states and (swap or encoder_weight):
+        raise ValueError(
+            "--own-states goes with neither --swap nor --encoder-weight, which move states or make others."
+        )
     run.run(make_stage, make_collate=make_collate)
 
 

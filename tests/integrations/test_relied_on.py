@@ -99,7 +99,7 @@ OVERRIDDEN = {
             _can_compile_fullgraph _init_weights _no_split_modules _set_gradient_checkpointing
             _skip_keys_device_placement _supports_attention_backend _supports_flash_attn _supports_flex_attn
             _supports_sdpa base_model_prefix config_class from_pretrained input_modalities post_init
-            save_pretrained supports_gradient_checkpointing""",
+            resize_token_embeddings save_pretrained supports_gradient_checkpointing""",
     },
     "BltTokenizer": {
         "transformers.tokenization_utils_tokenizers.TokenizersBackend": """

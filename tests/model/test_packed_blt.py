@@ -365,9 +365,10 @@ def test_what_is_copied_is_what_is_joined():
     packed = PackedStacks(model.model, model(IDS, use_cache=True).past_key_values)
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     stacks = (packed.patcher, packed.encoder, packed.decoder, packed.global_transformer)
-    made = [packed.decoder.keys_values]
+    made = [stack.weights[2] for stack in stacks]  # keys and values of latents
     for stack in stacks:
-        for layer in (*stack.layers, *stack.cross_layers):
+        layers, cross_layers, _ = stack.weights
+        for layer in (*layers, *cross_layers):
             for weight in layer:
                 made += weight if isinstance(weight, tuple) else [weight]
     copies = [w for w in made if w is not None and w.dim() == 2 and w.untyped_storage().data_ptr() not in own]

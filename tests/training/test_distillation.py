@@ -281,6 +281,18 @@ def test_the_byte_that_came_and_the_distribution_share_the_loss(token_model, fol
     assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-4)
 
 
+def test_a_decoder_that_learns_from_own_states_is_the_joint_stage_without_gradients_of_states(token_model, folder):
+    batch, model = collate_teacher_rows([TeacherData([folder])[0]]), make_blt(token_model)
+    expected = float(JointStage(model, state_weight=0.0, byte_share=0.25)(**batch)["loss"])
+    stage = DecoderStage(model, byte_share=0.25, own_states=True)
+    loss = stage(**batch)["loss"]
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(loss) != pytest.approx(float(DecoderStage(model, 0.25)(**batch)["loss"]), rel=1e-3)
+    loss.backward()
+    learns = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert learns and all(name.startswith(DecoderStage.trained) for name in learns)
+
+
 def test_encoder_and_decoder_learn_at_once_as_they_do_apart(token_model, folder):
     """The loss is the sum of both stages' losses, and n-grams of the encoder learn from the decoder's."""
     batch = collate_teacher_rows([TeacherData([folder])[index] for index in range(3)])
@@ -559,7 +571,7 @@ def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_pa
     ids = torch.tensor([[BOS_TOKEN_ID, *byte_ids(" the cat")]])
     with torch.no_grad():
         torch.testing.assert_close(blt(ids).logits, expected.eval()(ids).logits)
-    run("decoder", llama, states, "-o", tmp_path / "f", "--start", tmp_path / "d", *stage)
+    run("decoder", llama, states, "-o", tmp_path / "f", "--start", tmp_path / "d", "--own-states", *stage)
     both = ("--encoder-weight", 0.3, "--layers", 1, "--swap", 0.5, "--swap-rows", 0.5, "--byte-share", 0.5)
     run("decoder", llama, states, "-o", tmp_path / "g", *both, *stage, *special)
     last, later = (load_file(tmp_path / name / LEARNED_FILE) for name in "df")
@@ -568,6 +580,7 @@ def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_pa
     wrong = [*map(str, ["byteify", "encoder", llama, states, "-o", tmp_path / "e", "--swap", 0.5, *stage])]
     assert "needs texts" in CliRunner().invoke(cli, wrong).output
     wrong = [*map(str, ["byteify", "decoder", llama, states, "-o", tmp_path / "e", "--swap", 0.5, *stage])]
+    assert "--own-states goes with neither" in CliRunner().invoke(cli, [*wrong, "--own-states"]).output
     assert "needs --encoder-weight" in CliRunner().invoke(cli, [*wrong, "--layers", "1"]).output
     wrong = CliRunner().invoke(cli, ["byteify", "joint", str(llama), str(tmp_path), "-o", "x", *map(str, stage)])
     assert wrong.exit_code == 1 and "no shards" in wrong.output

@@ -1,6 +1,5 @@
 """Building blocks of all stacks: norm, feed-forward, self-attention and the two cross attentions."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -238,6 +237,7 @@ class BltByteCrossAttention(_BltCrossAttention):
 
 
 _RANKED_PATCHES = 64  # at once, as each has a score for each entry
+_LIKELY_IDS = 64  # of which the next id may be one where nothing is known of it
 
 
 class BltLexiconKeys(nn.Embedding):
@@ -261,7 +261,7 @@ class BltLexicon(nn.Module):
         self.norm = BltRMSNorm(config.hidden_size_global, config.rms_norm_eps)
         self.keys = BltLexiconKeys(config.lexicon_size, config.hidden_size_global)
         shape = config.lexicon_size, config.lexicon_length
-        self.register_buffer("spellings", torch.full(shape, -1, dtype=torch.int16))
+        self.register_buffer("spellings", torch.full(shape, -1, dtype=torch.int32))
         self.embedding = BltLexiconKeys(config.hidden_size, config.vocab_size + 2)
 
     @torch.no_grad()
@@ -307,15 +307,18 @@ class BltLexicon(nn.Module):
         count = open_bytes + begins_before  # (B, S, K)
         # The last id of the longest entries is not compared: behind it, nothing is known of what follows.
         is_alive = (spellings[..., :-1] == came).sum(dim=-1) == count
-        following = spellings.gather(-1, count.clamp_max(length - 1)[..., None])[..., 0]
+        following_ids = spellings.gather(-1, count.clamp_max(length - 1)[..., None])[..., 0].long()
         probs = log_probs.exp() * is_alive
         alive = probs.sum(dim=-1, keepdim=True)
-        left = alive.clamp_min(1e-9)
-        # Shares of each next id and of the end of an entry (-1, the last place), which takes all if no entry is left.
-        shares = nn.functional.pad(left - alive, (self.vocab_size, 0))
-        shares = shares.scatter_add(-1, following.long() % (self.vocab_size + 1), probs) / left
-        # Shares, and what is left, in nats above a thousandth.
-        features = torch.cat([shares, alive], dim=-1).clamp_min(1e-3).log() + math.log(1e3)
+        # Entries below the best have the rest of the probability; each id that came is that of one in ten of them.
+        rest = (1 - log_probs.exp().sum(dim=-1, keepdim=True)).clamp_min(1e-3) * 0.1 ** open_bytes.clamp_max(length)
+        # Probabilities of each next id, and of what says nothing of it: the rest, and the end of an entry (-1).
+        following = nn.functional.pad(rest, (self.vocab_size, 0))
+        following = following.scatter_add(-1, following_ids % (self.vocab_size + 1), probs) / (alive + rest)
+        unknown = following[..., -1:]
+        # In nats above the probability of an id of which nothing is known; 0 for these.
+        features = torch.cat([following[..., :-1] / unknown.clamp_min(1e-2), unknown, alive], dim=-1)
+        features = (features * _LIKELY_IDS).log1p()
         return self.embedding(features.to(ranked.dtype))
 
 

@@ -100,6 +100,12 @@ class Stage(nn.Module):
         latents = base.local_encoder.make_latents(states, segment, HostPatchCounts.of(read.patches).max_new)
         return latents.flatten(2)
 
+    def make_states(self, read: BytesRead, inputs: Tensor, collector: OutputCollector | None = None) -> Tensor:
+        """Runs the global transformer on the `inputs` of its layers; states `(B, P, W)` of patches."""
+        new = torch.arange(inputs.shape[1], device=inputs.device)
+        closing = ClosingInputs(new, new[:0])
+        return self.model.model.global_transformer(inputs, read.chunk, read.patches, closing, None, collector)
+
     def predict(self, read: BytesRead, states: Tensor) -> Tensor:
         """Computes logits `(B, S, V)` from the states `(B, P, W)` of patches."""
         base = self.model.model
@@ -283,20 +289,23 @@ class DecoderStage(Stage):
     Args:
         model: a byteified model.
         byte_share: of the byte that came in the loss; the rest is the token model's distribution of it.
+        own_states: it learns from states of this model, which other stages have taught; layers run, without gradients.
     """
 
     name = "decoder"
     trained = ("model.local_decoder.", "lm_head.", "mask_embedding.")
 
-    def __init__(self, model: BltForCausalLM, byte_share: float = 0.0):
+    def __init__(self, model: BltForCausalLM, byte_share: float = 0.0, own_states: bool = False):
         super().__init__(model)
-        self.byte_share = byte_share
+        self.byte_share, self.own_states = byte_share, own_states
 
     def forward(
-        self, input_ids, attention_mask, labels, states, target_ids=None, target_probs=None, **unused
+        self, input_ids, attention_mask, labels, states=None, target_ids=None, target_probs=None, **unused
     ) -> dict[str, Tensor]:
         with torch.no_grad():
             read = self.read(input_ids, attention_mask)
+            if self.own_states:
+                states = self.make_states(read, self.patch_inputs(read))
         logits = self.predict(read, states)
         return {"loss": self.byte_loss(logits, labels, target_ids, target_probs, self.byte_share)}
 
@@ -378,9 +387,7 @@ class JointStage(Stage):
         read = self.read(input_ids, attention_mask)
         inputs = self.patch_inputs(read)
         collector = OutputCollector(True, False)
-        new = torch.arange(inputs.shape[1], device=inputs.device)
-        closing = ClosingInputs(new, new[:0])
-        made = self.model.model.global_transformer(inputs, read.chunk, read.patches, closing, None, collector)
+        made = self.make_states(read, inputs, collector)
         loss = self.byte_loss(self.predict(read, made), labels, target_ids, target_probs, self.byte_share)
         pairs = [("state_error", made, states)]
         if self.early_layer is not None:
