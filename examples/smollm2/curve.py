@@ -60,7 +60,7 @@ def main() -> None:
     for key, label in FIGURES.items():
         axes[int(key != "bits_per_byte")].plot([], [], color=f"C{list(FIGURES).index(key)}", label=label)
     axes[0].plot([], [], "o", color="C0", label="held-out prose")
-    axes[0].set(ylabel="bits per byte", ylim=(1, 4))
+    axes[0].set(ylabel="bits per byte", ylim=(0.5, 4))
     axes[1].set(ylabel="share lost", xlabel="steps of all stages", ylim=(0, 2))
     for axis in axes:
         axis.legend(loc="upper right", fontsize=8)

@@ -9,8 +9,8 @@
 #
 # OUTPUT: the file to write; the repository's if there is none.
 #
-# SITTING (1, 2, ...) names the folders of a sitting, SEED is its seed (default: SITTING). STEPS_ENCODER, STEPS_DECODER and
-# STEPS_JOINT set its length, STATES and PROMPTS how much the token model reads and writes first. PROCESSES share each stage, with a
+# SITTING (1, 2, ...) names the folders of a sitting, SEED is its seed (default: SITTING). STEPS_ENCODER, STEPS_DECODER,
+# STEPS_JOINT and STEPS_OWN (of the decoder, on the BLT's own states) set its length, STATES and PROMPTS how much the token model reads and writes first. PROCESSES share each stage, with a
 # thread each. DEVICE= (empty) uses a GPU. LORA=8 puts adapters on the layers in the joint stage.
 set -e
 wheel=$1 work=$2 start=$3
@@ -60,4 +60,6 @@ else
 fi
 byteify joint "$wheel" $states $stage $tokens -o "$work/$sitting-joint" --start "$work/$sitting-decoder" --early-layer 4 \
     --learning-rate 6e-4 --lora "${LORA:-0}" --steps "${STEPS_JOINT:-300}"
-python "$recipe/keep.py" "$work/$sitting-joint/learned.safetensors" "$output"
+byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-own" --start "$work/$sitting-joint" --own-states \
+    --byte-share 0.6 --batch-size 3 --learning-rate 1e-3 --steps "${STEPS_OWN:-300}"
+python "$recipe/keep.py" "$work/$sitting-own/learned.safetensors" "$output"
