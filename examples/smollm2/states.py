@@ -13,7 +13,6 @@ from pathlib import Path
 import judge
 import torch
 
-from blt_hf.model.chunk_blt import ClosingInputs
 from blt_hf.model.patching_blt import PatchingRule
 from blt_hf.training.distillation import JointStage
 from blt_hf.training.teacher_data import TextRows, collate_teacher_rows, teacher_states
@@ -30,9 +29,7 @@ def read_answer(blt, token_model, rows: TextRows, index: int, start: int) -> tup
     batch = collate_teacher_rows([rows[index]])
     stage = JointStage(blt, state_weight=0.0)
     read = stage.read(batch["input_ids"], batch["attention_mask"])
-    inputs = stage.patch_inputs(read)
-    new = torch.arange(inputs.shape[1])
-    made = blt.model.global_transformer(inputs, read.chunk, read.patches, ClosingInputs(new, new[:0]))
+    made = stage.make_states(read, stage.patch_inputs(read))
     last = batch["patch_last"][0]
     known = (last >= start) & (last + 1 < batch["tokens"].shape[1]) & (batch["patch_tokens"][0, :, 1] > 0)
     expected = teacher_states(token_model, batch["tokens"])[0][0, last[known]]

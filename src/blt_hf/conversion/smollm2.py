@@ -152,7 +152,7 @@ def build_model(source: str | Path, overrides: dict, learned_file: Path) -> PreT
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
     token_model, tokenizer = load_token_model(str(folder), **options)
     end_token, *others = CHAT_TOKENS
-    special_ids = {name: make_chat_tokenizer().convert_tokens_to_ids(name) for name in others}
+    special_ids = dict(zip(others, make_chat_tokenizer().convert_tokens_to_ids(others)))
     alphabet = TokenAlphabet.of(tokenizer, special_ids, end_token)
     model = byteify(token_model.float(), alphabet=alphabet, **overrides)
     learned.load(model, learned_file)

@@ -95,11 +95,8 @@ class AttentionSpan:
 
         `build` says which keys are hidden, or makes a mask of flex attention; None: of an attention in one piece.
         """
-        key = (
-            None if build is None else build.__name__,
-            query.dtype,
-            query.device,
-        )  # stacks that share a span may differ
+        # Stacks that share a span may differ in dtype and device.
+        key = None if build is None else build.__name__, query.dtype, query.device
         if key not in self._masks:
             mask = None if self.sees_all else (build or self._build_mask)(query.device)
             if isinstance(mask, Tensor) and self.implementation in ("eager", "sdpa"):

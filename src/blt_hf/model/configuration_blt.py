@@ -224,7 +224,7 @@ class BltLocalDecoderConfig(_BltLocalConfig):
             # Those of a patch are kept in the place of its keys and values for one more cross attention.
             most = self.cross_attn_k * kv_heads * (self.hidden_size // heads) // 2
             limits["lexicon_top_k"] = 1, min(most, self.lexicon_size)
-            limits |= {"lexicon_length": (1, 2**15)}
+            limits["lexicon_length"] = 1, 2**15
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             is_allowed = least <= value <= most

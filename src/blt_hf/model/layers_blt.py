@@ -240,7 +240,7 @@ _RANKED_PATCHES = 64  # at once, as each has a score for each entry
 _LIKELY_IDS = 64  # of which the next id may be one where nothing is known of it
 
 
-class BltLexiconKeys(nn.Embedding):
+class BltLexiconProjection(nn.Embedding):
     """Multiplies states `(..., in)` by the weight `(out, in)`; to PEFT and to quantizers it is no linear layer."""
 
     def forward(self, states: Tensor) -> Tensor:
@@ -259,10 +259,10 @@ class BltLexicon(nn.Module):
         super().__init__()
         self.top_k, self.vocab_size = config.lexicon_top_k, config.vocab_size
         self.norm = BltRMSNorm(config.hidden_size_global, config.rms_norm_eps)
-        self.keys = BltLexiconKeys(config.lexicon_size, config.hidden_size_global)
+        self.keys = BltLexiconProjection(config.lexicon_size, config.hidden_size_global)
         shape = config.lexicon_size, config.lexicon_length
         self.register_buffer("spellings", torch.full(shape, -1, dtype=torch.int32))
-        self.embedding = BltLexiconKeys(config.hidden_size, config.vocab_size + 2)
+        self.embedding = BltLexiconProjection(config.hidden_size, config.vocab_size + 2)
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:
