@@ -492,7 +492,7 @@ class BltCache(Cache):
         if encoder is not None:
             # The history also serves the patching rule, and a registered one may look further back than the hashes.
             rule = PatchingRule(config.patching_mode)
-            words = config.decoder_config.lexicon_length + 1 if config.decoder_config.lexicon_size else 1
+            words = 1 + config.decoder_config.lexicon_history
             self.num_hash_bytes = max(*config.encoder_hash_byte_group_size, rule.window, words) - 1
             if rule.mode not in PATCHING_MODES and rule.uses_entropies:
                 self.num_rule_entropies = max(rule.window - 1, 1)

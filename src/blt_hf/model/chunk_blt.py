@@ -432,6 +432,7 @@ class ClosingInputs(NamedTuple):
             made of, counted from the first byte of the chunk.
         rows: int64 `(R,)`, rows that close a patch. None: every row runs; results of rows that close none are not read.
         sees_all: there is one new patch of one row, which may see all `seen_slots`.
+        words: what [`BltLexicon.read`] gives for the patches; None: they are not read through a lexicon.
     """
 
     new_patches: Tensor
@@ -439,6 +440,7 @@ class ClosingInputs(NamedTuple):
     byte_offsets: Tensor | None = None
     rows: Tensor | None = None
     sees_all: bool = False
+    words: tuple[Tensor, Tensor] | None = None
 
 
 def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> PatchAssignment:

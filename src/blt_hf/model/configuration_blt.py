@@ -201,6 +201,8 @@ class BltLocalDecoderConfig(_BltLocalConfig):
         lexicon_top_k: entries that are kept for each patch, the most probable ones; four numbers each, which must fit into
             the keys and values of a patch for one cross attention.
         lexicon_length: ids of the longest spelling of an entry; what is longer is cut.
+        lexicon_reads: patches are read through the lexicon, too: those that begin with an entry enter the global transformer
+            with its key.
     """
 
     model_type = "blt_local_decoder"
@@ -208,6 +210,7 @@ class BltLocalDecoderConfig(_BltLocalConfig):
     lexicon_size: int = 0
     lexicon_top_k: int = 32
     lexicon_length: int = 12
+    lexicon_reads: bool = False
     cross_attn_all_layers: bool | None = True
     num_hidden_layers: int = 9
     intermediate_size: int = 2816
@@ -229,6 +232,15 @@ class BltLocalDecoderConfig(_BltLocalConfig):
             value = getattr(self, name)
             is_allowed = least <= value <= most
             _check(is_allowed, f"`BltLocalDecoderConfig.{name}` must be from {least} to {most}; got {value}.")
+        _check(
+            not self.lexicon_reads or self.lexicon_size,
+            "`BltLocalDecoderConfig.lexicon_reads` must be False without a lexicon (`lexicon_size` 0); got True.",
+        )
+
+    @property
+    def lexicon_history(self) -> int:
+        """How many ids before a byte the lexicon looks back at."""
+        return 0 if not self.lexicon_size else self.lexicon_length * (1 + self.lexicon_reads)
 
 
 @strict

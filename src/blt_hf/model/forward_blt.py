@@ -148,6 +148,8 @@ def close_patches(
     else:
         states, segment = model.local_encoder.patch_bytes(chunk, read.patches, read.byte_states, cache)
     latents = model.local_encoder.make_latents(states, segment, inputs.new_patches.shape[0])
+    if model.config.decoder_config.lexicon_reads:
+        inputs = inputs._replace(words=read_words(model, read, inputs.new_patches.shape[0], rows))
     states = model.global_transformer(latents.flatten(2), chunk, read.patches, inputs, cache, collector)
     latents = model.local_decoder.project_latents(states, chunk.packed)
     if not chunk.is_small:
@@ -218,6 +220,28 @@ def read_lexicon(model, read: BytesRead, latents: Tensor, latent_index: LatentIn
         open_bytes = torch.where(patches.closes & ~patches.ends, longer, open_bytes)
     ids = last_ids(chunk.input_ids, chunk.history, count)
     return model.local_decoder.read_lexicon(latents, latent_index, ids, open_bytes)
+
+
+def read_words(
+    model, read: BytesRead, num_patches: int, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Reads the patches that a chunk closed, up to `num_patches` of a row, through the lexicon; see [`BltLexicon.read`].
+
+    `rows`: int64 `(R,)`, rows to read; None: all.
+    """
+    chunk, patches, lexicon = read.chunk, read.patches, model.local_decoder.lexicon
+    count = 2 * model.config.decoder_config.lexicon_length + 1
+    ids, previous_open = last_ids(chunk.input_ids, chunk.history, count), chunk.previous.open_bytes
+    if not chunk.is_small or chunk.text_starts is not None:  # else the history holds zeros before the text
+        ids = ids * (chunk.text_positions[..., None] >= kept_arange(0, count, chunk.device).flip(0))
+    if chunk.text_starts is not None:
+        previous_open = torch.where(chunk.text_starts[:, 0], torch.zeros_like(previous_open), previous_open)
+    lengths = shift_right(patches.field("open_bytes"), previous_open) + 1
+    found = lexicon.find(ids, lengths)
+    number = patches.field("num_patches") - chunk.previous.num_patches[:, None] - 1
+    number = torch.where(patches.closes & (number < num_patches), number, num_patches)
+    of_patches = found.new_full((found.shape[0], num_patches + 1), -1).scatter(1, number, found)[:, :num_patches]
+    return lexicon.read(of_patches if rows is None else of_patches.index_select(0, rows))
 
 
 def find_patches(

@@ -1,6 +1,7 @@
 """Building blocks of all stacks: norm, feed-forward, self-attention and the two cross attentions."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_blt import AttentionSpan, gathered_attention, segment_attention
 from .names_blt import import_where_installed, is_compiling, is_exporting, kept_arange, sliding_windows
+from .patching_blt import BYTE_OFFSET
 
 
 _products = import_where_installed("products")
@@ -238,13 +240,26 @@ class BltByteCrossAttention(_BltCrossAttention):
 
 _RANKED_PATCHES = 64  # at once, as each has a score for each entry
 _LIKELY_IDS = 64  # of which the next id may be one where nothing is known of it
+_SPACE = BYTE_OFFSET + 0x20
+_NO_SPELLING = 2**63 - 1  # the hash of entries that no patch begins with
+
+
+def _prefix_hashes(ids: Tensor) -> Tensor:
+    """Hashes the first `1 .. N` of ids `(..., N)`, int64 `(..., N)`."""
+    weights = hash_weights((ids.shape[-1],), 1, 1, ids.device)[0][:, 0]
+    terms = (ids + 1) * weights
+    # onnxruntime adds two numbers as torch does, but sums in floats.
+    return torch.stack(list(accumulate(terms.unbind(-1))), -1) if is_exporting() else terms.cumsum(dim=-1)
 
 
 class BltLexiconProjection(nn.Embedding):
-    """Multiplies states `(..., in)` by the weight `(out, in)`; to PEFT and to quantizers it is no linear layer."""
+    """Multiplies states `(..., in)` by the weight `(out, in)`, or looks rows of it up.
+
+    To PEFT and to quantizers it is no linear layer.
+    """
 
     def forward(self, states: Tensor) -> Tensor:
-        return nn.functional.linear(states, self.weight)
+        return nn.functional.linear(states, self.weight) if states.is_floating_point() else super().forward(states)
 
 
 class BltLexicon(nn.Module):
@@ -253,6 +268,9 @@ class BltLexicon(nn.Module):
     The normed state of a patch is multiplied with the keys of all entries; a softmax over the products says how probable
     each entry is behind the patch. The entries that begin with the bytes that have come since then share the probability
     of the next byte. In a byteified model entries are the tokens of the token model, and keys the rows of its head.
+
+    With `lexicon_reads`, patches are read through it as well: one that is an entry enters the global transformer as the
+    entry's key, and to one that begins with an entry a learned share of the key is added, channel by channel.
     """
 
     def __init__(self, config):
@@ -263,6 +281,26 @@ class BltLexicon(nn.Module):
         shape = config.lexicon_size, config.lexicon_length
         self.register_buffer("spellings", torch.full(shape, -1, dtype=torch.int32))
         self.embedding = BltLexiconProjection(config.hidden_size, config.vocab_size + 2)
+        if config.lexicon_reads:
+            # Hashes of the spellings in rising order, and the entries in that order.
+            self.register_buffer("hashes", torch.full((config.lexicon_size,), _NO_SPELLING))
+            self.register_buffer("hashed", torch.zeros(config.lexicon_size, dtype=torch.int64))
+            # Factors of keys: of what patches begin with, and of whole ones.
+            self.key_scales = nn.Embedding(2, config.hidden_size_global)
+
+    @torch.no_grad()
+    def spell(self, spellings: Tensor) -> None:
+        """Gives entries their spellings, ids `(size, N)` padded with -1; what is longer than `lexicon_length` is cut."""
+        length = self.spellings.shape[1]
+        spellings = nn.functional.pad(spellings, (0, max(length + 1 - spellings.shape[1], 0)), value=-1).long()
+        self.spellings.copy_(spellings[:, :length])
+        if hasattr(self, "hashes"):
+            lengths = (spellings >= 0).sum(dim=1, keepdim=True)
+            hashes = _prefix_hashes(spellings[:, :length]).gather(1, (lengths - 1).clamp(0, length - 1))
+            is_known = (lengths > 0) & (lengths <= length)
+            hashes, hashed = hashes.masked_fill(~is_known, _NO_SPELLING)[:, 0].sort(stable=True)
+            self.hashes.copy_(hashes)
+            self.hashed.copy_(hashed)
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:
@@ -286,6 +324,42 @@ class BltLexicon(nn.Module):
         log_probs = best - scores.logsumexp(dim=-1, keepdim=True)
         digits = index[..., None, :] // 256 ** kept_arange(0, 3, index.device)[:, None] % 256
         return torch.cat([digits.flatten(-2).to(states.dtype), log_probs.to(states.dtype)], dim=-1)
+
+    def find(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Finds the longest entry that each patch begins with, int64 `(B, S)`.
+
+        An entry may also begin with the id before the patch, as a token does that is a space and a word.
+
+        Args:
+            ids: int64 `(B, S, 1 + 2 * length)`, the last ids up to the end of each patch. Longer patches begin with none.
+            lengths: int64 `(B, S)`, ids of each patch.
+        Returns:
+            Twice the entry, and 1 more where it is the whole patch, or all but the space that ends it; -1: none.
+        """
+        length, device = self.spellings.shape[1], ids.device
+        before = ids.shape[-1] - 1 - lengths[..., None]
+        came = ids.gather(-1, (before + kept_arange(0, length + 1, device)).clamp(0, ids.shape[-1] - 1))
+        hashes = torch.stack([_prefix_hashes(came[..., 1:]), _prefix_hashes(came[..., :-1])], dim=-1)
+        index = torch.searchsorted(self.hashes, hashes).clamp_max(self.hashes.shape[0] - 1)
+        covered = kept_arange(1, length + 1, device)[:, None] - kept_arange(0, 2, device)  # ids of the patch
+        fits = (self.hashes[index] == hashes) & (covered <= lengths[..., None, None]) & (before >= 0)[..., None]
+        ranks = 2 * covered + kept_arange(0, 2, device)
+        best, place = (ranks * (fits & (covered > 0))).flatten(-2).max(dim=-1)
+        entries = self.hashed[index.flatten(-2).gather(-1, place[..., None])[..., 0]]
+        missing = lengths - best // 2
+        is_whole = (missing == 0) | (missing == 1) & (ids[..., -1] == _SPACE)
+        return torch.where(best > 0, 2 * entries + is_whole, -1)
+
+    def read(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Looks up what patches begin with, for `found` `(B, P)` as [`find`] gives it.
+
+        Returns:
+            keys `(B, P, W_global)` times their scales, zeros where there is none; whether each is the whole patch, bool
+            `(B, P, 1)`.
+        """
+        is_known, is_whole = (found >= 0)[..., None], (found >= 0) & (found % 2 == 1)
+        keys = self.keys(found.clamp_min(0) // 2)
+        return keys * self.key_scales(is_whole.long()).to(keys) * is_known.to(keys), is_whole[..., None]
 
     def forward(self, ranked: Tensor, ids: Tensor, open_bytes: Tensor) -> Tensor:
         """Embeds what the ranked entries have next, `(B, S, W)`.

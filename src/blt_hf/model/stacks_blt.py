@@ -211,7 +211,7 @@ class BltGlobalTransformer(BltPreTrainedModel):
             chunk, patches: the bytes that closed them.
             inputs: which patches, and what they see.
         """
-        new_patches, seen_slots, _, rows, sees_all = inputs
+        new_patches, seen_slots, _, rows, sees_all, words = inputs
         before, first_patch = chunk.previous.num_patches, None
         if chunk.document_start is not None:
             first_patch = first_visible_patches(patches, new_patches)
@@ -230,7 +230,7 @@ class BltGlobalTransformer(BltPreTrainedModel):
             span = SlotSpan(seen_slots.shape[0], positions, None, first_patch, implementation, slot_index)
             if sees_all and first_patch is None:
                 span.sees_all = True
-        hidden_states = self.token_embedding_projection(inputs_embeds)
+        hidden_states = self.embed_patches(inputs_embeds, words)
         if chunk.packed is not None and chunk.packed.global_transformer is not None:
             return chunk.packed.global_transformer.run(hidden_states, positions, span, cache.global_transformer)
         hidden_states = self.dropout(hidden_states)
@@ -239,6 +239,14 @@ class BltGlobalTransformer(BltPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, positions)
         layers = None if cache is None else cache.global_transformer
         return run_layers(self.layers, hidden_states, position_embeddings, span, layers, collector)
+
+    def embed_patches(self, inputs_embeds: Tensor, words: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Makes the input of the layers `(R, P, W)`; `words` as [`BltLexicon.read`] gives them."""
+        hidden_states = self.token_embedding_projection(inputs_embeds)
+        if words is None:
+            return hidden_states
+        keys, is_whole = (tensor.to(hidden_states.device) for tensor in words)
+        return keys.to(hidden_states) + hidden_states.masked_fill(is_whole, 0.0)
 
 
 class BltLocalDecoder(BltPreTrainedModel):

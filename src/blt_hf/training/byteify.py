@@ -115,9 +115,13 @@ def _fill_lexicon(lexicon: BltLexicon, token_model: nn.Module, alphabet: TokenAl
     for name, count in (("token_model", len(keys)), ("alphabet", len(alphabet.ids))):
         if size != count:
             raise ValueError(f"`lexicon_size` must be 0 or the number of tokens of `{name}`, {count}; got {size}.")
+    if hasattr(lexicon, "hashes") and not torch.equal(keys, base.embed_tokens.weight):
+        raise ValueError(
+            "`lexicon_reads` must be False for a `token_model` whose head does not hold its embeddings; got True."
+        )
     lexicon.keys.weight.copy_(keys)
     lexicon.norm.weight.copy_(base.norm.weight)
-    lexicon.spellings.copy_(alphabet.table(lexicon.spellings.shape[1]))
+    lexicon.spell(alphabet.table(lexicon.spellings.shape[1] + 1))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..model.attention_blt import AttentionSpan
 from ..model.chunk_blt import ClosingInputs, HostPatchCounts, make_chunk
-from ..model.forward_blt import BytesRead, ForwardSettings, predict_bytes, read_bytes
+from ..model.forward_blt import BytesRead, ForwardSettings, predict_bytes, read_bytes, read_words
 from ..model.layers_blt import OutputCollector, run_layers
 from ..model.modeling_blt import BltForCausalLM
 from ..model.patching_blt import BYTE_OFFSET, IGNORED_LABEL
@@ -100,10 +100,15 @@ class Stage(nn.Module):
         latents = base.local_encoder.make_latents(states, segment, HostPatchCounts.of(read.patches).max_new)
         return latents.flatten(2)
 
+    def read_words(self, read: BytesRead, num_patches: int) -> tuple[Tensor, Tensor] | None:
+        """Reads the patches through the lexicon, if there is one that reads."""
+        base = self.model.model
+        return read_words(base, read, num_patches) if base.config.decoder_config.lexicon_reads else None
+
     def make_states(self, read: BytesRead, inputs: Tensor, collector: OutputCollector | None = None) -> Tensor:
         """Runs the global transformer on the `inputs` of its layers; states `(B, P, W)` of patches."""
         new = torch.arange(inputs.shape[1], device=inputs.device)
-        closing = ClosingInputs(new, new[:0])
+        closing = ClosingInputs(new, new[:0], words=self.read_words(read, len(new)))
         return self.model.model.global_transformer(inputs, read.chunk, read.patches, closing, None, collector)
 
     def predict(self, read: BytesRead, states: Tensor) -> Tensor:
@@ -208,7 +213,10 @@ class EncoderStage(Stage):
     """
 
     name = "encoder"
-    trained = ("model.local_encoder.", "model.encoder_hash_tok_embedding.", "model.global_transformer.token_embedding")
+    trained = (
+        "model.local_encoder.", "model.encoder_hash_tok_embedding.", "model.global_transformer.token_embedding",
+        "model.local_decoder.lexicon.key_scales.",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -237,13 +245,17 @@ class EncoderStage(Stage):
 
     def encoder_loss(self, read: BytesRead, patch_tokens: Tensor, early_states: Tensor | None) -> Tensor:
         """Computes the error of patches that the encoder made, `patch_tokens` `(B, P, 2)`; notes its parts."""
-        inputs = self.model.model.global_transformer.token_embedding_projection(self.patch_inputs(read))
+        inputs = self.patch_inputs(read)
+        words = self.read_words(read, inputs.shape[1])
+        inputs = self.model.model.global_transformer.embed_patches(inputs, words)
         num_patches = min(inputs.shape[1], patch_tokens.shape[1])
         inputs, first = inputs[:, :num_patches], patch_tokens[:, :num_patches, 0]
         counts = patch_tokens[:, :num_patches, 1]
         keep_word = words_before_marks(read, patch_tokens)[:, :num_patches]
         several = 1.0 if self.layers == 0 else 0.1  # the layers say better what a word of several tokens is
         weights = ((counts == 1) | keep_word).float() + several * ((counts > 1) & ~keep_word)
+        if words is not None:  # of words that are read, the encoder has nothing to say
+            weights = weights * ~words[1][:, :num_patches, 0]
         wrong, energy = embedding_error(inputs, self.embeddings[first.clamp_min(0)])
         loss, is_one = _share(wrong, energy, weights), counts == 1
         self.note("embedding_error", (wrong * is_one).detach().sum(), (energy * is_one).sum())
@@ -405,10 +417,11 @@ class JointStage(Stage):
         if self.token_weight and states is not None:
             loss = loss + self.token_weight * self._token_divergence(made, states, patch_tokens[..., 1] > 0)
         if self.word_weight and patch_tokens is not None:
-            entered = self.model.model.global_transformer.token_embedding_projection(inputs)
+            words = self.read_words(read, inputs.shape[1])
+            entered = self.model.model.global_transformer.embed_patches(inputs, words)
             targets = self.embeddings[patch_tokens[..., 0].clamp_min(0)]
-            words = words_before_marks(read, patch_tokens)
-            loss = loss + self.word_weight * _share(*embedding_error(entered, targets), words)
+            before_marks = words_before_marks(read, patch_tokens)
+            loss = loss + self.word_weight * _share(*embedding_error(entered, targets), before_marks)
         return {"loss": loss}
 
     def _token_divergence(self, states: Tensor, targets: Tensor, is_known: Tensor) -> Tensor:
