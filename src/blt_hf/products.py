@@ -194,31 +194,40 @@ class HeldPatch:
 
 def can_multiply(states: Tensor, *linears: nn.Module) -> bool:
     """Tells whether oneDNN should multiply `(..., in)`, and does all that calling these linear layers would do."""
-    if states.shape[-2] < _LEAST_ROWS or torch.is_grad_enabled() or not prefers_onednn():
+    if states.shape[-2] < _LEAST_ROWS or not _may_multiply(states, _BLOCKS[0]):
+        return False
+    return nn.Linear.forward is _call_linear and all(type(linear) is nn.Linear and _is_plain(linear) for linear in linears)
+
+
+def can_multiply_large(states: Tensor, module: nn.Module) -> bool:
+    """Tells the same of a module that does nothing but multiply by a large weight, for however many rows."""
+    rows = states.numel() // states.shape[-1]
+    return _may_multiply(states, 1 if rows == 1 else 16) and _is_plain(module)
+
+
+def _may_multiply(states: Tensor, num_rows: int) -> bool:
+    if torch.is_grad_enabled() or not prefers_onednn(num_rows):
         return False
     if type(states) is not Tensor or states.dtype != torch.float32 or states.device.type != "cpu":
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
-    if _is_watched():
-        return False
-    if _global_forward_hooks or _global_forward_pre_hooks or nn.Linear.forward is not _call_linear:
-        return False
-    return all(map(_is_plain, linears))
+    return not (_is_watched() or _global_forward_hooks or _global_forward_pre_hooks)
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    if type(linear) is not nn.Linear or "forward" in vars(linear):
+    if "forward" in vars(linear):
         return False
     weight, has_hooks = linear.weight, linear._forward_hooks or linear._forward_pre_hooks
     is_here = type(weight) is nn.Parameter and (weight.dtype, weight.device.type) == (torch.float32, "cpu")
-    return is_here and linear.bias is None and not has_hooks
+    return is_here and getattr(linear, "bias", None) is None and not has_hooks
 
 
 __all__ = [
     "HeldPatch",
     "absorb",
     "can_multiply",
+    "can_multiply_large",
     "choose",
     "least_rows",
     "multiply",

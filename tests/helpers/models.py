@@ -93,13 +93,17 @@ def spell(model, seed: int = 0) -> None:
         if not isinstance(module, BltLexicon):
             continue
         size, length = module.spellings.shape
+        spellings = torch.full((size, length), -1)
         for entry in range(size):
             first, most = generator.choice(["", "", " ", " ", ",", "\n", "é"]), generator.randint(0, length)
             word = first + "".join(generator.choice("aabbcdehiknortuw 2é速") for _ in range(most))
             ids = encode(word, bos=False)[:length]
-            module.spellings[entry, : len(ids)] = torch.tensor(ids)
+            spellings[entry, : len(ids)] = torch.tensor(ids)
+        module.spell(spellings)
         module.embedding.weight.mul_(4)
         module.keys.weight.mul_(3)
+        if hasattr(module, "key_scales"):
+            module.key_scales.weight.uniform_(-0.5, 0.5)
 
 
 def _calibrate(model) -> None:
@@ -152,7 +156,7 @@ RULES = {
     "mean_pooling": {"encoder_config": {"patch_pooling": "mean"}},
     "lexicon": {
         "patching_mode": "space",
-        "decoder_config": {"lexicon_size": 300, "lexicon_top_k": 16, "lexicon_length": 5},
+        "decoder_config": {"lexicon_size": 300, "lexicon_top_k": 16, "lexicon_length": 5, "lexicon_reads": True},
     },
 }
 rules = st.sampled_from(sorted(RULES))

@@ -34,7 +34,13 @@ EXTRA_FIELDS = {
     },
     BltPatcherConfig: {"use_cache", "mask_documents", "pad_token_id", "bos_token_id", "eos_token_id"},
     BltLocalEncoderConfig: {*CROSS_ATTENTION_FIELDS, "patch_pooling"},
-    BltLocalDecoderConfig: {*CROSS_ATTENTION_FIELDS, "lexicon_size", "lexicon_top_k", "lexicon_length"},
+    BltLocalDecoderConfig: {
+        *CROSS_ATTENTION_FIELDS,
+        "lexicon_size",
+        "lexicon_top_k",
+        "lexicon_length",
+        "lexicon_reads",
+    },
     BltGlobalTransformerConfig: set(),
 }
 # Fields that in-tree classes got after 5.17, and `head_dim`, which the in-tree encoder derives in its attention.

@@ -64,11 +64,11 @@ def expected_features(
     return [math.log1p(64 * value) for value in (*known, unknown, left)]
 
 
-def bare_lexicon(vocab_size: int, size: int, length: int, top_k: int) -> BltLexicon:
+def bare_lexicon(vocab_size: int, size: int, length: int, top_k: int, reads: bool = False) -> BltLexicon:
     """One that returns what its embedding would be given."""
     lexicon = BltLexicon(
         SimpleNamespace(
-            vocab_size=vocab_size, lexicon_size=size, lexicon_length=length, lexicon_top_k=top_k,
+            vocab_size=vocab_size, lexicon_size=size, lexicon_length=length, lexicon_top_k=top_k, lexicon_reads=reads,
             hidden_size=vocab_size + 2, hidden_size_global=8, rms_norm_eps=1e-5,
         )
     )  # fmt: skip
@@ -117,6 +117,84 @@ def test_digits_of_entries_are_exact(dtype):
     torch.testing.assert_close(log_probs.float(), expected, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)
 
 
+def expected_word(words: list[list[int]], before: int, patch: list[int]) -> int:
+    """What the index gives for a patch behind the id `before`: the longest entry, with that id if two cover the same."""
+    found, best = -1, (0, False)
+    for entry, word in enumerate(words):
+        for begins_before, ids in ((False, patch), (True, [before, *patch])):
+            covered = len(word) - begins_before
+            if covered > 0 and ids[: len(word)] == word and (covered, begins_before) > best:
+                is_whole = patch[covered:] in ([], [ord(" ") + 4])
+                best, found = (covered, begins_before), 2 * entry + is_whole
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@torch.no_grad()
+def test_words_are_those_of_plain_python(length):
+    generator, size, space = random.Random(length), 60, ord(" ") + 4
+    words = [generator.choices([40, 41, space, 300], k=generator.randint(0, length + 2)) for _ in range(size)]
+    words = [list(word) for word in sorted(set(map(tuple, words)))]
+    lexicon = bare_lexicon(301, len(words), length, 1, reads=True)
+    spellings = torch.full((len(words), length + 2), -1)
+    for entry, word in enumerate(words):
+        spellings[entry, : len(word)] = torch.tensor(word)
+    lexicon.spell(spellings)
+    known, ids, lengths, expected = [word if len(word) <= length else [] for word in words], [], [], []
+    for _ in range(400):
+        last = generator.choices([40, 41, space, 300], k=2 * length + 1)
+        count = generator.randint(1, 2 * length + 2)
+        ids.append(last)
+        lengths.append(count)
+        is_seen = count <= 2 * length
+        expected.append(expected_word(known, last[-1 - count], last[len(last) - count :]) if is_seen else -1)
+    lexicon.key_scales.weight[1] = 1.0
+    found = lexicon.index(torch.tensor([ids]), torch.tensor([lengths]))
+    assert found[0].tolist() == expected
+    kinds = [entry if entry < 0 else entry % 2 for entry in expected]
+    assert min(kinds.count(kind) for kind in (-1, 0, 1)) > 5
+    keys, is_whole = lexicon.read(found)
+    assert torch.equal(is_whole[0, :, 0], (found[0] >= 0) & (found[0] % 2 == 1))
+    assert torch.equal(keys[0][is_whole[0, :, 0]], lexicon.keys.weight[found[0][is_whole[0, :, 0]] // 2])
+    assert not keys[0][found[0] < 0].any()
+
+
+@torch.no_grad()
+def test_patches_enter_the_layers_as_what_they_begin_with():
+    model = copy.deepcopy(model_for("lexicon"))
+    lexicon, row, seen = model.model.local_decoder.lexicon, encode("to be, or not to be: the birds on the boat"), []
+    words = [" be", "be", " bo", "boat", "the", " the", ",", "to be, or not to"]
+    spellings = torch.full((len(lexicon.spellings), 16), -1)
+    for entry, word in enumerate(words):
+        spellings[entry, : len(word)] = torch.tensor(encode(word, bos=False))
+    lexicon.spell(spellings)
+    model.model.global_transformer.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    found = model(torch.tensor([row]), output_patches=True)
+    lengths = [n for n in found.patch_lengths[0].tolist() if n]
+    patches = [
+        "".join(chr(max(i - 4, 0)) for i in row[sum(lengths[:n]) : sum(lengths[: n + 1])]) for n in range(len(lengths))
+    ]
+    states, keys, (part, whole) = seen[0], lexicon.keys.weight, lexicon.key_scales.weight.clone()
+    assert {"be,", "be:", " the ", "boat"} & set(patches) >= {"be,", "be:", " the "}, patches
+    torch.testing.assert_close(states[patches.index(" the ")], keys[5] * whole)
+    # The encoder's own is added where the entry is not all of the patch.
+    lexicon.key_scales.weight[0] = 0.0
+    model(torch.tensor([row]))
+    for patch, entry in (("be,", 0), ("be:", 0)):
+        place = patches.index(patch)
+        torch.testing.assert_close(states[place] - seen[1][place], keys[entry] * part)
+    place = patches.index(" or ")
+    assert torch.equal(states[place], seen[1][place])
+
+
+@torch.no_grad()
+def test_long_spellings_are_cut_and_begin_no_patch():
+    lexicon = bare_lexicon(300, 3, 2, 1, reads=True)
+    lexicon.spell(torch.tensor([[40, 41, 42], [40, 41, -1], [-1, -1, -1]]))
+    assert lexicon.spellings.tolist() == [[40, 41], [40, 41], [-1, -1]]
+    assert lexicon.index(torch.tensor([[[0, 0, 40, 41, 42]]]), torch.tensor([[3]])).tolist() == [[2]]
+
+
 def watched_features(model, function) -> torch.Tensor:
     """What the embedding of the lexicon is given while `function` runs, `(S, V + 2)` of one row."""
     seen = []
@@ -133,7 +211,9 @@ def test_each_byte_sees_what_entries_have_behind_its_patch():
     model = model_for("lexicon")
     lexicon, row = model.model.local_decoder.lexicon, encode(TEXT)
     ids, scores = torch.tensor([row]), []
-    hook = lexicon.keys.register_forward_hook(lambda module, given, result: scores.append(result[0]))
+    hook = lexicon.keys.register_forward_hook(
+        lambda _, given, result: scores.append(result[0]) if given[0].is_floating_point() else None
+    )
     lengths = []
     found = watched_features(model, lambda: lengths.append(model(ids, output_patches=True).patch_lengths[0].tolist()))
     hook.remove()
@@ -253,7 +333,15 @@ def test_a_saved_model_is_the_same_again(tmp_path):
     assert torch.equal(loaded.model.local_decoder.lexicon.spellings, model.model.local_decoder.lexicon.spellings)
     assert loaded.model.local_decoder.lexicon.spellings.dtype == torch.int32
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    parts = ("keys.weight", "norm.weight", "spellings", "embedding.weight")
+    parts = (
+        "keys.weight",
+        "norm.weight",
+        "spellings",
+        "embedding.weight",
+        "key_scales.weight",
+        "index.hashes",
+        "index.entries",
+    )
     added = {f"model.local_decoder.lexicon.{part}" for part in parts}
     plain = make_model(tiny_config(**{**RULES["lexicon"], "decoder_config": {}}))
     assert set(model.state_dict()) == set(plain.state_dict()) | added
@@ -379,7 +467,7 @@ def test_every_weight_gets_a_gradient():
     model, ids = copy.deepcopy(model_for("lexicon")).train(), torch.tensor([encode(TEXT)[:40]])
     model(ids, labels=ids).loss.backward()
     lexicon = model.model.local_decoder.lexicon
-    for weight in (lexicon.embedding.weight, lexicon.keys.weight, lexicon.norm.weight):
+    for weight in (lexicon.embedding.weight, lexicon.keys.weight, lexicon.norm.weight, lexicon.key_scales.weight):
         assert weight.grad.isfinite().all() and weight.grad.abs().max() > 0
 
 
@@ -388,6 +476,10 @@ REFUSED = {
     "more than there are": ({"lexicon_size": 4}, "lexicon_top_k` must be from 1 to 4; got 16"),
     "no length": ({"lexicon_length": 0}, "lexicon_length` must be from 1 to 32768; got 0"),
     "negative": ({"lexicon_size": -1}, r"lexicon_size` must be from 0 to 16777216; got -1"),
+    "nothing to read": (
+        {"lexicon_size": 0},
+        r"lexicon_reads` must be False without a lexicon \(`lexicon_size` 0\); got True",
+    ),
     "more than digits tell": ({"lexicon_size": 2**24 + 1}, "lexicon_size` must be from 0 to 16777216; got 16777217"),
 }
 
@@ -441,13 +533,18 @@ def test_what_it_costs_is_counted():
 
 # Operations, those that are no views, and calls of functions that it adds to a byte of `generate`.
 @pytest.mark.parametrize(
-    ("patch_size", "limits"),
-    [pytest.param(1000, (67, 41, 89), id="no patch ends"), pytest.param(1, (95, 58, 142), id="its patch ends")],
+    ("patch_size", "reads", "limits"),
+    [
+        pytest.param(1000, False, (67, 41, 89), id="no patch ends"),
+        pytest.param(1000, True, (68, 41, 89), id="no patch ends, patches are read"),
+        pytest.param(1, False, (95, 58, 143), id="its patch ends"),
+        pytest.param(1, True, (163, 109, 244), id="its patch ends, patches are read"),
+    ],
 )
-def test_a_byte_costs_little_more(patch_size, limits):
+def test_a_byte_costs_little_more(patch_size, reads, limits):
     """The same however many entries there are; their scores are one product for each patch."""
     costs = []
-    for decoder in ({}, {**RULES["lexicon"]["decoder_config"], "lexicon_length": 12}):
+    for decoder in ({}, {**RULES["lexicon"]["decoder_config"], "lexicon_length": 12, "lexicon_reads": reads}):
         model = make_model(tiny_config(patching_mode="static", patch_size=patch_size, decoder_config=decoder))
         ids = torch.randint(4, 260, (1, 40), generator=torch.Generator().manual_seed(0))
 

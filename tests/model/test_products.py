@@ -1,5 +1,7 @@
 """Products by oneDNN are those of torch, stand only for plain layers, and are made in few shapes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from blt_hf import products
 from blt_hf.model.layers_blt import project
 from blt_hf.products import absorb, choose, multiply, prefers_onednn
 from helpers.checks import assert_same
-from helpers.models import make_model, tiny_config
+from helpers.models import make_model, model_for, tiny_config
 from helpers.texts import encode
 
 
@@ -105,6 +107,19 @@ def test_a_bias_is_added(made):
     linear, states = nn.Linear(8, 6), torch.randn(70, 8)
     assert_same(project(linear, states), linear(states))
     assert not made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [None, _with_hook, _with_pre_hook, _with_forward])
+def test_keys_of_a_lexicon_are_multiplied(change, made, monkeypatch):
+    model, states = model_for("lexicon"), torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    lexicon = copy.deepcopy(model.model.local_decoder.lexicon)
+    if change is not None:
+        change(lexicon.keys)
+    found = lexicon.rank(states)
+    assert made == ([] if change else [6])
+    monkeypatch.setattr(products, "prefers_onednn", lambda num_rows=128: False)
+    assert_same(found, lexicon.rank(states))
 
 
 @torch.no_grad()

@@ -301,15 +301,27 @@ WORDS = ["", " ab", " abc", " b", "c", " abcdefgh", "\n", ",", " ac", "b"]
 ALPHABET = TokenAlphabet([(2,), *(tuple(ord(letter) + 4 for letter in word) for word in WORDS[1:])], 0)
 
 
-def byteify_with_lexicon(lexicon_size: int = len(WORDS), alphabet: TokenAlphabet | None = ALPHABET):
+def byteify_with_lexicon(
+    lexicon_size: int = len(WORDS), alphabet: TokenAlphabet | None = ALPHABET, reads: bool = True
+):
     torch.manual_seed(0)
     llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
-        )
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            tie_word_embeddings=reads,
+        )  # fmt: skip
     )
     llama.model.norm.weight.data.uniform_(0.5, 1.5)
-    decoder = {"lexicon_size": lexicon_size, "lexicon_top_k": 6, "lexicon_length": 4}
+    decoder = {
+        "lexicon_size": lexicon_size,
+        "lexicon_top_k": 6,
+        "lexicon_length": 4,
+        "lexicon_reads": reads and lexicon_size > 0,
+    }
     options = {"patching_mode": "space", "encoder_hash_byte_group_vocab": 20, "decoder_config": decoder}
     return llama, byteify(llama, alphabet=alphabet, **options).eval()
 
@@ -341,6 +353,29 @@ def test_spellings_are_those_of_tokens():
 def test_a_lexicon_that_does_not_fit_is_refused(size, alphabet, message):
     with pytest.raises(ValueError, match=message):
         byteify_with_lexicon(size, alphabet)
+
+
+@torch.no_grad()
+def test_patches_that_are_tokens_enter_the_layers_as_tokens_do():
+    """`space` ends patches behind spaces, with which tokens begin. A token longer than `lexicon_length` is not read."""
+    llama, model = byteify_with_lexicon()
+    seen = []
+    for layer in (llama.model.layers[0], model.model.global_transformer.layers[0]):
+        layer.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    llama(torch.tensor([[9, 1, 2, 8, 1]]))
+    text = "b ab abc ac abcdefgh ab "
+    model(torch.tensor([[1, *(ord(letter) + 4 for letter in text)]]))
+    tokens, patches = seen
+    assert torch.equal(patches[[1, 2, 3, 4, 6]], tokens[[0, 1, 2, 3, 4]])
+    assert not torch.isclose(patches[5], llama.get_input_embeddings().weight[5]).any()
+
+
+def test_embeddings_apart_from_the_head_read_no_patches():
+    llama, model = byteify_with_lexicon(reads=False)
+    assert not hasattr(model.model.local_decoder.lexicon, "index")
+    decoder = {"lexicon_size": len(WORDS), "lexicon_top_k": 6, "lexicon_reads": True}
+    with pytest.raises(ValueError, match="`lexicon_reads` must be False for a `token_model` whose head does not hold"):
+        byteify(llama, alphabet=ALPHABET, patching_mode="space", decoder_config=decoder)
 
 
 def test_without_a_lexicon_no_alphabet_is_needed():

@@ -222,9 +222,7 @@ def read_lexicon(model, read: BytesRead, latents: Tensor, latent_index: LatentIn
     return model.local_decoder.read_lexicon(latents, latent_index, ids, open_bytes)
 
 
-def read_words(
-    model, read: BytesRead, num_patches: int, rows: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def read_words(model, read: BytesRead, num_patches: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Reads the patches that a chunk closed, up to `num_patches` of a row, through the lexicon; see [`BltLexicon.read`].
 
     `rows`: int64 `(R,)`, rows to read; None: all.
@@ -236,12 +234,15 @@ def read_words(
         ids = ids * (chunk.text_positions[..., None] >= kept_arange(0, count, chunk.device).flip(0))
     if chunk.text_starts is not None:
         previous_open = torch.where(chunk.text_starts[:, 0], torch.zeros_like(previous_open), previous_open)
-    lengths = shift_right(patches.field("open_bytes"), previous_open) + 1
-    found = lexicon.find(ids, lengths)
-    number = patches.field("num_patches") - chunk.previous.num_patches[:, None] - 1
-    number = torch.where(patches.closes & (number < num_patches), number, num_patches)
-    of_patches = found.new_full((found.shape[0], num_patches + 1), -1).scatter(1, number, found)[:, :num_patches]
-    return lexicon.read(of_patches if rows is None else of_patches.index_select(0, rows))
+    open_bytes = previous_open[:, None]
+    if chunk.num_columns > 1 or not chunk.is_small:
+        open_bytes = shift_right(patches.field("open_bytes"), previous_open)
+    found = lexicon.index(ids, open_bytes + 1)
+    if chunk.num_columns > 1 or not chunk.is_small:
+        number = patches.field("num_patches") - chunk.previous.num_patches[:, None] - 1
+        number = torch.where(patches.closes & (number < num_patches), number, num_patches)
+        found = found.new_full((found.shape[0], num_patches + 1), -1).scatter(1, number, found)[:, :num_patches]
+    return lexicon.read(found if rows is None else found.index_select(0, rows))
 
 
 def find_patches(

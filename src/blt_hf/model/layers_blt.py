@@ -244,9 +244,9 @@ _SPACE = BYTE_OFFSET + 0x20
 _NO_SPELLING = 2**63 - 1  # the hash of entries that no patch begins with
 
 
-def _prefix_hashes(ids: Tensor) -> Tensor:
-    """Hashes the first `1 .. N` of ids `(..., N)`, int64 `(..., N)`."""
-    weights = hash_weights((ids.shape[-1],), 1, 1, ids.device)[0][:, 0]
+def _prefix_hashes(ids: Tensor, length: int) -> Tensor:
+    """Hashes the first `1 .. length` of ids `(..., length)`, int64 of the same shape."""
+    weights = hash_weights((length,), 1, 1, ids.device)[0][:, 0]
     terms = (ids + 1) * weights
     # onnxruntime adds two numbers as torch does, but sums in floats.
     return torch.stack(list(accumulate(terms.unbind(-1))), -1) if is_exporting() else terms.cumsum(dim=-1)
@@ -259,7 +259,55 @@ class BltLexiconProjection(nn.Embedding):
     """
 
     def forward(self, states: Tensor) -> Tensor:
-        return nn.functional.linear(states, self.weight) if states.is_floating_point() else super().forward(states)
+        return super().forward(states) if states.dtype == torch.int64 else nn.functional.linear(states, self.weight)
+
+
+class BltLexiconIndex(nn.Module):
+    """Finds the longest entry of a lexicon that a patch begins with, by hashes of spellings."""
+
+    def __init__(self, size: int, length: int):
+        super().__init__()
+        self.length = length
+        self.register_buffer("hashes", torch.full((size,), _NO_SPELLING))  # in rising order
+        self.register_buffer("entries", torch.zeros(size, dtype=torch.int64))  # in that order
+
+    def fill(self, spellings: Tensor) -> None:
+        """Takes up all spellings, ids `(size, N)` padded with -1, that are at most `length` long."""
+        lengths = (spellings >= 0).sum(dim=1, keepdim=True)
+        hashes = _prefix_hashes(spellings[:, : self.length], self.length).gather(
+            1, (lengths - 1).clamp(0, self.length - 1)
+        )
+        is_known = (lengths > 0) & (lengths <= self.length)
+        hashes, entries = hashes.masked_fill(~is_known, _NO_SPELLING)[:, 0].sort(stable=True)
+        self.hashes.copy_(hashes)
+        self.entries.copy_(entries)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Finds the entries, int64 `(B, S)`.
+
+        An entry may also begin with the id before the patch, as a token does that is a space and a word.
+
+        Args:
+            ids: int64 `(B, S, 1 + 2 * length)`, the last ids up to the end of each patch. Longer patches begin with none.
+            lengths: int64 `(B, S)`, ids of each patch.
+        Returns:
+            Twice the entry, and 1 more where it is the whole patch, or all but the space that ends it; -1: none.
+        """
+        device, many = ids.device, ids.shape[-1] - 1
+        before = many - lengths[..., None]
+        came = ids.gather(-1, (before + kept_arange(0, self.length + 1, device)).clamp(0, many))
+        hashes = _prefix_hashes(
+            sliding_windows(came, 2, self.length), self.length
+        )  # (B, S, 2, length), with the id before first
+        index = torch.searchsorted(self.hashes, hashes).clamp_max(self.hashes.shape[0] - 1)
+        # Twice as many ids of the patch as each prefix holds, and 1 more with the id before.
+        ranks = kept_arange(1, 2 * self.length + 1, device).view(self.length, 2).T
+        fits = (self.hashes[index] == hashes) & (ranks <= ((2 * lengths + 1)[..., None] * (before >= 0))[..., None])
+        best, place = (ranks * fits).flatten(-2).max(dim=-1)
+        entries = self.entries[index.flatten(-2).gather(-1, place[..., None])[..., 0]]
+        missing = lengths - best // 2
+        is_whole = (missing == 0) | (missing == 1) & (ids[..., -1] == _SPACE)
+        return torch.where(best > 1, 2 * entries + is_whole, -1)
 
 
 class BltLexicon(nn.Module):
@@ -282,9 +330,7 @@ class BltLexicon(nn.Module):
         self.register_buffer("spellings", torch.full(shape, -1, dtype=torch.int32))
         self.embedding = BltLexiconProjection(config.hidden_size, config.vocab_size + 2)
         if config.lexicon_reads:
-            # Hashes of the spellings in rising order, and the entries in that order.
-            self.register_buffer("hashes", torch.full((config.lexicon_size,), _NO_SPELLING))
-            self.register_buffer("hashed", torch.zeros(config.lexicon_size, dtype=torch.int64))
+            self.index = BltLexiconIndex(*shape)
             # Factors of keys: of what patches begin with, and of whole ones.
             self.key_scales = nn.Embedding(2, config.hidden_size_global)
 
@@ -294,13 +340,8 @@ class BltLexicon(nn.Module):
         length = self.spellings.shape[1]
         spellings = nn.functional.pad(spellings, (0, max(length + 1 - spellings.shape[1], 0)), value=-1).long()
         self.spellings.copy_(spellings[:, :length])
-        if hasattr(self, "hashes"):
-            lengths = (spellings >= 0).sum(dim=1, keepdim=True)
-            hashes = _prefix_hashes(spellings[:, :length]).gather(1, (lengths - 1).clamp(0, length - 1))
-            is_known = (lengths > 0) & (lengths <= length)
-            hashes, hashed = hashes.masked_fill(~is_known, _NO_SPELLING)[:, 0].sort(stable=True)
-            self.hashes.copy_(hashes)
-            self.hashed.copy_(hashed)
+        if hasattr(self, "index"):
+            self.index.fill(spellings)
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:
@@ -319,39 +360,18 @@ class BltLexicon(nn.Module):
         """
         if not is_compiling() and states.shape[1] > _RANKED_PATCHES:
             return torch.cat([self.rank(part) for part in states.split(_RANKED_PATCHES, dim=1)], dim=1)
-        scores = self.keys(self.norm(states)).float()
+        states = self.norm(states)
+        if is_compiling() or _products is None or not _products.can_multiply_large(states, self.keys):
+            scores = self.keys(states).float()
+        else:
+            scores = _products.multiply(states, self.keys.weight)
         best, index = scores.topk(self.top_k, dim=-1)
         log_probs = best - scores.logsumexp(dim=-1, keepdim=True)
         digits = index[..., None, :] // 256 ** kept_arange(0, 3, index.device)[:, None] % 256
         return torch.cat([digits.flatten(-2).to(states.dtype), log_probs.to(states.dtype)], dim=-1)
 
-    def find(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Finds the longest entry that each patch begins with, int64 `(B, S)`.
-
-        An entry may also begin with the id before the patch, as a token does that is a space and a word.
-
-        Args:
-            ids: int64 `(B, S, 1 + 2 * length)`, the last ids up to the end of each patch. Longer patches begin with none.
-            lengths: int64 `(B, S)`, ids of each patch.
-        Returns:
-            Twice the entry, and 1 more where it is the whole patch, or all but the space that ends it; -1: none.
-        """
-        length, device = self.spellings.shape[1], ids.device
-        before = ids.shape[-1] - 1 - lengths[..., None]
-        came = ids.gather(-1, (before + kept_arange(0, length + 1, device)).clamp(0, ids.shape[-1] - 1))
-        hashes = torch.stack([_prefix_hashes(came[..., 1:]), _prefix_hashes(came[..., :-1])], dim=-1)
-        index = torch.searchsorted(self.hashes, hashes).clamp_max(self.hashes.shape[0] - 1)
-        covered = kept_arange(1, length + 1, device)[:, None] - kept_arange(0, 2, device)  # ids of the patch
-        fits = (self.hashes[index] == hashes) & (covered <= lengths[..., None, None]) & (before >= 0)[..., None]
-        ranks = 2 * covered + kept_arange(0, 2, device)
-        best, place = (ranks * (fits & (covered > 0))).flatten(-2).max(dim=-1)
-        entries = self.hashed[index.flatten(-2).gather(-1, place[..., None])[..., 0]]
-        missing = lengths - best // 2
-        is_whole = (missing == 0) | (missing == 1) & (ids[..., -1] == _SPACE)
-        return torch.where(best > 0, 2 * entries + is_whole, -1)
-
     def read(self, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Looks up what patches begin with, for `found` `(B, P)` as [`find`] gives it.
+        """Looks up what patches begin with, for `found` `(B, P)` as the index gives it.
 
         Returns:
             keys `(B, P, W_global)` times their scales, zeros where there is none; whether each is the whole patch, bool

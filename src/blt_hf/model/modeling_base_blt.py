@@ -141,9 +141,9 @@ class BltPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
         elif isinstance(module, BltLexicon):
             init.constant_(module.spellings, -1)
-            if hasattr(module, "key_scales"):
-                init.constant_(module.hashes, 2**63 - 1)
-                init.constant_(module.hashed, 0)
+            if hasattr(module, "index"):
+                init.constant_(module.index.hashes, 2**63 - 1)
+                init.constant_(module.index.entries, 0)
                 init.constant_(module.key_scales.weight[0], 0.0)
                 init.constant_(module.key_scales.weight[1], 1.0)
 

@@ -91,7 +91,7 @@ class StateLayout:
         history = max(PatchingRule.from_config(config).window, *config.encoder_hash_byte_group_size) - 1
         ranked = 0
         if decoder.lexicon_size:
-            history, ranked = max(history, decoder.lexicon_length), 4 * decoder.lexicon_top_k
+            history, ranked = max(history, decoder.lexicon_history), 4 * decoder.lexicon_top_k
         num_bytes = max(max_patch or largest_patch(config), history) + max_drafts + 1
         num_latents = max_drafts + 2
         shapes = (
@@ -495,6 +495,9 @@ class RaggedBlt:
         new_patches = NewPatches(rows, before, patches.new[rows], row, positions, counts)
         attention.start_patches(new_patches)
         states = stacks.embed_latents(latents.flatten(1))
+        if self.config.decoder_config.lexicon_reads:
+            keys, is_whole = self._read_words(found, patches)
+            states = keys.to(states) + states.masked_fill(is_whole, 0.0)
         rotation = stacks.global_transformer.rotation(positions, states)
         for layer in range(len(stacks.global_transformer.layers)):
             states = stacks.global_transformer.run(layer, states, rotation, attention.attend_patches)
@@ -503,6 +506,17 @@ class RaggedBlt:
         if (lexicon := self.model.local_decoder.lexicon) is not None:
             parts.append(lexicon.rank(states[None])[0])
         return new_patches, torch.cat(parts, dim=1)
+
+    def _read_words(self, found: _Bytes, patches: _Patches) -> tuple[Tensor, Tensor]:
+        """Reads the patches that end through the lexicon: keys `(P, W)`, whether they are the patches, bool `(P, 1)`."""
+        lexicon, ends = self.model.local_decoder.lexicon, patches.ends.nonzero()[:, 0]
+        open_before = found.open_before[found.row]
+        if not found.is_step:
+            earlier = patches.open_after[(torch.arange(len(open_before), device=ends.device) - 1).clamp_min(0)]
+            open_before = torch.where(found.column == 0, open_before, earlier)
+        windows = found.windows[ends, -1 - self.config.decoder_config.lexicon_history :]
+        keys, is_whole = lexicon.read(lexicon.index(windows[None], open_before[None, ends] + 1))
+        return keys[0], is_whole[0]
 
     def _decode(
         self,

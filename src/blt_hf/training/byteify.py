@@ -59,7 +59,8 @@ def byteify(
     normalised when it is read.
 
     With `lexicon_size`, the entries of the decoder's lexicon are the tokens: its keys are the rows of the head, and its
-    norm is the final norm. So the entries that it ranks first are what the token model would write.
+    norm is the final norm. So the entries that it ranks first are what the token model would write. With `lexicon_reads`,
+    for which the head must hold the token embeddings, a patch that is a token enters the layers as that token's embedding.
 
     Patches reach the layers at the scale of the token embeddings that they replace: the weights that make them are
     multiplied so that both have the same root mean square. At a larger scale they would drown the layers' results.
@@ -115,7 +116,7 @@ def _fill_lexicon(lexicon: BltLexicon, token_model: nn.Module, alphabet: TokenAl
     for name, count in (("token_model", len(keys)), ("alphabet", len(alphabet.ids))):
         if size != count:
             raise ValueError(f"`lexicon_size` must be 0 or the number of tokens of `{name}`, {count}; got {size}.")
-    if hasattr(lexicon, "hashes") and not torch.equal(keys, base.embed_tokens.weight):
+    if hasattr(lexicon, "index") and not torch.equal(keys, base.embed_tokens.weight):
         raise ValueError(
             "`lexicon_reads` must be False for a `token_model` whose head does not hold its embeddings; got True."
         )

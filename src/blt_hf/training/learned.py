@@ -20,7 +20,7 @@ from ..model.modeling_blt import BltForCausalLM
 
 _LAYERS = "model.global_transformer.layers."
 _LEXICON = "model.local_decoder.lexicon."
-_OF_TOKEN_MODEL = tuple(_LEXICON + name for name in ("keys.", "norm.", "spellings", "hash"))
+_OF_TOKEN_MODEL = tuple(_LEXICON + name for name in ("keys.", "norm.", "spellings", "index."))
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PARAMETRIZED = re.compile(r"(.*)\.parametrizations\.weight\.(.*)")
 _FACTOR = re.compile(r"(.*)\.lora_(A|B)(\.[^.]+\.weight)?$")
