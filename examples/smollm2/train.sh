@@ -47,6 +47,7 @@ if [ ! -d "$work/states-exercises" ]; then
     python "$recipe/exercises.py" targets "$work/states-partly"
     mv "$work/states-partly" "$work/states-exercises"
 fi
+[ -f "$work/reversals.jsonl" ] || python "$recipe/exercises.py" reversals "$wheel" "$work/reversals.jsonl" --count "${REVERSALS:-30000}"
 
 states="$work/states-texts $work/states-chats $work/states-exercises"
 if [ -z "$start" ]; then
@@ -61,5 +62,5 @@ fi
 byteify joint "$wheel" $states $stage $tokens -o "$work/$sitting-joint" --start "$work/$sitting-decoder" --early-layer 4 \
     --learning-rate 6e-4 --lora "${LORA:-0}" --steps "${STEPS_JOINT:-300}"
 byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-own" --start "$work/$sitting-joint" --own-states \
-    --byte-share 0.6 --batch-size 3 --learning-rate 1e-3 --steps "${STEPS_OWN:-300}"
+    --prompts "$work/reversals.jsonl" --byte-share 0.6 --batch-size 3 --learning-rate 1e-3 --steps "${STEPS_OWN:-300}"
 python "$recipe/keep.py" "$work/$sitting-own/learned.safetensors" "$output"

@@ -196,7 +196,9 @@ def can_multiply(states: Tensor, *linears: nn.Module) -> bool:
     """Tells whether oneDNN should multiply `(..., in)`, and does all that calling these linear layers would do."""
     if states.shape[-2] < _LEAST_ROWS or not _may_multiply(states, _BLOCKS[0]):
         return False
-    return nn.Linear.forward is _call_linear and all(type(linear) is nn.Linear and _is_plain(linear) for linear in linears)
+    return nn.Linear.forward is _call_linear and all(
+        type(linear) is nn.Linear and _is_plain(linear) for linear in linears
+    )
 
 
 def can_multiply_large(states: Tensor, module: nn.Module) -> bool:

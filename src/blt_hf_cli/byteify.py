@@ -348,6 +348,12 @@ def decoder(
     own_states: Annotated[
         bool, typer.Option("--own-states", help="From this model's states, not the token model's: after `joint`.")
     ] = False,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --own-states, .jsonl files besides, with `prompt` and `completion`, which is learned."
+        ),
+    ] = None,
 ) -> None:
     """Train stage 2: the decoder learns to spell what the token model's states say.
 
@@ -355,9 +361,16 @@ def decoder(
     moved so that they say words of the vocabulary, which few texts hold often enough. States behind the first layers say
     nothing of new words, so the encoder learns from them in the other rows alone (--swap-rows).
     """
+    from blt_hf.training.data import read_texts
     from blt_hf.training.distillation import DecoderStage, EncoderDecoderStage, embeddings_of
-    from blt_hf.training.teacher_data import collate_teacher_rows
+    from blt_hf.training.teacher_data import JoinedRows, PromptRows, TeacherData, collate_teacher_rows
     from blt_hf.training.word_swaps import SwappedStates, WordTokens
+
+    def make_rows(tokenizer, rule):
+        parts = [[text.decode() for text in read_texts(prompts, name)] for name in ("prompt", "completion")]
+        if len(parts[0]) != len(parts[1]):
+            raise ValueError(f"--prompts: every line of {', '.join(prompts)} must hold both texts; some are empty.")
+        return JoinedRows([TeacherData(run.data), PromptRows(zip(*parts), tokenizer, run.alphabet(tokenizer))])
 
     def make_collate(token_model, tokenizer, rule, rows):
         if not swap:
@@ -378,7 +391,9 @@ def decoder(
         raise ValueError(
             "--own-states goes with neither --swap nor --encoder-weight, which move states or make others."
         )
-    run.run(make_stage, make_collate=make_collate)
+    if prompts and not own_states:
+        raise ValueError("--prompts needs --own-states: the token model has no states of such texts.")
+    run.run(make_stage, make_rows=make_rows if prompts else None, make_collate=make_collate)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from blt_hf import BltConfig, BltForCausalLM
 from blt_hf.model.layers_blt import BltLexicon
+from blt_hf.training.byteify import spell_lexicon
 from helpers.texts import encode
 
 
@@ -99,7 +100,7 @@ def spell(model, seed: int = 0) -> None:
             word = first + "".join(generator.choice("aabbcdehiknortuw 2é速") for _ in range(most))
             ids = encode(word, bos=False)[:length]
             spellings[entry, : len(ids)] = torch.tensor(ids)
-        module.spell(spellings)
+        spell_lexicon(module, spellings)
         module.embedding.weight.mul_(4)
         module.keys.weight.mul_(3)
         if hasattr(module, "key_scales"):

@@ -26,6 +26,7 @@ from blt_hf.conversion.arguments import argument_files
 from blt_hf.evaluation.flops import flops_per_byte, preset_config
 from blt_hf.model import layers_blt
 from blt_hf.model.layers_blt import BltLexicon
+from blt_hf.training.byteify import spell_lexicon
 from helpers.checks import alone, assert_same
 from helpers.exporting import export, make_ids
 from helpers.models import DEVICE, RULES, draft_logits, make_model, model_for, step_logits, tiny_config
@@ -139,7 +140,7 @@ def test_words_are_those_of_plain_python(length):
     spellings = torch.full((len(words), length + 2), -1)
     for entry, word in enumerate(words):
         spellings[entry, : len(word)] = torch.tensor(word)
-    lexicon.spell(spellings)
+    spell_lexicon(lexicon, spellings)
     known, ids, lengths, expected = [word if len(word) <= length else [] for word in words], [], [], []
     for _ in range(400):
         last = generator.choices([40, 41, space, 300], k=2 * length + 1)
@@ -167,7 +168,7 @@ def test_patches_enter_the_layers_as_what_they_begin_with():
     spellings = torch.full((len(lexicon.spellings), 16), -1)
     for entry, word in enumerate(words):
         spellings[entry, : len(word)] = torch.tensor(encode(word, bos=False))
-    lexicon.spell(spellings)
+    spell_lexicon(lexicon, spellings)
     model.model.global_transformer.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
     found = model(torch.tensor([row]), output_patches=True)
     lengths = [n for n in found.patch_lengths[0].tolist() if n]
@@ -190,7 +191,7 @@ def test_patches_enter_the_layers_as_what_they_begin_with():
 @torch.no_grad()
 def test_long_spellings_are_cut_and_begin_no_patch():
     lexicon = bare_lexicon(300, 3, 2, 1, reads=True)
-    lexicon.spell(torch.tensor([[40, 41, 42], [40, 41, -1], [-1, -1, -1]]))
+    spell_lexicon(lexicon, torch.tensor([[40, 41, 42], [40, 41, -1], [-1, -1, -1]]))
     assert lexicon.spellings.tolist() == [[40, 41], [40, 41], [-1, -1]]
     assert lexicon.index(torch.tensor([[[0, 0, 40, 41, 42]]]), torch.tensor([[3]])).tolist() == [[2]]
 

@@ -30,6 +30,8 @@ from blt_hf.training.distillation import (
     words_before_marks,
 )
 from blt_hf.training.teacher_data import (
+    JoinedRows,
+    PromptRows,
     TeacherData,
     TeacherWriter,
     TextRows,
@@ -291,6 +293,54 @@ def test_a_decoder_that_learns_from_own_states_is_the_joint_stage_without_gradie
     loss.backward()
     learns = {name for name, weight in model.named_parameters() if weight.grad is not None}
     assert learns and all(name.startswith(DecoderStage.trained) for name in learns)
+
+
+def test_of_prompts_the_completions_alone_are_learned(token_model, tokenizer, folder):
+    alphabet = TokenAlphabet.of(tokenizer, {CHAT: 260})
+    entries = [(f"{CHAT} the cat", " tac\n"), (" a dog = ", f"god{CHAT}"), (" big", " mat")]
+    rows = PromptRows(entries, tokenizer, alphabet, row_bytes=30)
+    assert len(rows) == 2 and rows.num_bytes == sum(len(rows[index]["input_ids"]) for index in range(2))
+    first, joined = rows[0], JoinedRows([TeacherData([folder]), rows])
+    assert first["input_ids"].tolist() == [BOS_TOKEN_ID, 260, *byte_ids(" the cat tac\n a dog = god"), 260]
+    targets = {position + 1: first["target_ids"][position, 0].item() for position in range(len(first["input_ids"]))}
+    learned_at = [position for position, label in enumerate(first["labels"].tolist()) if label >= 0]
+    assert [targets[position] for position in learned_at] == [*byte_ids(" tac\ngod"), 260]
+    probs = first["target_probs"]
+    assert (probs.sum(dim=1).nonzero()[:, 0] + 1).tolist() == learned_at and probs.max() == 1
+    # Beside rows of the token model's, whose states are not needed.
+    batch = collate_teacher_rows([joined[0], joined[len(joined) - 2]])
+    assert set(batch) == {"input_ids", "labels", "attention_mask", "target_ids", "target_probs"}
+    assert joined.some_states().equal(TeacherData([folder]).some_states())
+    losses = {}
+    for share in (0.0, 1.0):
+        stage = DecoderStage(make_blt(token_model), byte_share=share, own_states=True)
+        losses[share] = float(stage(**collate_teacher_rows([first]))["loss"])
+    assert losses[0.0] == pytest.approx(losses[1.0], rel=1e-5)
+
+
+def test_what_the_lexicon_reads_the_encoder_need_not_learn(token_model, tokenizer, folder):
+    """Patches that are tokens enter the layers as tokens do, so they have no error and give the encoder no gradient."""
+    alphabet = TokenAlphabet.of(tokenizer, {CHAT: 260})
+    config = {**BLT, "decoder_config": {**BLT["decoder_config"], "lexicon_size": len(tokenizer), "lexicon_top_k": 4}}
+    config["decoder_config"]["lexicon_reads"] = True
+    model, embeddings = byteify(token_model, alphabet=alphabet, **config), embeddings_of(token_model)
+    for text, is_read in ((" the cat the dog a mat ", True), (" the cat zz. the dog ", False)):
+        batch = collate_teacher_rows([TextRows([text], tokenizer, alphabet, PatchingRule("space"))[0]])
+        batch["input_ids"], batch["attention_mask"] = batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1]
+        model.zero_grad()
+        stage = EncoderStage(model, embeddings)
+        read = stage.read(batch["input_ids"], batch["attention_mask"])
+        inputs = stage.patch_inputs(read)
+        entered = model.model.global_transformer.embed_patches(inputs, stage.read_words(read, inputs.shape[1]))
+        one = batch["patch_tokens"][0, : inputs.shape[1], 1] == 1
+        one[0] = False  # `<s>`
+        assert one.sum() >= 2
+        torch.testing.assert_close(entered[0][one], embeddings[batch["patch_tokens"][0, : len(one), 0][one]])
+        loss = stage.encoder_loss(read, batch["patch_tokens"][:, : inputs.shape[1]], None)
+        loss.backward()
+        gradients = [p.grad.abs().max() for p in model.model.local_encoder.parameters() if p.grad is not None]
+        assert stage.take_figures()["embedding_error"] >= 0 and max(gradients) > 0  # of `<s>`, which is no entry
+        assert (model.model.local_decoder.lexicon.key_scales.weight.grad[0].abs().max() > 0) is not is_read
 
 
 def test_encoder_and_decoder_learn_at_once_as_they_do_apart(token_model, folder):
@@ -572,6 +622,12 @@ def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_pa
     with torch.no_grad():
         torch.testing.assert_close(blt(ids).logits, expected.eval()(ids).logits)
     run("decoder", llama, states, "-o", tmp_path / "f", "--start", tmp_path / "d", "--own-states", *stage)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": " the cat", "completion": " tac"}\n' * 40)
+    run(
+        "decoder", llama, states, "-o", tmp_path / "h", "--start", tmp_path / "d", "--own-states", "--prompts", prompts,
+        *stage,
+    )  # fmt: skip
     both = ("--encoder-weight", 0.3, "--layers", 1, "--swap", 0.5, "--swap-rows", 0.5, "--byte-share", 0.5)
     run("decoder", llama, states, "-o", tmp_path / "g", *both, *stage, *special)
     last, later = (load_file(tmp_path / name / LEARNED_FILE) for name in "df")
@@ -581,6 +637,12 @@ def test_the_commands_make_a_blt_of_a_token_model(token_model, tokenizer, tmp_pa
     assert "needs texts" in CliRunner().invoke(cli, wrong).output
     wrong = [*map(str, ["byteify", "decoder", llama, states, "-o", tmp_path / "e", "--swap", 0.5, *stage])]
     assert "--own-states goes with neither" in CliRunner().invoke(cli, [*wrong, "--own-states"]).output
+    plain = [*map(str, ["byteify", "decoder", llama, states, "-o", tmp_path / "e", *stage, "--prompts", prompts])]
+    assert "--prompts needs --own-states" in CliRunner().invoke(cli, plain).output
+    prompts.write_text('{"prompt": " the cat", "completion": ""}\n')
+    options = ["--start", str(tmp_path / "d"), "--own-states", "--prompts", str(prompts), *map(str, stage)]
+    wrong_prompts = ["byteify", "decoder", str(llama), str(states), "-o", str(tmp_path / "i"), *options]
+    assert CliRunner().invoke(cli, wrong_prompts).exit_code == 1
     assert "needs --encoder-weight" in CliRunner().invoke(cli, [*wrong, "--layers", "1"]).output
     wrong = CliRunner().invoke(cli, ["byteify", "joint", str(llama), str(tmp_path), "-o", "x", *map(str, stage)])
     assert wrong.exit_code == 1 and "no shards" in wrong.output

@@ -241,10 +241,10 @@ class BltByteCrossAttention(_BltCrossAttention):
 _RANKED_PATCHES = 64  # at once, as each has a score for each entry
 _LIKELY_IDS = 64  # of which the next id may be one where nothing is known of it
 _SPACE = BYTE_OFFSET + 0x20
-_NO_SPELLING = 2**63 - 1  # the hash of entries that no patch begins with
+NO_SPELLING = 2**63 - 1  # the hash of entries that no patch begins with
 
 
-def _prefix_hashes(ids: Tensor, length: int) -> Tensor:
+def prefix_hashes(ids: Tensor, length: int) -> Tensor:
     """Hashes the first `1 .. length` of ids `(..., length)`, int64 of the same shape."""
     weights = hash_weights((length,), 1, 1, ids.device)[0][:, 0]
     terms = (ids + 1) * weights
@@ -268,19 +268,8 @@ class BltLexiconIndex(nn.Module):
     def __init__(self, size: int, length: int):
         super().__init__()
         self.length = length
-        self.register_buffer("hashes", torch.full((size,), _NO_SPELLING))  # in rising order
+        self.register_buffer("hashes", torch.full((size,), NO_SPELLING))  # of spellings, in rising order
         self.register_buffer("entries", torch.zeros(size, dtype=torch.int64))  # in that order
-
-    def fill(self, spellings: Tensor) -> None:
-        """Takes up all spellings, ids `(size, N)` padded with -1, that are at most `length` long."""
-        lengths = (spellings >= 0).sum(dim=1, keepdim=True)
-        hashes = _prefix_hashes(spellings[:, : self.length], self.length).gather(
-            1, (lengths - 1).clamp(0, self.length - 1)
-        )
-        is_known = (lengths > 0) & (lengths <= self.length)
-        hashes, entries = hashes.masked_fill(~is_known, _NO_SPELLING)[:, 0].sort(stable=True)
-        self.hashes.copy_(hashes)
-        self.entries.copy_(entries)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Finds the entries, int64 `(B, S)`.
@@ -296,9 +285,8 @@ class BltLexiconIndex(nn.Module):
         device, many = ids.device, ids.shape[-1] - 1
         before = many - lengths[..., None]
         came = ids.gather(-1, (before + kept_arange(0, self.length + 1, device)).clamp(0, many))
-        hashes = _prefix_hashes(
-            sliding_windows(came, 2, self.length), self.length
-        )  # (B, S, 2, length), with the id before first
+        # (B, S, 2, length), with the id before first.
+        hashes = prefix_hashes(sliding_windows(came, 2, self.length), self.length)
         index = torch.searchsorted(self.hashes, hashes).clamp_max(self.hashes.shape[0] - 1)
         # Twice as many ids of the patch as each prefix holds, and 1 more with the id before.
         ranks = kept_arange(1, 2 * self.length + 1, device).view(self.length, 2).T
@@ -333,15 +321,6 @@ class BltLexicon(nn.Module):
             self.index = BltLexiconIndex(*shape)
             # Factors of keys: of what patches begin with, and of whole ones.
             self.key_scales = nn.Embedding(2, config.hidden_size_global)
-
-    @torch.no_grad()
-    def spell(self, spellings: Tensor) -> None:
-        """Gives entries their spellings, ids `(size, N)` padded with -1; what is longer than `lexicon_length` is cut."""
-        length = self.spellings.shape[1]
-        spellings = nn.functional.pad(spellings, (0, max(length + 1 - spellings.shape[1], 0)), value=-1).long()
-        self.spellings.copy_(spellings[:, :length])
-        if hasattr(self, "index"):
-            self.index.fill(spellings)
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from .cache_blt import BltCache, cache_to_write
 from .configuration_blt import BltConfig
 from .generation_blt import BltGenerationMixin
-from .layers_blt import BltLexicon
+from .layers_blt import NO_SPELLING, BltLexicon
 from .names_blt import (
     AUTO_CLASSES,
     CACHE_NAME,
@@ -142,7 +142,7 @@ class BltPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BltLexicon):
             init.constant_(module.spellings, -1)
             if hasattr(module, "index"):
-                init.constant_(module.index.hashes, 2**63 - 1)
+                init.constant_(module.index.hashes, NO_SPELLING)
                 init.constant_(module.index.entries, 0)
                 init.constant_(module.key_scales.weight[0], 0.0)
                 init.constant_(module.key_scales.weight[1], 1.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.configuration_blt import BltConfig
-from ..model.layers_blt import BltLexicon
+from ..model.layers_blt import NO_SPELLING, BltLexicon, prefix_hashes
 from ..model.modeling_blt import BltForCausalLM, BltPatcher
 from ..model.patching_blt import BOS_TOKEN_ID, PatchingRule
 from ..tokenizer.encoding import byte_ids
@@ -122,7 +122,25 @@ def _fill_lexicon(lexicon: BltLexicon, token_model: nn.Module, alphabet: TokenAl
         )
     lexicon.keys.weight.copy_(keys)
     lexicon.norm.weight.copy_(base.norm.weight)
-    lexicon.spell(alphabet.table(lexicon.spellings.shape[1] + 1))
+    spell_lexicon(lexicon, alphabet.table(lexicon.spellings.shape[1] + 1))
+
+
+@torch.no_grad()
+def spell_lexicon(lexicon: BltLexicon, spellings: Tensor) -> None:
+    """Gives the entries of a lexicon their spellings, ids `(size, N)` padded with -1.
+
+    What is longer than `lexicon_length` is cut, and no patch is read by it.
+    """
+    length = lexicon.spellings.shape[1]
+    spellings = nn.functional.pad(spellings, (0, max(length + 1 - spellings.shape[1], 0)), value=-1).long()
+    lexicon.spellings.copy_(spellings[:, :length])
+    if not hasattr(lexicon, "index"):
+        return
+    lengths = (spellings >= 0).sum(dim=1, keepdim=True)
+    hashes = prefix_hashes(spellings[:, :length], length).gather(1, (lengths - 1).clamp(0, length - 1))
+    hashes = hashes.masked_fill((lengths < 1) | (lengths > length), NO_SPELLING)[:, 0]
+    for buffer, values in zip((lexicon.index.hashes, lexicon.index.entries), hashes.sort(stable=True)):
+        buffer.copy_(values)
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
-from ..model.patching_blt import IGNORED_LABEL, PatchingRule, find_patch_ends
+from ..model.patching_blt import BOS_TOKEN_ID, IGNORED_LABEL, PatchingRule, find_patch_ends
 from .data import check_texts, pad_rows
 from .token_models import AlignedRow, TokenAlphabet, TokenHead, align, base_of, cut_texts
 
@@ -347,8 +347,59 @@ class TeacherData(Dataset):
         }
 
 
+class PromptRows(Dataset):
+    """Rows of prompts and their completions, whose bytes are the only targets. They hold no states.
+
+    Args:
+        entries: prompts and completions. As many as fit stand in a row, one behind the other.
+        tokenizer, alphabet, row_bytes: as in [`TeacherWriter`].
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, str]], tokenizer, alphabet: TokenAlphabet, row_bytes: int = 1024):
+        self._rows: list[tuple[list[int], list[bool]]] = []
+        for prompt, completion in entries:
+            parts = [align(alphabet, tokenizer, part, is_whole=False).input_ids[1:] for part in (prompt, completion)]
+            size = sum(map(len, parts))
+            if not self._rows or len(self._rows[-1][0]) + size > row_bytes:
+                self._rows.append(([BOS_TOKEN_ID], [False]))
+            for ids, is_target in zip(parts, (False, True)):
+                self._rows[-1][0].extend(ids)
+                self._rows[-1][1].extend([is_target] * len(ids))
+        if not self._rows:
+            raise ValueError("`entries` holds no prompt.")
+
+    @property
+    def num_bytes(self) -> int:
+        """Ids of all rows."""
+        return sum(len(ids) for ids, _ in self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids, is_target = (torch.tensor(values) for values in self._rows[index])
+        target_ids = torch.zeros(len(ids), KEPT_TARGETS, dtype=torch.int16)
+        target_probs = torch.zeros(len(ids), KEPT_TARGETS)
+        target_ids[:-1, 0], target_probs[:-1, 0] = ids[1:], is_target[1:].float()
+        labels = ids.masked_fill(~is_target, IGNORED_LABEL)
+        return {"input_ids": ids, "labels": labels, "target_ids": target_ids, "target_probs": target_probs}
+
+
+class JoinedRows(ConcatDataset):
+    """Rows of [`TeacherData`] and after them others; the states of the first are those of all."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Ids of all rows."""
+        return sum(rows.num_bytes for rows in self.datasets)
+
+    def some_states(self, num_rows: int = 32) -> Tensor:
+        """Returns states `(N, W)` of the first rows, fp32."""
+        return self.datasets[0].some_states(num_rows)
+
+
 def collate_teacher_rows(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pads rows of [`TeacherData`] on the right.
+    """Pads rows of [`TeacherData`] on the right. Of different kinds of rows, fields that all have are left.
 
     Returns:
         `input_ids`, `labels` (-100 at padding) int64 `(B, S)`, `attention_mask`; `target_ids` int64 and `target_probs`
@@ -357,16 +408,18 @@ def collate_teacher_rows(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     ids = [row["input_ids"].long() for row in rows]
     batch = {
         "input_ids": pad_rows(ids, 0),
-        "labels": pad_rows(ids, IGNORED_LABEL),
+        "labels": pad_rows([row.get("labels", row["input_ids"]).long() for row in rows], IGNORED_LABEL),
         "attention_mask": pad_rows([torch.ones_like(row) for row in ids], 0),
     }
-    for name in rows[0].keys() - {"input_ids"}:
+    for name in set.intersection(*map(set, rows)) - {"input_ids", "labels"}:
         dtype = torch.float32 if rows[0][name].is_floating_point() else torch.int64
         batch[name] = nn.utils.rnn.pad_sequence([row[name].to(dtype) for row in rows], batch_first=True)
     return batch
 
 
 __all__ = [
+    "JoinedRows",
+    "PromptRows",
     "TeacherData",
     "TeacherWriter",
     "TextRows",
