@@ -72,7 +72,7 @@ def make_token_tokenizer() -> PreTrainedTokenizerFast:
 
 TOKENIZER = make_token_tokenizer()
 ALPHABET = TokenAlphabet.of(TOKENIZER, {CHAT_TOKENS[1]: 261, CHAT_TOKENS[2]: 262}, CHAT_TOKENS[0])
-OVERRIDES["decoder_config"] |= {"lexicon_size": len(TOKENIZER), "lexicon_top_k": 8}
+OVERRIDES["decoder_config"] |= {"lexicon_size": len(TOKENIZER), "lexicon_top_k": 8, "lexicon_reads": True}
 
 
 @pytest.fixture(scope="session")

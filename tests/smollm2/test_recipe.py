@@ -33,7 +33,9 @@ def run(script: str, *arguments) -> subprocess.CompletedProcess:
 
 def test_what_is_learned_fits_the_budget():
     shape = {"vocab_size": 100, "hidden_size": 576, "intermediate_size": 64, "num_hidden_layers": 1}
-    llama = LlamaForCausalLM(LlamaConfig(num_attention_heads=9, num_key_value_heads=3, **shape))
+    llama = LlamaForCausalLM(
+        LlamaConfig(num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, **shape)
+    )
     config = json.loads((EXAMPLE / "config.json").read_text())
     config["decoder_config"]["lexicon_size"] = 100
     blt = byteify(llama, alphabet=TokenAlphabet([(2,)] * 100, 0), **config)
