@@ -237,7 +237,7 @@ def read_words(model, read: BytesRead, num_patches: int, rows: Tensor | None = N
     open_bytes = previous_open[:, None]
     if chunk.num_columns > 1 or not chunk.is_small:
         open_bytes = shift_right(patches.field("open_bytes"), previous_open)
-    found = lexicon.index(ids, open_bytes + 1)
+    found = lexicon.index(ids, open_bytes + 1).to(chunk.device)
     if chunk.num_columns > 1 or not chunk.is_small:
         number = patches.field("num_patches") - chunk.previous.num_patches[:, None] - 1
         number = torch.where(patches.closes & (number < num_patches), number, num_patches)
