@@ -7,10 +7,10 @@
 # not made again. START: the learned file to go on from (examples/smollm2/learned.safetensors). Without it, all stages run from
 # the beginning; with it, encoder and decoder go on at once, and then all together. A stage that was stopped goes on when this is called again.
 #
-# OUTPUT: the file to write; the repository's if there is none.
+# OUTPUT: the file to write; the repository's if there is none. It is the mean of what the last two stages leave.
 #
 # SITTING (1, 2, ...) names the folders of a sitting, SEED is its seed (default: SITTING). STEPS_ENCODER, STEPS_DECODER,
-# STEPS_JOINT and STEPS_OWN (of the decoder, on the BLT's own states) set its length, STATES and PROMPTS how much the token model reads and writes first. PROCESSES share each stage, with a
+# STEPS_JOINT and STEPS_OWN (of the decoder, on the BLT's own states) set its length (STEPS_DECODER=0 leaves that stage out), STATES and PROMPTS how much the token model reads and writes first. PROCESSES share each stage, with a
 # thread each. DEVICE= (empty) uses a GPU. LORA=8 puts adapters on the layers in the joint stage.
 set -e
 wheel=$1 work=$2 start=$3
@@ -50,17 +50,20 @@ fi
 [ -f "$work/reversals.jsonl" ] || python "$recipe/exercises.py" reversals "$wheel" "$work/reversals.jsonl" --count "${REVERSALS:-30000}"
 
 states="$work/states-texts $work/states-chats $work/states-exercises"
+begun="$work/$sitting-decoder"
 if [ -z "$start" ]; then
     byteify encoder "$wheel" "$work/texts.jsonl" "$work/chats.jsonl" $stage $tokens -o "$work/$sitting-encoder" \
         --layers 4 --noise 0.05 --steps "${STEPS_ENCODER:-1350}"
     byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-decoder" --start "$work/$sitting-encoder" \
         --steps "${STEPS_DECODER:-1200}"
+elif [ "${STEPS_DECODER:-1500}" = 0 ]; then
+    begun=$start
 else
     byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-decoder" --start "$start" \
         --encoder-weight 0.3 --layers 4 --swap 0.6 --swap-rows 0.5 --byte-share 0.5 --batch-size 4 --learning-rate 1e-3 --steps "${STEPS_DECODER:-1500}"
 fi
-byteify joint "$wheel" $states $stage $tokens -o "$work/$sitting-joint" --start "$work/$sitting-decoder" --early-layer 4 \
+byteify joint "$wheel" $states $stage $tokens -o "$work/$sitting-joint" --start "$begun" --early-layer 4 \
     --learning-rate 6e-4 --lora "${LORA:-0}" --steps "${STEPS_JOINT:-300}"
 byteify decoder "$wheel" $states $stage $tokens -o "$work/$sitting-own" --start "$work/$sitting-joint" --own-states \
     --prompts "$work/reversals.jsonl" --byte-share 0.6 --batch-size 3 --learning-rate 1e-3 --steps "${STEPS_OWN:-300}"
-python "$recipe/keep.py" "$work/$sitting-own/learned.safetensors" "$output"
+python "$recipe/keep.py" "$work/$sitting-joint/learned.safetensors" "$work/$sitting-own/learned.safetensors" -o "$output"

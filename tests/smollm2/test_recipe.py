@@ -136,12 +136,16 @@ def test_bits_are_split_by_what_they_are_spent_on():
 
 
 def test_what_is_kept_is_rounded_and_not_too_large(tmp_path):
-    save_file({"a": torch.ones(3)}, tmp_path / "learned.safetensors", {"format": "pt", "stage": "joint"})
-    done = run("keep.py", tmp_path / "learned.safetensors", tmp_path / "kept.safetensors", "--note", "sitting=1")
-    assert done.returncode == 0 and "'sitting': '1'" in done.stdout
-    assert load_file(tmp_path / "kept.safetensors")["a"].dtype == torch.bfloat16
+    joint, own, kept = (tmp_path / f"{name}.safetensors" for name in ("joint", "own", "kept"))
+    save_file({"a": torch.ones(3)}, joint, {"format": "pt", "stage": "joint"})
+    save_file({"a": torch.full((3,), 2.0)}, own, {"format": "pt", "stage": "decoder"})
+    done = run("keep.py", joint, own, "-o", kept, "--note", "sitting=1")
+    assert done.returncode == 0 and "'sitting': '1'" in done.stdout and "'stage': 'decoder'" in done.stdout
+    assert load_file(kept)["a"].equal(torch.full((3,), 1.5, dtype=torch.bfloat16))
+    save_file({"b": torch.ones(3)}, own, {"format": "pt"})
+    assert "do not hold the same tensors" in run("keep.py", joint, own, "-o", kept).stderr
     save_file({"a": torch.ones(12_000_001)}, tmp_path / "learned.safetensors", {"format": "pt"})
-    done = run("keep.py", tmp_path / "learned.safetensors", tmp_path / "kept.safetensors")
+    done = run("keep.py", tmp_path / "learned.safetensors", "-o", kept)
     assert done.returncode == 1 and "at most 24,000,000" in done.stderr
 
 
