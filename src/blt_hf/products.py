@@ -204,6 +204,8 @@ def can_multiply(states: Tensor, *linears: nn.Module) -> bool:
 def can_multiply_large(states: Tensor, module: nn.Module) -> bool:
     """Tells the same of a module that does nothing but multiply by a large weight, for however many rows."""
     rows = states.numel() // states.shape[-1]
+    if rows * module.weight.numel() < LEAST_WORK:
+        return False
     return _may_multiply(states, 1 if rows == 1 else 16) and _is_plain(module)
 
 

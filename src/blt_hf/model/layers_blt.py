@@ -245,7 +245,7 @@ NO_SPELLING = 2**63 - 1  # the hash of entries that no patch begins with
 
 
 def prefix_hashes(ids: Tensor, length: int) -> Tensor:
-    """Hashes the first `1 .. length` of ids `(..., length)`, int64 of the same shape."""
+    """Computes hashes of the first `1 .. length` of ids `(..., length)`, int64 of the same shape."""
     weights = hash_weights((length,), 1, 1, ids.device)[0][:, 0]
     terms = (ids + 1) * weights
     # onnxruntime adds two numbers as torch does, but sums in floats.
@@ -350,7 +350,7 @@ class BltLexicon(nn.Module):
         return torch.cat([digits.flatten(-2).to(states.dtype), log_probs.to(states.dtype)], dim=-1)
 
     def read(self, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Looks up what patches begin with, for `found` `(B, P)` as the index gives it.
+        """Takes the keys of what patches begin with, for `found` `(B, P)` as the index gives it.
 
         Returns:
             keys `(B, P, W_global)` times their scales, zeros where there is none; whether each is the whole patch, bool
