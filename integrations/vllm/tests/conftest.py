@@ -24,6 +24,7 @@ import torch
 
 import blt_hf
 from blt_hf import BltConfig, BltForCausalLM
+from blt_hf.training.byteify import spell_lexicon
 
 
 torch.set_num_threads(1)
@@ -56,7 +57,9 @@ SHAPES = {
     },
     "no_windows": {"local_attention_window_len": None, "patcher_config": {"sliding_window": None}},
     "monotonicity": {"monotonicity": True, "patching_threshold": 0.02, "max_patch_length": 9},
-    "lexicon": {"decoder_config": {"lexicon_size": 400, "lexicon_top_k": 32, "lexicon_length": 12}},
+    "lexicon": {
+        "decoder_config": {"lexicon_size": 400, "lexicon_top_k": 32, "lexicon_length": 12, "lexicon_reads": True}
+    },
 }
 """Options of models that differ from [`make_model`]'s in what the plugin has to know."""
 
@@ -96,10 +99,11 @@ def make_model(mode: str, **options) -> BltForCausalLM:
             if weight.dim() > 1:
                 weight.normal_(0, 0.12)
         if (lexicon := model.model.local_decoder.lexicon) is not None:
-            spellings, letters = lexicon.spellings, torch.tensor(encode(TEXTS[1])[1:])
-            lexicon.spellings[:] = letters[torch.randint(len(letters), spellings.shape)]
+            spellings, letters = lexicon.spellings.long(), torch.tensor(encode(TEXTS[1])[1:])
+            spellings[:] = letters[torch.randint(len(letters), spellings.shape)]
             ends = torch.randint(1, 6, (len(spellings), 1))
-            lexicon.spellings.masked_fill_(torch.arange(spellings.shape[1]) >= ends, -1)
+            spell_lexicon(lexicon, spellings.masked_fill(torch.arange(spellings.shape[1]) >= ends, -1))
+            lexicon.key_scales.weight.uniform_(-0.5, 0.5)
     return model
 
 
