@@ -234,11 +234,11 @@ def read_words(model, read: BytesRead, num_patches: int, rows: Tensor | None = N
         ids = ids * (chunk.text_positions[..., None] >= kept_arange(0, count, chunk.device).flip(0))
     if chunk.text_starts is not None:
         previous_open = torch.where(chunk.text_starts[:, 0], torch.zeros_like(previous_open), previous_open)
-    open_bytes = previous_open[:, None]
-    if chunk.num_columns > 1 or not chunk.is_small:
+    open_bytes, is_step = previous_open[:, None], chunk.num_columns == 1 and chunk.is_small
+    if not is_step:
         open_bytes = shift_right(patches.field("open_bytes"), previous_open)
     found = lexicon.index(ids, open_bytes + 1).to(chunk.device)
-    if chunk.num_columns > 1 or not chunk.is_small:
+    if not is_step:
         number = patches.field("num_patches") - chunk.previous.num_patches[:, None] - 1
         number = torch.where(patches.closes & (number < num_patches), number, num_patches)
         found = found.new_full((found.shape[0], num_patches + 1), -1).scatter(1, number, found)[:, :num_patches]

@@ -417,8 +417,7 @@ class JointStage(Stage):
         if self.token_weight and states is not None:
             loss = loss + self.token_weight * self._token_divergence(made, states, patch_tokens[..., 1] > 0)
         if self.word_weight and patch_tokens is not None:
-            words = self.read_words(read, inputs.shape[1])
-            entered = self.model.model.global_transformer.embed_patches(inputs, words)
+            entered = collector.hidden_states[0]
             targets = self.embeddings[patch_tokens[..., 0].clamp_min(0)]
             before_marks = words_before_marks(read, patch_tokens)
             loss = loss + self.word_weight * _share(*embedding_error(entered, targets), before_marks)
