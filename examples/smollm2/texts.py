@@ -137,10 +137,10 @@ def more_prompts(words: dict[str, list[str]], known: list[str], chance: random.R
         for _ in range(count if words[part] else 0)
     ]
     chance.shuffle(prompts)
-    return _untested(prompts)
+    return untested(prompts)
 
 
-def _untested(prompts: list[str]) -> list[str]:
+def untested(prompts: list[str]) -> list[str]:
     asked = {entry["question"].lower() for entry in json.loads((Path(__file__).parent / "questions.json").read_text())}
     return [prompt for prompt in prompts if prompt.lower() not in asked and not held_runs(prompt)]
 
@@ -174,7 +174,7 @@ def make_prompts(words: dict[str, list[str]], chance: random.Random) -> list[str
         prompts.append(f"What is the difference between {name} and {chance.choice(THINGS)}?")
     prompts = [*dict.fromkeys(prompts + GREETINGS)]
     chance.shuffle(prompts)
-    return _untested(prompts)
+    return untested(prompts)
 
 
 def main() -> None:

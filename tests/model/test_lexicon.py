@@ -118,14 +118,20 @@ def test_digits_of_entries_are_exact(dtype):
     torch.testing.assert_close(log_probs.float(), expected, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)
 
 
-def expected_word(words: list[list[int]], before: int, patch: list[int]) -> int:
-    """What the index gives for a patch behind the id `before`: the longest entry, with that id if two cover the same."""
+def expected_word(words: list[list[int]], before: int, patch: list[int], length: int) -> int:
+    """What the index gives for a patch behind the id `before`: the longest entry, with that id if two cover the same.
+
+    Marks in front of the first word are skipped, if it begins within `length` ids.
+    """
+    letters = set(encode("0aZ", bos=False))
+    num_marks = next((index for index, id_ in enumerate(patch[:length]) if id_ in letters), 0)
     found, best = -1, (0, False)
+    before, patch = [before, *patch][num_marks], patch[num_marks:]
     for entry, word in enumerate(words):
         for begins_before, ids in ((False, patch), (True, [before, *patch])):
             covered = len(word) - begins_before
             if covered > 0 and ids[: len(word)] == word and (covered, begins_before) > best:
-                is_whole = patch[covered:] in ([], [ord(" ") + 4])
+                is_whole = num_marks <= begins_before and patch[covered:] in ([], [ord(" ") + 4])
                 best, found = (covered, begins_before), 2 * entry + is_whole
     return found
 
@@ -134,7 +140,8 @@ def expected_word(words: list[list[int]], before: int, patch: list[int]) -> int:
 @torch.no_grad()
 def test_words_are_those_of_plain_python(length):
     generator, size, space = random.Random(length), 60, ord(" ") + 4
-    words = [generator.choices([40, 41, space, 300], k=generator.randint(0, length + 2)) for _ in range(size)]
+    alphabet = [*encode('a0"', bos=False), space, 300]
+    words = [generator.choices(alphabet, k=generator.randint(0, length + 2)) for _ in range(size)]
     words = [list(word) for word in sorted(set(map(tuple, words)))]
     lexicon = bare_lexicon(301, len(words), length, 1, reads=True)
     spellings = torch.full((len(words), length + 2), -1)
@@ -143,12 +150,12 @@ def test_words_are_those_of_plain_python(length):
     spell_lexicon(lexicon, spellings)
     known, ids, lengths, expected = [word if len(word) <= length else [] for word in words], [], [], []
     for _ in range(400):
-        last = generator.choices([40, 41, space, 300], k=2 * length + 1)
+        last = generator.choices(alphabet, k=2 * length + 1)
         count = generator.randint(1, 2 * length + 2)
         ids.append(last)
         lengths.append(count)
         is_seen = count <= 2 * length
-        expected.append(expected_word(known, last[-1 - count], last[len(last) - count :]) if is_seen else -1)
+        expected.append(expected_word(known, last[-1 - count], last[len(last) - count :], length) if is_seen else -1)
     lexicon.key_scales.weight[1] = 1.0
     found = lexicon.index(torch.tensor([ids]), torch.tensor([lengths]))
     assert found[0].tolist() == expected

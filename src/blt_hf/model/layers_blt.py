@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention_blt import AttentionSpan, gathered_attention, segment_attention
 from .names_blt import import_where_installed, is_compiling, is_exporting, kept_arange, sliding_windows
-from .patching_blt import BYTE_OFFSET
+from .patching_blt import BYTE_OFFSET, is_space_like
 
 
 _products = import_where_installed("products")
@@ -274,7 +274,8 @@ class BltLexiconIndex(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Finds the entries, int64 `(B, S)`.
 
-        An entry may also begin with the id before the patch, as a token does that is a space and a word.
+        Marks in front of a patch's first word are skipped: `"hot"` begins with what `hot"` begins with. An entry
+        may also begin with the id before the patch or its first word, as a token does that is a space and a word.
 
         Args:
             ids: int64 `(B, S, 1 + 2 * length)`, the last ids up to the end of each patch. Longer patches begin with none.
@@ -283,8 +284,12 @@ class BltLexiconIndex(nn.Module):
             Twice the entry, and 1 more where it is the whole patch, or all but the space that ends it; -1: none.
         """
         device, many = ids.device, ids.shape[-1] - 1
-        before = many - lengths[..., None]
-        came = ids.gather(-1, (before + kept_arange(0, self.length + 1, device)).clamp(0, many))
+        before, places = many - lengths[..., None], kept_arange(0, self.length + 1, device)
+        came = ids.gather(-1, (before + places).clamp(0, many))
+        is_word = ~is_space_like(came[..., 1:]) & (places[1:] <= lengths[..., None])
+        num_marks = is_word.long().argmax(dim=-1)  # 0 where the patch has no word
+        came = ids.gather(-1, (before + num_marks[..., None] + places).clamp(0, many))
+        lengths = lengths - num_marks
         # (B, S, 2, length), with the id before first.
         hashes = prefix_hashes(sliding_windows(came, 2, self.length), self.length)
         index = torch.searchsorted(self.hashes, hashes).clamp_max(self.hashes.shape[0] - 1)
@@ -295,6 +300,7 @@ class BltLexiconIndex(nn.Module):
         entries = self.entries[index.flatten(-2).gather(-1, place[..., None])[..., 0]]
         missing = lengths - best // 2
         is_whole = (missing == 0) | (missing == 1) & (ids[..., -1] == _SPACE)
+        is_whole = is_whole & (num_marks <= best % 2)  # the entry has the only mark
         return torch.where(best > 1, 2 * entries + is_whole, -1)
 
 

@@ -130,23 +130,24 @@ def entropy_patch_ends(
 def space_patch_ends(input_ids: Tensor, previous_ids: Tensor, positions: Tensor) -> Tensor:
     """Finds where patches end by the space rule, bool `(B, S)`.
 
-    A patch ends after a space-like byte that follows one that is not, and after every special id. Space-like is every
-    byte but `0-9`, `A-Z`, `a-z` and UTF-8 continuation bytes (0x80-0xBF). Arguments as [`find_patch_ends`];
-    `previous_ids`: one byte earlier, ignored at the first byte of a text.
+    A patch ends after a space-like byte that follows one that is not, and after every special id. Arguments as
+    [`find_patch_ends`]; `previous_ids`: one byte earlier, ignored at the first byte of a text.
     """
 
     def is_special(ids):
         return (ids < BYTE_OFFSET) | (ids >= VOCAB_SIZE)
 
-    def is_word(ids):
-        byte = ids - BYTE_OFFSET
-        digit = (byte >= ord("0")) & (byte <= ord("9"))
-        letter = ((byte | 0x20) >= ord("a")) & ((byte | 0x20) <= ord("z")) & (byte < 0x80)
-        return digit | letter | ((byte >= 0x80) & (byte < 0xC0))
-
     special = is_special(input_ids)
-    previous_breaks = is_special(previous_ids) | ~is_word(previous_ids)
-    return special | (~special & ~is_word(input_ids) & ~previous_breaks) | (positions == 0)
+    previous_breaks = is_special(previous_ids) | is_space_like(previous_ids)
+    return special | (~special & is_space_like(input_ids) & ~previous_breaks) | (positions == 0)
+
+
+def is_space_like(ids: Tensor) -> Tensor:
+    """Finds every byte but `0-9`, `A-Z`, `a-z` and UTF-8 continuation bytes (0x80-0xBF) among ids, also special ids."""
+    byte = ids - BYTE_OFFSET
+    digit = (byte >= ord("0")) & (byte <= ord("9"))
+    letter = ((byte | 0x20) >= ord("a")) & ((byte | 0x20) <= ord("z")) & (byte < 0x80)
+    return ~(digit | letter | ((byte >= 0x80) & (byte < 0xC0)))
 
 
 def split_long_patches(ends: Tensor, text_starts: Tensor, open_bytes: Tensor, max_patch_length: int) -> Tensor:
