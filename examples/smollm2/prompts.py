@@ -13,6 +13,7 @@ says is the word. Without this the BLT has to write two tokens, the mark and a w
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ AUTHORS = [
 
 
 def make_prompts(words: dict[str, list[str]], known: list[str], chance: random.Random) -> list[str]:
-    """Returns prompts of all kinds, mixed; none holds a question, or asks for a word's opposite that a question asks for."""
+    """Returns prompts of all kinds, mixed; none holds a question, or asks for the opposite of a word of a question."""
     opposites = {entry["question"].split('"')[1] for entry in _questions() if "opposite" in entry["question"]}
     opposites |= {entry["answer"].split('"')[3] for entry in _questions() if "opposite" in entry["question"]}
     common = [word for part in ("adj", "noun", "verb") for word in words[part][:500]]
@@ -79,7 +80,11 @@ def make_prompts(words: dict[str, list[str]], known: list[str], chance: random.R
             prompts += sums + ([f"How much is {first} minus {second}?"] if first >= second else [])
     prompts = [*dict.fromkeys(prompts)]
     chance.shuffle(prompts)
-    return untested(prompts)
+    return [prompt for prompt in untested(prompts) if not _asks_for(opposites, prompt)]
+
+
+def _asks_for(opposites: set[str], prompt: str) -> bool:
+    return ("opposite" in prompt or "antonym" in prompt) and not opposites.isdisjoint(re.findall(r"\w+", prompt))
 
 
 def quote_rows(folder: Path, prompts: list[str]) -> int:

@@ -10,7 +10,7 @@
 # OUTPUT: the file to write; the repository's if there is none. It is the mean of what the last two stages leave.
 #
 # SITTING (1, 2, ...) names the folders of a sitting, SEED is its seed (default: SITTING). STEPS_ENCODER, STEPS_DECODER,
-# STEPS_JOINT and STEPS_OWN (of the decoder, on the BLT's own states) set its length (STEPS_DECODER=0 leaves that stage out), STATES and PROMPTS how much the token model reads and writes first. PROCESSES share each stage, with a
+# STEPS_JOINT and STEPS_OWN (of the decoder, on the BLT's own states) set its length (STEPS_DECODER=0 leaves that stage out), STATES, PROMPTS and QUESTIONS how much the token model reads and writes first. PROCESSES share each stage, with a
 # thread each. DEVICE= (empty) uses a GPU. LORA=8 puts adapters on the layers in the joint stage.
 set -e
 wheel=$1 work=$2 start=$3
@@ -41,6 +41,16 @@ python "$recipe/overlap.py" "$work/texts.jsonl" "$work/chats.jsonl"
 blt-hf byteify states "$wheel" "$work/texts.jsonl" $gguf $device $shape $tokens -o "$work/states-texts" --early-layer 4 \
     --limit "${STATES:-500000}"
 blt-hf byteify states "$wheel" "$work/chats.jsonl" $gguf $device $shape $tokens -o "$work/states-chats" --early-layer 4
+if [ ! -d "$work/states-questions" ]; then
+    python "$recipe/prompts.py" write "$work/corpus" "$work/questions.txt" "$work/plain.txt"
+    head -n "${QUESTIONS:-480}" "$work/plain.txt" > "$work/plain-now.txt"
+    blt-hf byteify write "$wheel" "$work/plain-now.txt" $gguf $device -o "$work/answers.jsonl" --chat --max-new-tokens 56 \
+        --temperature 0.7 --batch-size 96
+    python "$recipe/overlap.py" "$work/answers.jsonl" --clean "$work/answers-clean.jsonl"
+    blt-hf byteify states "$wheel" "$work/answers-clean.jsonl" $gguf $device $shape $tokens -o "$work/states-plain" --early-layer 4
+    python "$recipe/prompts.py" quote "$work/states-plain" "$work/questions.txt"
+    mv "$work/states-plain" "$work/states-questions"
+fi
 if [ ! -d "$work/states-exercises" ]; then
     python "$recipe/exercises.py" texts "$wheel" "$work/exercises.jsonl" --count "${EXERCISES:-330}"
     blt-hf byteify states "$wheel" "$work/exercises.jsonl" $gguf $device $shape $tokens -o "$work/states-partly" --early-layer 4
@@ -49,7 +59,7 @@ if [ ! -d "$work/states-exercises" ]; then
 fi
 [ -f "$work/reversals.jsonl" ] || python "$recipe/exercises.py" reversals "$wheel" "$work/reversals.jsonl" --count "${REVERSALS:-30000}"
 
-states="$work/states-texts $work/states-chats $work/states-exercises"
+states="$work/states-texts $work/states-chats $work/states-questions $work/states-exercises"
 begun="$work/$sitting-decoder"
 if [ -z "$start" ]; then
     byteify encoder "$wheel" "$work/texts.jsonl" "$work/chats.jsonl" $stage $tokens -o "$work/$sitting-encoder" \

@@ -11,14 +11,17 @@ import exercises
 import letters
 import marks
 import overlap
+import prompts
 import pytest
 import states
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from blt_hf.model.patching_blt import PatchingRule
 from blt_hf.training.byteify import byteify
 from blt_hf.training.learned import collect
+from blt_hf.training.teacher_data import TeacherData, TeacherWriter
 from blt_hf.training.token_models import TokenAlphabet
 from helpers.token_models import END, make_texts, make_tokenizer
 
@@ -29,6 +32,11 @@ EXAMPLE = Path(ceiling.__file__).parent
 def run(script: str, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, EXAMPLE / script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 def test_what_is_learned_fits_the_budget():
@@ -62,6 +70,51 @@ def test_texts_and_prompts_hold_no_question(tmp_path):
     assert texts and question not in prompts
     assert not any(overlap.held_runs(text) for text in [*texts, *prompts])
     assert not any("Paket" in text for text in texts)
+
+
+def test_prompts_like_the_questions_are_none_of_them():
+    words = {part: ["hot", "cold", "clever", "purple", "tall"] for part in ("noun", "verb", "adj")}
+    made = prompts.make_prompts(words, ["Rome", "Seneca"], Random(0))
+    asked = {entry["question"] for entry in json.loads((EXAMPLE / "questions.json").read_text())}
+    assert not asked & set(made) and not any(overlap.held_runs(prompt) for prompt in made)
+    assert 'What is the opposite of "clever"?' in made and 'What is the antonym of "clever"?' in made
+    # Neither `hot`, of which the opposite is asked, nor the answer.
+    assert not any("opposite" in prompt and ("hot" in prompt or "cold" in prompt) for prompt in made)
+    assert 'Who wrote the novel "Emma"?' in made and "What is the capital of Finland?" in made
+
+
+def test_prompts_are_quoted_behind_the_back_of_the_token_model(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        )
+    ).eval()
+    alphabet, rule = TokenAlphabet.of(tokenizer, {"<|im|>": 261}, END), PatchingRule("space")
+    chats = [f"<|im|>user\n{prompt}<|im|>\nthe hill sat on" for prompt in ("of the cat?", "of the mat?")]
+    quoted = [chats[0].replace("the cat?", '"the cat"?'), chats[1]]
+    for name, texts in (("plain", chats), ("quoted", quoted)):
+        list(TeacherWriter(llama, tokenizer, alphabet, rule, tmp_path / name, early_layer=1).write(texts))
+    before = [dict(row) for row in TeacherData([tmp_path / "plain"])]
+    done = run(
+        "prompts.py", "quote", tmp_path / "plain", write(tmp_path / "prompts.txt", 'of "the cat"?\nof a "hat"?')
+    )
+    assert done.stdout == "1 rows\n", done.stderr
+    (first, second), expected = TeacherData([tmp_path / "plain"]), TeacherData([tmp_path / "quoted"])[0]
+    assert first["input_ids"].equal(expected["input_ids"])
+    assert all(first[name].equal(before[0][name]) for name in ("states", "early_states", "patch_tokens"))
+    assert all(second[name].equal(before[1][name]) for name in second)
+    marks = (first["input_ids"] == ord('"') + 4).nonzero()[:, 0]
+    assert len(marks) == 2
+    # The mark is the only target before it; behind it, the targets are those that stood before it.
+    assert (first["target_ids"][marks - 1, 0] == ord('"') + 4).all() and (
+        first["target_probs"][marks - 1, 0] == 1
+    ).all()
+    is_old = torch.ones(len(first["input_ids"]), dtype=torch.bool).index_fill(0, marks, False)
+    assert first["input_ids"][is_old].equal(before[0]["input_ids"])
+    is_old = torch.ones(len(first["input_ids"]), dtype=torch.bool).index_fill(0, marks - 1, False)
+    assert all(first[name][is_old].equal(before[0][name]) for name in ("target_ids", "target_probs"))
 
 
 def test_a_vector_for_a_word_and_its_mark_is_measured():
