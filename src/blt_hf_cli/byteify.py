@@ -256,9 +256,10 @@ class _Run:
         if not self.quiet:
             _say_size(stage, rows, self.steps, self.batch_size)
         figures = run_stage(
-            stage, rows, collate, self.output, self.steps, self.batch_size, self.learning_rate,
-            self.warmup_steps, held_out, save_steps=self.save_steps, seed=self.seed, use_bf16=self.bf16,
-            quiet=self.quiet, use_cpu=self.cpu,
+            stage, rows, collate, self.output, held_out, max_steps=self.steps,
+            per_device_train_batch_size=self.batch_size, learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps, save_steps=self.save_steps, seed=self.seed, bf16=self.bf16,
+            disable_tqdm=self.quiet, use_cpu=self.cpu,
         )  # fmt: skip
         shown = [(name, f"{value:.4f}") for name, value in figures.items() if isinstance(value, float)]
         print_rows([*shown, ("learned", str(_learned_file(self.output)))])

@@ -45,6 +45,8 @@ from blt_hf.training.token_models import TokenAlphabet, TokenHead, align, cut_te
 from helpers.token_models import CHAT, END, make_texts, make_tokenizer
 
 
+PLAIN = {"bf16": False, "disable_tqdm": True, "use_cpu": True}
+SHORT = {"save_steps": 1000, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 5, **PLAIN}
 LOCAL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 BLT = {
     "vocab_size": 261, "patching_mode": "space", "cross_attn_k": 2, "local_attention_window_len": 32,
@@ -239,11 +241,10 @@ def stages(token_model, folder, tmp_path, steps=60):
             learned.add_lora(model, 2)
         if start:
             learned.load(model, start)
-        options = {"eval_rows": rows, "save_steps": 1000, "use_bf16": False, "quiet": True, "use_cpu": True}
         stage = make(model)
         if name != "encoder":
             stage.whiten(rows, is_new=name == "decoder")
-        figures[name] = run_stage(stage, rows, collate_teacher_rows, tmp_path / name, steps, 8, 1e-2, 5, **options)
+        figures[name] = run_stage(stage, rows, collate_teacher_rows, tmp_path / name, rows, max_steps=steps, **SHORT)
         start = tmp_path / name / LEARNED_FILE
         with safe_open(start, "pt") as file:
             assert file.metadata() == {"format": "pt", "stage": name, "steps": str(steps)}
@@ -411,8 +412,7 @@ def test_a_byteified_model_learns_faster_than_one_with_random_layers(token_model
         model = make_blt(source, local_attention_window_len=4)  # what came before a word, the layers alone know
         freeze_layers(model, torch.float32)
         stage = JointStage(model, state_weight=0.0)
-        options = {"eval_rows": rows, "save_steps": 1000, "use_bf16": False, "quiet": True, "use_cpu": True}
-        figures = run_stage(stage, rows, collate_teacher_rows, tmp_path / name, 150, 8, 1e-2, 5, **options)
+        figures = run_stage(stage, rows, collate_teacher_rows, tmp_path / name, rows, max_steps=150, **SHORT)
         bits[name] = figures["eval_bits_per_byte"]
     assert bits["pretrained"] < bits["random"] - 0.05, bits
 
@@ -426,8 +426,9 @@ def test_a_stage_goes_on_from_its_checkpoint(token_model, folder, tmp_path):
         stage = EncoderStage(model, embeddings_of(token_model))
         # A rate that does not depend on the number of steps, so that both runs are the same one.
         run_stage(
-            stage, rows, collate_teacher_rows, output, steps, 4, 1e-3, 0, save_steps=3, use_bf16=False, quiet=True,
-            use_cpu=True, ignore_data_skip=False, lr_scheduler_type="constant", lr_scheduler_kwargs={},
+            stage, rows, collate_teacher_rows, output, max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3,
+            warmup_steps=0, save_steps=3, ignore_data_skip=False, lr_scheduler_type="constant", lr_scheduler_kwargs={},
+            **PLAIN,
         )  # fmt: skip
         return load_file(output / LEARNED_FILE)
 
@@ -450,9 +451,9 @@ def test_rows_of_a_batch_have_like_lengths(token_model, tokenizer, tmp_path):
         return batch
 
     stage = DecoderStage(make_blt(token_model))
-    options = {"use_bf16": False, "quiet": True, "use_cpu": True}
+    options = {"max_steps": 16, "per_device_train_batch_size": 4, **PLAIN}
     for strategy in ({}, {"train_sampling_strategy": "random"}):
-        run_stage(stage, rows, collate, tmp_path / str(len(padding)), 16, 4, **options, **strategy)
+        run_stage(stage, rows, collate, tmp_path / str(len(padding)), **options, **strategy)
     assert sum(padding[:16]) < sum(padding[16:]) / 3
 
 
@@ -466,15 +467,8 @@ def test_figures_of_an_evaluation_are_of_its_rows(token_model, folder, tmp_path)
         return batch
 
     stage = DecoderStage(make_blt(token_model))
-    options = {
-        "eval_rows": [rows[0]],
-        "log_steps": 2,
-        "save_steps": 3,
-        "use_bf16": False,
-        "quiet": True,
-        "use_cpu": True,
-    }
-    run_stage(stage, rows, collate, tmp_path, 3, 4, 1e-2, 0, **options)
+    options = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 2, "save_steps": 3, **PLAIN}
+    run_stage(stage, rows, collate, tmp_path, [rows[0]], **options)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     with torch.no_grad():
         stage.eval()(**collate_teacher_rows([rows[0]]))

@@ -544,23 +544,7 @@ def freeze_layers(model: BltForCausalLM, dtype: torch.dtype) -> None:
     model.model.global_transformer.layers.requires_grad_(False).to(dtype)
 
 
-def run_stage(
-    stage: Stage,
-    rows,
-    collate,
-    output: str | os.PathLike,
-    steps: int,
-    batch_size: int = 2,
-    learning_rate: float = 2e-3,
-    warmup_steps: int = 50,
-    eval_rows=None,
-    log_steps: int = 20,
-    save_steps: int = 100,
-    seed: int = 0,
-    use_bf16: bool = True,
-    quiet: bool = False,
-    **arguments,
-) -> dict[str, float]:
+def run_stage(stage: Stage, rows, collate, output: str | os.PathLike, eval_rows=None, **arguments) -> dict[str, float]:
     """Trains a stage with `Trainer`, from its last checkpoint in `output` if there is one.
 
     AdamW (0.9, 0.95), cosine to a tenth of the rate. SIGTERM saves and stops. `output` gets `learned.safetensors` at
@@ -569,35 +553,40 @@ def run_stage(
     Args:
         stage: what is learned.
         rows: a data set of rows. collate: makes a batch of them; rows for evaluation are only padded.
-        steps: of the optimizer, in all.
         eval_rows: rows for evaluation, at each save and at the end.
-        use_bf16: products in bf16 (autocast).
-        arguments: others of `TrainingArguments`.
+        arguments: of `TrainingArguments`. Defaults that differ from its own: two rows a batch, a rate of 2e-3, 50 steps
+            of warmup, products in bf16, a save every 100 steps.
     Returns:
         the figures of the last evaluation, or of the last log.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     settings = {
-        "output_dir": str(output), "max_steps": steps, "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": batch_size, "learning_rate": learning_rate, "warmup_steps": warmup_steps,
-        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "max_grad_norm": 1.0,
-        "logging_steps": log_steps, "save_steps": save_steps, "save_total_limit": 1, "seed": seed, "bf16": use_bf16,
-        "eval_strategy": "no" if eval_rows is None else "steps", "eval_steps": save_steps, "report_to": [],
-        "remove_unused_columns": False, "disable_tqdm": quiet, "prediction_loss_only": True,
+        "per_device_train_batch_size": 2, "learning_rate": 2e-3, "warmup_steps": 50, "max_grad_norm": 1.0, "bf16": True,
+        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "report_to": [],
+        "logging_steps": 20, "save_steps": 100, "save_total_limit": 1, "prediction_loss_only": True,
+        "eval_strategy": "no" if eval_rows is None else "steps", "remove_unused_columns": False,
         # Little padding. Rows of texts are made when they are asked for, so their lengths cost too much.
         "train_sampling_strategy": "group_by_length" if isinstance(rows, TeacherData) else "random", **arguments,
     }  # fmt: skip
+    settings = {
+        "eval_steps": settings["save_steps"], "per_device_eval_batch_size": settings["per_device_train_batch_size"],
+        **settings,
+    }  # fmt: skip
+    settings = TrainingArguments(str(output), **settings)
     parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW, {"params": groups, "lr": learning_rate, "betas": (0.9, 0.95), "fused": True}
+    optimizer = (
+        torch.optim.AdamW,
+        {"params": groups, "lr": settings.learning_rate, "betas": (0.9, 0.95), "fused": True},
+    )
     stop = _StopWhenAsked()
     trainer = _StageTrainer(
-        stage, TrainingArguments(**settings), collate, train_dataset=rows, eval_dataset=eval_rows, callbacks=[stop],
+        stage, settings, collate, train_dataset=rows, eval_dataset=eval_rows, callbacks=[stop],
         optimizer_cls_and_kwargs=optimizer,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=_last_checkpoint(output))
