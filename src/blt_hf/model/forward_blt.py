@@ -269,14 +269,9 @@ def find_patches(
             "`patch_in_forward=False`: pass `patch_lengths`, or give it one with `set_patcher`."
         )
     ends = find_patch_ends(
-        rule,
-        chunk.input_ids,
-        entropies,
-        chunk.text_positions,
-        chunk.history,
-        chunk.past_entropies,
+        rule, chunk.input_ids, entropies, chunk.text_positions, chunk.history, chunk.past_entropies,
         chunk.previous.open_bytes,
-    )
+    )  # fmt: skip
     return entropies, ends
 
 

@@ -380,12 +380,9 @@ class BltForSequenceClassification(_BltClassifier):
             check_row_labels(labels, logits, self.config.problem_type)
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        )  # fmt: skip
 
 
 class BltForTokenClassification(_BltClassifier):
