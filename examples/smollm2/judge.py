@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, set_seed
 from transformers.utils import logging
 
 import blt_hf  # noqa: F401 (makes the Auto classes know BLT)
@@ -68,24 +68,31 @@ class _LongEnough(StoppingCriteria):
 
 
 @torch.no_grad()
-def ask(model, tokenizer, question: str, stop_within: int = MAX_BYTES) -> tuple[str, bool]:
-    """Returns the first 120 bytes of the greedy answer, and whether the model ended it in `stop_within` bytes."""
+def ask(model, tokenizer, question: str, stop_within: int = MAX_BYTES, temperature: float = 0.0) -> tuple[str, bool]:
+    """Returns the first 120 bytes of the answer, and whether the model ended it in `stop_within` bytes.
+
+    `temperature`: of sampling; 0: the answer is greedy.
+    """
     messages = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     inputs = inputs.to(model.device)
     length = inputs["input_ids"].shape[1]
     stop = [_LongEnough(tokenizer, length, stop_within)]
-    ids = model.generate(**inputs, max_new_tokens=stop_within, do_sample=False, stopping_criteria=stop)[0, length:]
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    ids = model.generate(**inputs, **sampling, max_new_tokens=stop_within, stopping_criteria=stop)[0, length:]
     ends = model.generation_config.eos_token_id
     stopped = ids[-1].item() in (ends if isinstance(ends, list) else [ends])
     return cut(tokenizer.decode(ids, skip_special_tokens=True)), stopped
 
 
-def judge(model, tokenizer, questions: list[dict], stop_within: int = MAX_BYTES) -> list[dict]:
+def judge(
+    model, tokenizer, questions: list[dict], stop_within: int = MAX_BYTES, temperature: float = 0.0
+) -> list[dict]:
     """Asks all questions; each result has `question`, `answer`, `right` and `stopped`."""
     results = []
+    set_seed(0)
     for entry in questions:
-        answer, stopped = ask(model, tokenizer, entry["question"], stop_within)
+        answer, stopped = ask(model, tokenizer, entry["question"], stop_within, temperature)
         right = is_right(answer, entry["expected"])
         results.append({**entry, "answer": answer, "right": right, "stopped": stopped})
     return results
@@ -118,10 +125,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file for counts and answers")
     parser.add_argument("--limit", type=int, help="only so many questions")
     parser.add_argument("--stop-within", type=int, default=MAX_BYTES, help="bytes in which an answer is to end")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0: greedy")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     model, tokenizer = load(arguments.model)
-    results = judge(model, tokenizer, read_questions()[: arguments.limit], arguments.stop_within)
+    results = judge(
+        model, tokenizer, read_questions()[: arguments.limit], arguments.stop_within, arguments.temperature
+    )
     for result in results:
         print("right" if result["right"] else "WRONG", result["question"], repr(result["answer"]))
     write(results, arguments.output, Path(arguments.model).name)

@@ -67,8 +67,8 @@ def make_prompts(words: dict[str, list[str]], known: list[str], chance: random.R
         prompts += [template.format(name) for template in chance.sample(TABLES["places"]["country"], 4)]
     for name in TABLES["cities"]:
         prompts += [template.format(name) for template in chance.sample(TABLES["places"]["city"], 4)]
-    for name in TABLES["young"]:
-        prompts += [f"What do you call a baby {name}?", f"What do you call a group of {name}s?"]
+    for name in TABLES["herds"]:
+        prompts.append(f"What do you call a group of {name}s?")
     for riddle in TABLES["riddles"]:
         prompts += [f"Which animal {riddle}?", f"What {riddle}?"]
     for kind, titles in TABLES["titles"].items():

@@ -77,6 +77,13 @@ def test_sampled_answers_are_text_and_the_same_each_time(pair):
     assert all(chat["answer"] and "\ufffd" not in chat["answer"] for chat in chats)
 
 
+def test_the_judge_samples_the_same_answers_each_time(pair):
+    questions = judge.read_questions()[:3]
+    greedy = judge.judge(*pair["blt"], questions, 30)
+    sampled = judge.judge(*pair["blt"], questions, 30, temperature=2.0)
+    assert sampled == judge.judge(*pair["blt"], questions, 30, temperature=2.0) != greedy
+
+
 def test_memory_is_that_of_the_measured_process_alone(folder):
     """A process that starts it may be larger."""
     ballast = torch.ones(300, 2**20)  # 1.2 GB
