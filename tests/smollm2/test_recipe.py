@@ -1,6 +1,8 @@
 """The recipe of `blt-smollm2-135m`: its texts, the measurement before training, what is kept, the curve."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from blt_hf.conversion.smollm2 import GGUF_FILE
 from blt_hf.model.patching_blt import PatchingRule
 from blt_hf.training.byteify import byteify
 from blt_hf.training.learned import collect
@@ -32,6 +35,12 @@ EXAMPLE = Path(ceiling.__file__).parent
 def run(script: str, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, EXAMPLE / script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def make_llama(tokenizer, **settings) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **settings}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).eval()
 
 
 def write(path: Path, text: str) -> Path:
@@ -83,14 +92,9 @@ def test_prompts_like_the_questions_are_none_of_them():
     assert 'Who wrote the novel "Emma"?' in made and "What is the capital of Finland?" in made
 
 
-def test_prompts_are_quoted_behind_the_back_of_the_token_model(tmp_path):
-    torch.manual_seed(0)
+def test_rows_get_the_marks_that_the_token_model_did_not_read(tmp_path):
     tokenizer = make_tokenizer()
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-        )
-    ).eval()
+    llama = make_llama(tokenizer)
     alphabet, rule = TokenAlphabet.of(tokenizer, {"<|im|>": 261}, END), PatchingRule("space")
     chats = [f"<|im|>user\n{prompt}<|im|>\nthe hill sat on" for prompt in ("of the cat?", "of the mat?")]
     quoted = [chats[0].replace("the cat?", '"the cat"?'), chats[1]]
@@ -118,18 +122,8 @@ def test_prompts_are_quoted_behind_the_back_of_the_token_model(tmp_path):
 
 
 def test_a_vector_for_a_word_and_its_mark_is_measured():
-    torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            initializer_range=0.5,
-        )
-    )
+    model = make_llama(tokenizer, hidden_size=32, initializer_range=0.5)
     tokens = tokenizer(" the cat, sat on. zz?").input_ids
     groups = marks.group_tokens(tokenizer, tokens)
     assert [tokenizer.decode([tokens[at] for at in group]) for group in groups if len(group) > 1] == [
@@ -143,10 +137,8 @@ def test_a_vector_for_a_word_and_its_mark_is_measured():
 
 
 def test_states_are_read_by_the_head_of_the_token_model():
-    torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    llama = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, initializer_range=0.5, **shape)).eval()
+    llama = make_llama(tokenizer, hidden_size=32, initializer_range=0.5)
     config = json.loads((EXAMPLE / "config.json").read_text())
     local = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
     local["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
@@ -168,13 +160,8 @@ def test_states_are_read_by_the_head_of_the_token_model():
 
 
 def test_bits_are_split_by_what_they_are_spent_on():
-    torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-        )
-    ).eval()
+    model = make_llama(tokenizer)
     alphabet = TokenAlphabet.of(tokenizer, end_token=END)
     texts = [" the cat, the hilly mat. " * 3]
     figures = ceiling.measure(model, tokenizer, alphabet, texts, ceiling.count_followers(make_texts(20, 0)))
@@ -217,6 +204,21 @@ def test_the_curve_is_drawn_from_the_logs(tmp_path):
 
 def test_the_sitting_is_a_script_that_sh_reads():
     assert subprocess.run(["sh", "-n", EXAMPLE / "train.sh"], check=False).returncode == 0
+
+
+def test_a_bundle_for_a_gpu_holds_the_texts_of_a_sitting(tmp_path):
+    pytest.importorskip("gguf")
+    work = tmp_path / "work"
+    work.mkdir()
+    read = set(re.findall(r"\$work/(\w+\.txt|texts\.jsonl)", (EXAMPLE / "train.sh").read_text()))
+    for name in {*read, GGUF_FILE}:
+        write(work / name, name)
+    script = EXAMPLE.parents[1] / "scripts/smollm2_gpu.sh"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["sh", script, "bundle", work, work, tmp_path / "bundle"]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "PATH": path})
+    assert read >= {"texts.jsonl", "prompts.txt", "questions.txt", "plain.txt"}
+    assert read <= {path.name for path in (tmp_path / "bundle/2").iterdir()}
 
 
 def test_exercises_are_right_and_hold_no_word_of_the_test():
