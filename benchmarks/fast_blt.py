@@ -21,7 +21,7 @@ from pydoc_data.topics import topics
 import torch
 from common import SHAPES, Contestant, add_arguments, build_blt, interleave, random_ids, report, set_up, timed
 
-from blt_hf import BltForCausalLM, BltTokenizer
+from blt_hf import BltForCausalLM, BltTokenizer, speculation
 from blt_hf.fast_blt import blocks
 
 
@@ -40,16 +40,19 @@ class Counts:
 
     def __init__(self, model: BltForCausalLM):
         self.clear()
-        make = model.make_runner
+        make, draft = model.make_runner, speculation.draft
 
         def made(*arguments):
             runner = make(*arguments)
-            self._count(runner, "step", "passes")
-            self._count(runner, "next", "passes")
-            self._count(runner, "draft", "drafts")
+            self._count(runner, "step")
+            self._count(runner, "next")
             return runner
 
-        model.make_runner = made
+        def drafted(runner, input_ids, count: int, choose):
+            self.drafts += count
+            return draft(runner, input_ids, count, choose)
+
+        model.make_runner, speculation.draft = made, drafted
         fill = blocks.fill_block
 
         def filled(*arguments):
@@ -59,12 +62,11 @@ class Counts:
 
         blocks.fill_block = filled
 
-    def _count(self, runner, name: str, counter: str) -> None:
+    def _count(self, runner, name: str) -> None:
         method = getattr(runner, name)
 
         def counted(*arguments):
-            number = arguments[1] if name == "draft" else 1  # bytes of a window
-            setattr(self, counter, getattr(self, counter) + number)
+            self.passes += 1
             return method(*arguments)
 
         setattr(runner, name, counted)
@@ -172,7 +174,9 @@ def measure_proportions(arguments, trained: list[dict]) -> list[dict]:
         return seconds
 
     def draft() -> float:
-        return timed(lambda: runner.draft(ids[:, start : start + 1], 1, lambda logits, step: (ids[:, :1],)), device)
+        return timed(
+            lambda: speculation.draft(runner, ids[:, start : start + 1], 1, lambda logits, step: (ids[:, :1],)), device
+        )
 
     def reading(size: int) -> float:
         block = ids[:, start : start + size]

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blt_hf import speculation
+
 
 @dataclass
 class Count:
@@ -113,7 +115,7 @@ def count_draft(model, prompt: torch.Tensor, first: int = 7, num_bytes: int = 8)
         ids = prompt[:, -1:]
 
         def draft(number: int):
-            runner.draft(ids, number, lambda logits, step: (logits.argmax(dim=-1),))
+            speculation.draft(runner, ids, number, lambda logits, step: (logits.argmax(dim=-1),))
 
         draft(first + num_bytes)
         return (count(lambda: draft(first + num_bytes)) - count(lambda: draft(first))) / num_bytes

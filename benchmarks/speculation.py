@@ -31,7 +31,7 @@ from common import (
 )
 from transformers import CompileConfig, set_seed
 
-from blt_hf import BltCache, BltForCausalLM, BltTokenizer
+from blt_hf import BltCache, BltForCausalLM, BltTokenizer, speculation
 
 
 PROMPTS = ["with", "import", "class", "exceptions", "while", "lambda", "numbers", "strings"]
@@ -44,25 +44,24 @@ WAYS = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True, "tempera
 class Counts:
     """Drafts that were verified and accepted, and passes of the whole model, since the last `clear`."""
 
-    def __init__(self, model: BltForCausalLM):
+    def __init__(self):
         self.clear()
-        make = model._draft_source
+        make = speculation.make_source
 
         def counted(*arguments):
             source = make(*arguments)
-            if source is not None:
-                update = source.update
+            update = source.update
 
-                def count(drafted: list[int], accepted: list[int]) -> None:
-                    self.drafted += sum(drafted)
-                    self.accepted += sum(accepted)
-                    self.passes += sum(1 for number in drafted if number)
-                    update(drafted, accepted)
+            def count(drafted: list[int], accepted: list[int]) -> None:
+                self.drafted += sum(drafted)
+                self.accepted += sum(accepted)
+                self.passes += sum(1 for number in drafted if number)
+                update(drafted, accepted)
 
-                source.update = count
+            source.update = count
             return source
 
-        model._draft_source = counted
+        speculation.make_source = counted
 
     def clear(self) -> None:
         self.drafted = self.accepted = self.passes = 0
@@ -81,7 +80,7 @@ def compare(
     model, batches: list[dict], arguments, sampling: dict, schedules: dict[str, dict], facts: dict
 ) -> list[dict]:
     """A row for each window: what was accepted, and bytes a second, against plain decoding in the same turns."""
-    counts, num_bytes = Counts(model), arguments.new_bytes
+    counts, num_bytes = Counts(), arguments.new_bytes
     settings = {"max_new_tokens": num_bytes, "min_new_tokens": num_bytes, "eos_token_id": None, "pad_token_id": 0}
     settings.pop("min_new_tokens")  # which would be a processor of its own; no text ends without an `eos`
     if not arguments.no_compile:
@@ -166,7 +165,8 @@ def measure_parts(arguments, turns: int = 20) -> dict:
     def draft() -> float:
         start = cache.get_seq_length()
         return timed(
-            lambda: runner.draft(ids[:, start : start + 1], 1, lambda logits, step: (ids[:, :1],)), arguments.device
+            lambda: speculation.draft(runner, ids[:, start : start + 1], 1, lambda logits, step: (ids[:, :1],)),
+            arguments.device,
         )
 
     parts = {"byte": lambda: read(1), "draft": draft, "verification of 8": lambda: read(8)}
@@ -186,7 +186,7 @@ def measure_proportions(arguments, trained: list[dict]) -> list[dict]:
     prompt = {"input_ids": random_ids(1, PROMPT_BYTES, arguments.device)}
     goal = next(row["accepted"] for row in trained if row["window"] == "8" and row["rows"] == 1)
     weights = [cross.v_proj.weight for cross in model.model.local_decoder.cross_attn_layers]
-    counts, low, high, scale = Counts(model), 0.0, 1.0, 1.0
+    counts, low, high, scale = Counts(), 0.0, 1.0, 1.0
     for _ in range(7):  # how much the global transformer says, by bisection
         counts.clear()
         model.generate(

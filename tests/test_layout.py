@@ -30,7 +30,7 @@ HOLDS = {
     "model/test_patches_blt.py": ["patches/data", "patches/display"],
     "model/test_patching_blt.py": ["patches/lengths"],
     "model/test_products.py": ["products"],
-    "model/test_speculation.py": ["auto_speculation"],
+    "model/test_speculation.py": ["speculation"],
     "model/test_unmasking_blt.py": ["fast_blt/blocks"],
     "serving/test_ragged.py": ["serving/row_layers"],
     "smollm2/test_assemble.py": ["conversion/smollm2", "cli/get"],

@@ -304,15 +304,9 @@ class _Capturing:
         ids, scores = choose(logits)
         return logits, scores, self._read_held(ids, None)
 
-    def _draft(self, ids: Tensor, count: int, choose: Callable) -> list[tuple]:
-        if self.graphs is None or not choose.is_on_device:
-            return super()._draft(ids, count, choose)
-        draft = super()._draft
-        return self.graphs.run(("drafts", count), lambda ids: draft(ids, count, choose), ids)
-
-    def _hold_patch(self, holds: bool) -> None:
+    def hold_patch(self, holds: bool) -> None:
         if self.graphs is None:
-            super()._hold_patch(holds)
+            super().hold_patch(holds)
 
     def _run_read(self, input_ids: Tensor, lengths: Tensor | None):
         if self.graphs is None:

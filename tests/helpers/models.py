@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from blt_hf import BltConfig, BltForCausalLM
 from blt_hf.model.layers_blt import BltLexicon
+from blt_hf.speculation import draft
 from blt_hf.training.byteify import spell_lexicon
 from helpers.texts import encode
 
@@ -67,7 +68,7 @@ def draft_logits(runner, ids: torch.Tensor) -> torch.Tensor:
         return ids[:, step + 1 : step + 2], logits
 
     choose.is_on_device = True
-    return torch.cat([logits for _, logits in runner.draft(ids[:, :1], ids.shape[1], choose)], dim=1)
+    return torch.cat([logits for _, logits in draft(runner, ids[:, :1], ids.shape[1], choose)], dim=1)
 
 
 def make_model(config: BltConfig | None = None, model_class=BltForCausalLM, seed: int = 0):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from blt_hf import BltConfig, BltForCausalLM
+from blt_hf import BltConfig, BltForCausalLM, speculation
 from blt_hf.model import modeling_blt, packed_blt
 from blt_hf.model.layers_blt import BltMLP, BltRMSNorm, BltSelfAttention
 from blt_hf.model.packed_blt import PackedStacks
@@ -86,7 +86,7 @@ def test_bytes_that_read_the_same_patch(rule):
         return logits.argmax(dim=-1), logits
 
     for start in range(20, 50, 3):
-        drafts, expected = (runner.draft(ids[:, start : start + 1], 4, draft) for runner in runners)
+        drafts, expected = (speculation.draft(runner, ids[:, start : start + 1], 4, draft) for runner in runners)
         for (found, logits), (of_modules, logits_of_modules) in zip(drafts, expected):
             assert found.equal(of_modules)
             assert_same(logits, logits_of_modules)

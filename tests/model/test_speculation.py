@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import BaseStreamer
 
-from blt_hf.auto_speculation import AutoSpeculation
-from blt_hf.model.generation_blt import Drafts, DraftSource, SelfSpeculation, accept
+from blt_hf import speculation
 from blt_hf.model.step_blt import StepRunner
+from blt_hf.speculation import AutoSpeculation, Drafts, DraftSource, SelfSpeculation, accept
 from blt_hf.tokenizer.tokenization import BltTokenizer
 from helpers.checks import assert_samples_follow_the_model, cases
 from helpers.models import draft_logits, make_model, model_for, rules, tiny_config
@@ -257,7 +257,7 @@ def test_drafts_equal_the_whole_model_while_no_patch_ends():
     torch.testing.assert_close(drafted, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_another_source_of_drafts():
+def test_another_source_of_drafts(monkeypatch):
     """Sources are asked for drafts and told what became of them; the text is the model's."""
 
     class Copy(DraftSource):
@@ -275,10 +275,9 @@ def test_another_source_of_drafts():
             self.accepted += accepted
 
     model, source = make_model(seed=5), Copy()
-    model._draft_source = lambda *args: source
+    monkeypatch.setattr(speculation, "make_source", lambda *args: source)
     ids, mask = pad([encode("some text"), encode("and é")], "left")
-    drafted = model.generate(ids, attention_mask=mask, **GREEDY)
-    del model._draft_source
+    drafted = model.generate(ids, attention_mask=mask, self_speculation_window=3, **GREEDY)
     assert torch.equal(drafted, model.generate(ids, attention_mask=mask, **GREEDY))
     assert source.accepted
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from blt_hf.model.generation_blt import may_keep_state
+from blt_hf.speculation import may_keep_state
 from helpers.diffusion import diffusion_model
 from helpers.models import make_model
 from helpers.texts import encode

@@ -19,7 +19,7 @@ Fields of the generation configuration, and arguments of `generate`, for a model
     verify (default False): read each block once and let the whole model verify it: greedy text is that of normal
         decoding, and sampling keeps its distribution. Without it the text depends on block size and thresholds.
 
-BLT-DV fills in all masks at once and lets the whole model verify them, like other drafts (`generation_blt.py`).
+BLT-DV fills in all masks at once and lets the whole model verify them, like other drafts (`blt_hf.speculation`).
 
 Dimension letters: `B` rows, `K` bytes of a block (its last byte of the text included), `V` vocabulary, `W` width.
 """
@@ -34,9 +34,10 @@ from ..model.attention_blt import SlotSpan
 from ..model.cache_blt import BltCache
 from ..model.chunk_blt import assign_patches, next_bytes
 from ..model.forward_blt import ForwardInputs, ForwardSettings, read_bytes
-from ..model.generation_blt import Drafts, DraftSource, RaggedText, finish_rows
+from ..model.generation_blt import RaggedText
 from ..model.layers_blt import LatentIndex
 from ..model.step_blt import StepRunner
+from ..speculation import Drafts, DraftSource, finish_rows, is_in_order, put_drafts
 
 
 UNMASKING_RULES = ("confidence", "entropy")
@@ -245,8 +246,8 @@ def fill_block(
         block = torch.cat([last, ids], dim=1)
         new_logits = read(model, cache, last_state, block, torch.nn.functional.pad(is_masked, (1, 0)), runner.packed)
         if text.with_context:
-            text.put_drafts(ids)
-        new_scores = new_logits if text.is_in_order else text.process(new_logits)
+            put_drafts(text, ids)
+        new_scores = new_logits if is_in_order(text) else text.process(new_logits)
         if do_sample:
             drawn = torch.multinomial(new_scores.softmax(dim=-1).flatten(0, 1), num_samples=1).view_as(ids)
         else:

@@ -4,7 +4,6 @@ Dimension letters: `B` rows, `S` queries, `T` keys, `P` patches, `K` latents a p
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ class AttentionSpan:
         is_long = window is not None and (is_exporting() or num_queries > window)
         if is_long and not in_one_piece and implementation in ("eager", "sdpa"):
             self.block = min(max(window, 32), 128)
-        self._masks: dict[tuple, object] = {}
+        self.masks: dict[tuple, object] = {}
         self.sees_all = False  # every query sees all keys
         self.rotations: dict[int, Tensor] = {}  # of packed stacks, which share a span
         self._head: AttentionSpan | None = None
@@ -97,15 +96,15 @@ class AttentionSpan:
         """
         # Stacks that share a span may differ in dtype and device.
         key = None if build is None else build.__name__, query.dtype, query.device
-        if key not in self._masks:
+        if key not in self.masks:
             mask = None if self.sees_all else (build or self._build_mask)(query.device)
             if isinstance(mask, Tensor) and self.implementation in ("eager", "sdpa"):
                 # Of bools, sdpa would make floats in every layer, and keep them for its backward.
                 mask = (mask * torch.finfo(torch.float32).min).to(query.dtype)
             elif isinstance(mask, Tensor):
                 mask = ~mask
-            self._masks[key] = mask
-        return self._masks[key]
+            self.masks[key] = mask
+        return self.masks[key]
 
     def _build_mask(self, device: torch.device):
         num_keys = self.num_past + self.num_queries
@@ -252,29 +251,6 @@ class SlotSpan(AttentionSpan):
             return (queries[row, query] - key) % num_slots <= oldest[row, query]
 
         return create_block_mask(visible, queries.shape[0], None, queries.shape[1], num_slots, device=device)
-
-    def split(self, like: Tensor, stack=None) -> list["SlotSpan"]:
-        """Makes the span of each query alone; masks, and rotations of a [`PackedStack`], are made for all of them at once.
-
-        `like`: of the dtype and device of queries.
-        """
-        positions = self.query_positions
-        starts = [None] * positions.shape[1] if self.start is None else self.start.split(1, dim=1)
-        indices = self.slot_index.index.view(positions.shape).unbind(1)
-        spans = [
-            SlotSpan(
-                self.num_slots, one, self.window, start, self.implementation, replace(self.slot_index, index=index)
-            )
-            for one, start, index in zip(positions.split(1, dim=1), starts, indices)
-        ]
-        mask = self.mask(like)
-        if isinstance(mask, Tensor):  # not one of flex attention
-            for span, own in zip(spans, mask.split(1, dim=2)):
-                span._masks[None, like.dtype, like.device] = own
-        if stack is not None:
-            for span, own in zip(spans, stack.split_rotation(positions, like)):
-                span.rotations[stack.rotation_key] = own
-        return spans
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, segment: Tensor, scaling: float) -> Tensor:

@@ -1,14 +1,10 @@
-"""The loops of `generate` for a BLT: rows that grow by different numbers, drafts, and the hooks of transformers.
+"""The loop of `generate` for a BLT, and the hooks of transformers.
 
-[`RaggedText`] keeps the promises of `generate` for each row while it is written. *Drafting*: a source proposes bytes for
-each row, one pass of the whole model verifies them, and each row accepts its own number. Self-speculation (BLT-S, arXiv
-2605.08044) is the first source: encoder and decoder draft alone. Greedy text is that of decoding byte by byte; sampling
-keeps its distribution. The mixin makes the cache and hands the model its next bytes; all else is transformers'.
+[`RaggedText`] keeps the promises of `generate` for each row while it is written: with drafts (`blt_hf.speculation`), rows
+grow by different numbers. The mixin makes the cache and hands the model its next bytes; all else is transformers'.
 """
 
-from abc import ABC, abstractmethod
 from contextlib import closing
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -18,7 +14,6 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import (
     EosTokenCriteria,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteriaList,
@@ -29,55 +24,19 @@ from .cache_blt import BltCache, cache_to_write
 from .checks_blt import check_tensor
 from .names_blt import CACHE_NAME, import_from_package, import_where_installed, takes_cache
 from .patching_blt import BOE_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID
-from .step_blt import StepRunner, captures_by_default, round_up_bytes
+from .step_blt import StepRunner, captures_by_default
 
 
-def _classes(names: str) -> set[type]:
+def processor_classes(names: str) -> set[type]:
+    """Finds the classes of transformers' logits processors with these names."""
     return {getattr(generation, name) for name in names.split()}
 
 
 # Processors that look at one distribution alone, so that those of several bytes may go through them at once.
-_WITHOUT_CONTEXT = _classes(
+WITHOUT_CONTEXT = processor_classes(
     "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper TypicalLogitsWarper "
     "SuppressTokensLogitsProcessor"
 )
-# Processors that look at the text that they are given, and remember nothing of it.
-_WITHOUT_STATE = _WITHOUT_CONTEXT | _classes(
-    "EpsilonLogitsWarper EtaLogitsWarper ExponentialDecayLengthPenalty ForcedBOSTokenLogitsProcessor "
-    "ForcedEOSTokenLogitsProcessor InfNanRemoveLogitsProcessor LogitNormalization MinLengthLogitsProcessor "
-    "MinNewTokensLengthLogitsProcessor NoBadWordsLogitsProcessor NoRepeatNGramLogitsProcessor "
-    "PrefixConstrainedLogitsProcessor RepetitionPenaltyLogitsProcessor SequenceBiasLogitsProcessor "
-    "SuppressTokensAtBeginLogitsProcessor WatermarkLogitsProcessor"
-)
-
-
-def may_keep_state(processor) -> bool:
-    """Tells whether a logits processor may remember its last text, so that it must see each byte once and in order.
-
-    A user's processor says so by an attribute `keeps_state`. Without it, any function may, and any object with attributes.
-    """
-    if type(processor) in _WITHOUT_STATE:
-        return False
-    is_function = not isinstance(processor, LogitsProcessor)
-    return bool(getattr(processor, "keeps_state", is_function or vars(processor)))
-
-
-def check_processors(processors: LogitsProcessorList, generation_config, num_rows: int) -> None:
-    """Raises a `ValueError` where drafts or blocks would show a processor with a state bytes out of order."""
-    window, size = generation_config.self_speculation_window, generation_config.diffusion_block_size
-    is_verified = size is None or generation_config.verify
-    stateful = next(filter(may_keep_state, processors), None)
-    if stateful is None or (window is None and size is None) or (is_verified and num_rows == 1):
-        return
-    is_guidance = type(stateful) is generation.UnbatchedClassifierFreeGuidanceLogitsProcessor
-    argument = "guidance_scale" if is_guidance else "logits_processor"
-    field = f"self_speculation_window={window}" if size is None else f"diffusion_block_size={size}"
-    raise ValueError(
-        f"`{argument}` asks for a {type(stateful).__name__}, which may keep a state and so must see each byte of a text "
-        f"once and in order; with `{field}` that is possible for one row whose drafts are verified, and got "
-        f"{num_rows} rows{'' if is_verified else ' and no `verify`'}. Leave out one of the two. (A processor that keeps "
-        "no state may say so by an attribute `keeps_state = False`.)"
-    )
 
 
 class RaggedText:
@@ -90,7 +49,6 @@ class RaggedText:
     Attributes:
         lengths: columns of each row, on the host.
         with_context: logits processors that look at the text.
-        is_in_order: one of them may keep a state, so drafts are made without the processors.
         stops: length at which each row met a stopping criterion; None: it has not.
     """
 
@@ -112,8 +70,7 @@ class RaggedText:
         self._written = [0] * rows  # how many of these the tensor has
         self.lengths, self.stops = [columns] * rows, [None] * rows
         self.logits_processor, self.streamer = logits_processor, streamer
-        self.with_context = [processor for processor in logits_processor if type(processor) not in _WITHOUT_CONTEXT]
-        self.is_in_order = any(map(may_keep_state, logits_processor))
+        self.with_context = [processor for processor in logits_processor if type(processor) not in WITHOUT_CONTEXT]
         # As in transformers, only `eos` makes a row that has stopped wait for the others; else it goes on beside them.
         self.waits = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self.eos_token_ids, self._criteria = set(), StoppingCriteriaList()
@@ -168,14 +125,6 @@ class RaggedText:
             return ids
         has_stopped = torch.tensor([[stop is not None] for stop in self.stops], device=ids.device)
         return ids.masked_fill(has_stopped, self.pad_token_id)
-
-    def put_drafts(self, ids: Tensor) -> None:
-        """Writes drafts `(B, k)` behind the texts, for `process` to see; they are not part of them."""
-        offsets = torch.arange(ids.shape[1], device=ids.device)
-        columns = torch.tensor(self.lengths, device=ids.device)[:, None] + offsets
-        rows = torch.arange(len(self.lengths), device=ids.device)[:, None].expand_as(columns)
-        fits = columns < self.max_length
-        self.sequences[rows[fits], columns[fits]] = ids[fits]
 
     def process(self, logits: Tensor, ahead: int = 0) -> Tensor:
         """Applies the logits processors to fp32 logits `(B, S, V)`, the `i`-th after text and `ahead + i` drafts.
@@ -279,21 +228,6 @@ class RaggedText:
         return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits, **{CACHE_NAME: cache})
 
 
-@dataclass
-class Drafts:
-    """Holds proposed bytes.
-
-    Attributes:
-        ids: int64 `(B, k)`.
-        lengths: how many of them count in each row.
-        probs: fp32 `(B, k, V)`, the distribution that each was drawn from. None: they were not drawn.
-    """
-
-    ids: Tensor
-    lengths: list[int]
-    probs: Tensor | None = None
-
-
 class NextByte:
     """Chooses the next byte of each row.
 
@@ -326,201 +260,6 @@ class NextByte:
         return torch.multinomial(probs, num_samples=1) if self.draw is None else self.draw(probs, index), probs
 
 
-class DraftedByte(NextByte):
-    """Chooses each byte of a draft, for [`StepRunner.draft`]."""
-
-    def __init__(self, text: RaggedText, do_sample: bool, draw=None):
-        super().__init__(text, do_sample, draw)
-        self.is_on_device, self._ids = text.is_in_order or not text.with_context, []
-
-    def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """Chooses ids, and gives the probabilities, as `choose` does."""
-        text, self._ids = self.text, self._ids if step else []
-        if step and text.with_context:
-            text.put_drafts(torch.cat(self._ids, dim=1))
-        ids, probs = self.choose(logits if text.is_in_order else text.process(logits, ahead=step), step)
-        self._ids.append(ids)
-        return ids, probs
-
-
-class DraftSource(ABC):
-    """Proposes bytes for the rows of a batch."""
-
-    @abstractmethod
-    def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
-        """Makes drafts for each row, at most `limits[b]`.
-
-        The cache has read all bytes of `text` but the last one of each row, and must be left as it was: `crop_rows` takes
-        back other bytes.
-        """
-
-    def update(self, drafted: list[int], accepted: list[int]) -> None:
-        """Learns how many drafts of each row were verified, and how many accepted; rows that wait have 0 of both."""
-        return
-
-
-class SelfSpeculation(DraftSource):
-    """Drafts as BLT-S does: by encoder and decoder alone, on the last closed patch, as if no patch ended.
-
-    Args:
-        runner: a [`StepRunner`] that gives logits.
-        num_rows: rows of the batch.
-        window: bytes to draft.
-        is_adaptive: each row's window grows by two bytes after all of its drafts were accepted and shrinks by one
-            otherwise; the batch drafts the mean of its rows' windows.
-        do_sample: draw the drafts from processed logits.
-    """
-
-    def __init__(self, runner: StepRunner, num_rows: int, window: int, is_adaptive: bool, do_sample: bool):
-        self.runner, self.windows = runner, [window] * num_rows
-        self.is_adaptive, self.do_sample = is_adaptive, do_sample
-        self.choose: DraftedByte | None = None
-
-    @torch.no_grad()
-    def propose(self, text: RaggedText, cache: BltCache, limits: list[int]) -> Drafts:
-        windows = [window for window, limit in zip(self.windows, limits) if limit > 0]
-        window = -(-sum(windows) // len(windows)) if windows else 0
-        window = min(window, max(limits), cache.slack - 1)
-        pending = text.last_ids()
-        if not window:
-            return Drafts(pending[:, :0], [0] * len(limits))
-        if self.choose is None or self.choose.text is not text:
-            draw = None if self.runner.graphs is None else self.runner.graphs.draw(cache.slack)
-            self.choose = DraftedByte(text, self.do_sample, draw)
-        self.choose.prepare(window)
-        ids, probs = zip(*self.runner.draft(pending, window, self.choose))
-        lengths = [min(limit, window) for limit in limits]
-        return Drafts(torch.cat(ids, dim=1), lengths, torch.stack(probs, dim=1) if self.do_sample else None)
-
-    def update(self, drafted: list[int], accepted: list[int]) -> None:
-        if self.is_adaptive:
-            self.windows = [
-                window if not d else window + 2 if a == d else max(window - 1, 1)
-                for window, d, a in zip(self.windows, drafted, accepted)
-            ]
-
-
-@torch.no_grad()
-def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool) -> tuple:
-    """Runs the whole model over the last byte of each row and its drafts, and accepts some of them.
-
-    Each row accepts drafts up to the first that the model would not have written (greedy), or by speculative sampling
-    (arXiv 2211.17192, algorithm 1), and gets one byte of the model's own behind them. The cache has read all of these but
-    the last one then; rows that wait are left alone.
-
-    Returns:
-        ids `(B, k + 1)`, on the host or the device; counts: how many of them each row gets; logits and scores: fp32
-        `(B, k + 1, V)`.
-    """
-    is_active = text.active
-    lengths = [count + 1 if active else 0 for count, active in zip(drafts.lengths, is_active)]
-    num_drafts = drafts.ids.shape[1]
-    is_full = min(lengths) == num_drafts + 1
-    if num_drafts == 0:
-        logits = runner.step(text.last_ids(), None if is_full else lengths)
-        scores = text.process(logits)
-        ids = torch.multinomial(scores[:, 0].softmax(dim=-1), num_samples=1) if do_sample else scores.argmax(dim=-1)
-        return ids, lengths, logits, scores
-    input_ids = torch.cat([text.last_ids(), drafts.ids], dim=1)
-    logits = runner.step(input_ids, None if is_full else lengths)
-    if text.with_context:
-        text.put_drafts(drafts.ids)
-    if text.is_in_order:
-        ids, accepted, scores = accept_in_order(text, logits, drafts, do_sample)
-    else:
-        scores = text.process(logits)
-        ids, accepted = accept(scores, drafts, do_sample)
-    accepted, ids = zip(*((row[0], row[1:]) for row in torch.cat([accepted[:, None], ids], dim=1).tolist()))
-    kept = map(min, accepted, drafts.lengths)
-    counts = [count + 1 if active else 0 for count, active in zip(kept, is_active)]
-    runner.cache.crop_rows([length - count for length, count in zip(lengths, counts)])
-    return ids, counts, logits, scores
-
-
-def accept(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Tensor]:
-    """Chooses ids `(B, k + 1)` and how many drafts are accepted `(B,)`, from processed scores `(B, k + 1, V)`."""
-    rows, num_drafts = drafts.ids.shape
-    lengths = torch.tensor(drafts.lengths, device=scores.device)
-    exists = torch.arange(num_drafts, device=scores.device) < lengths[:, None]
-    if not do_sample:
-        ids = scores.argmax(dim=-1)
-        is_accepted = (ids[:, :num_drafts] == drafts.ids) & exists
-        return ids, is_accepted.long().cumprod(dim=1).sum(dim=1)
-    probs = scores.softmax(dim=-1)
-    proposed = drafts.probs
-    if proposed is None:  # the whole probability of a draft that was not drawn is its own
-        proposed = torch.nn.functional.one_hot(drafts.ids, probs.shape[-1]).to(probs.dtype)
-    of_model = probs[:, :num_drafts].gather(2, drafts.ids[..., None])[..., 0]
-    of_draft = proposed.gather(2, drafts.ids[..., None])[..., 0]
-    is_accepted = (torch.rand_like(of_model) * of_draft < of_model) & exists
-    accepted = is_accepted.long().cumprod(dim=1).sum(dim=1)
-    # After a refused draft, the next byte comes from the excess of the model over the draft; else from the model.
-    proposed = torch.cat([proposed * exists[..., None], torch.zeros_like(probs[:, :1])], dim=1)
-    at = accepted[:, None, None].expand(-1, 1, probs.shape[-1])
-    model_probs, draft_probs = probs.gather(1, at)[:, 0], proposed.gather(1, at)[:, 0]
-    rest = (model_probs - draft_probs).clamp_min(0)
-    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, model_probs)
-    own = torch.multinomial(rest, num_samples=1)
-    ids = torch.cat([drafts.ids, own], dim=1)
-    is_own = torch.arange(num_drafts + 1, device=ids.device) == accepted[:, None]
-    return torch.where(is_own, own, ids), accepted
-
-
-def accept_in_order(
-    text: RaggedText, logits: Tensor, drafts: Drafts, do_sample: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Does the same for one row whose logits processors see a draft only when it is accepted; returns scores, too."""
-    ids, scores, count = [], logits.clone(), 0
-    for step in range(drafts.lengths[0] + 1):
-        scores[:, step] = text.process(logits[:, step, None], ahead=step)[:, 0]
-        is_draft = step < drafts.lengths[0]
-        here = slice(step, step + 1) if is_draft else slice(0, 0)
-        probs = None if drafts.probs is None else drafts.probs[:, here]
-        # The second of the two scores is what would follow the draft, which is not known yet.
-        pair = scores[:, [step] * (1 + is_draft)]
-        chosen, accepted = accept(pair, Drafts(drafts.ids[:, here], [int(is_draft)], probs), do_sample)
-        ids.append(chosen[:, :1])
-        if not int(accepted) or int(chosen[0, 0]) in text.eos_token_ids:
-            break
-        count += 1
-    rest = drafts.ids.shape[1] + 1 - len(ids)
-    chosen = torch.nn.functional.pad(torch.cat(ids, dim=1), (0, rest), value=text.pad_token_id)
-    return chosen, torch.tensor([count], device=chosen.device), scores
-
-
-def decode_drafted(runner: StepRunner, source: DraftSource, text: RaggedText, do_sample: bool) -> None:
-    """Writes texts to their ends. The cache has read all bytes but the last one of each row, before and after.
-
-    A streamer that has a method `put_drafts` gets, after the bytes of each verification, the drafts `(B, k)`, how many of
-    them counted in each row, and how many were accepted.
-    """
-    cache = runner.cache
-    while not text.is_done:
-        is_active = text.active
-        limits = [max(text.max_length - n - 1, 0) if active else 0 for n, active in zip(text.lengths, is_active)]
-        drafts = source.propose(text, cache, limits)
-        ids, counts, logits, scores = verify(runner, text, drafts, do_sample)
-        added = text.append(ids, counts, logits, scores)
-        cache.crop_rows([count - new for count, new in zip(counts, added)])
-        drafted = [count if active else 0 for count, active in zip(drafts.lengths, is_active)]
-        accepted = [max(count - 1, 0) for count in counts]
-        source.update(drafted, accepted)
-        if hasattr(text.streamer, "put_drafts"):
-            text.streamer.put_drafts(drafts.ids.cpu(), drafted, accepted)
-    finish_rows(runner, text)
-
-
-def finish_rows(runner: StepRunner, text: RaggedText) -> None:
-    """Makes the cache hold all bytes of the result of `generate` but the last of each row."""
-    # Rows that ended before others have one byte that the next turn would not read; others may have gone too far.
-    cache = runner.cache
-    cache.crop_rows([max(length - text.end, 0) for length in text.lengths])
-    is_behind = [int(length < text.end) for length in text.lengths]
-    if any(is_behind):
-        runner.step(text.last_ids(), is_behind)
-    cache.seq_length, cache.num_croppable = text.end - 1, 0  # rows may have grown differently
-
-
 # Fields of the generation configuration that transformers does not have; those that are read here, with their defaults.
 _DEFAULTS = {
     "self_speculation_window": None,
@@ -531,8 +270,17 @@ _DEFAULTS = {
 _OWN_FIELDS = (*_DEFAULTS, "unmasking", "confidence_threshold", "entropy_budget")
 _LEAST_PACKED = 8  # new bytes from which packing weights pays
 _LEAST_CAPTURED = 16  # the same for capturing CUDA graphs
-_SCHEDULES = ("constant", "heuristic")
 _SPECIAL_TOKEN_IDS = {"pad_token_id": BOE_TOKEN_ID, "bos_token_id": BOS_TOKEN_ID, "eos_token_id": EOS_TOKEN_ID}
+
+
+def _drafts(generation_config) -> bool:
+    fields = generation_config.self_speculation_window, generation_config.diffusion_block_size
+    return any(field is not None for field in fields)
+
+
+def _import_speculation(generation_config) -> ModuleType:
+    field = "self_speculation_window" if generation_config.diffusion_block_size is None else "diffusion_block_size"
+    return import_from_package("speculation", f"`generate` with `{field}`")
 
 
 class BltGenerationMixin(GenerationMixin):
@@ -565,13 +313,8 @@ class BltGenerationMixin(GenerationMixin):
         for name, value in {**_DEFAULTS, **own}.items():
             if name in own or not hasattr(generation_config, name):
                 setattr(generation_config, name, value)
-        window, schedule = generation_config.self_speculation_window, generation_config.self_speculation_schedule
-        if window not in (None, "auto") and (not isinstance(window, int) or window < 1):
-            raise ValueError(f"`self_speculation_window` must be None, 'auto', or at least 1 byte; got {window!r}.")
-        if schedule not in _SCHEDULES:
-            raise ValueError(f"`self_speculation_schedule` must be one of {_SCHEDULES}; got {schedule!r}.")
-        if generation_config.diffusion_block_size is not None:
-            self._import_blocks().check_settings(generation_config, self.config)
+        if _drafts(generation_config) or generation_config.self_speculation_schedule != "constant":
+            _import_speculation(generation_config).check_settings(generation_config, self.config)
         return generation_config, model_kwargs
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
@@ -605,7 +348,9 @@ class BltGenerationMixin(GenerationMixin):
                     "and not under `synced_gpus`; leave out one of the two."
                 )
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-        check_processors(logits_processor, generation_config, input_ids.shape[0])
+        speculation = _import_speculation(generation_config) if _drafts(generation_config) else None
+        if speculation is not None:
+            speculation.check_processors(logits_processor, generation_config, input_ids.shape[0])
         text = RaggedText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         cache, lacks = model_kwargs[CACHE_NAME], text.max_length - input_ids.shape[1]
         captures = not cache.is_default or (cache.is_empty and lacks >= _LEAST_CAPTURED and self.captures_by_default)
@@ -615,22 +360,16 @@ class BltGenerationMixin(GenerationMixin):
         logits = outputs.logits[:, -1:].float()
         del outputs  # may be large
         runner = self.make_runner(cache, lacks >= _LEAST_PACKED, captures, text.runs_other_code)
-        source = self._draft_source(generation_config, runner, len(text.lengths))
-        size, do_sample = generation_config.diffusion_block_size, generation_config.do_sample
+        do_sample = generation_config.do_sample
         choose = None if runner.graphs is None else runner.graphs.next_byte(text, do_sample)
         choose = NextByte(text, do_sample) if choose is None else choose
         with torch.no_grad(), closing(runner):
-            if source is None and size is None:
+            if speculation is None:
                 self._decode_bytes(runner, text, choose, logits)
-                return text.finish(cache)
-            ids, scores = choose(logits)
-            text.append(ids, [1] * len(ids), logits, scores)
-            if source is not None:
-                decode_drafted(runner, source, text, do_sample)
             else:
-                blocks = self._import_blocks()
-                unmasking = blocks.Unmasking.from_config(generation_config)
-                blocks.decode_blocks(self, runner, text, size, unmasking, do_sample)
+                ids, scores = choose(logits)
+                text.append(ids, [1] * len(ids), logits, scores)
+                speculation.decode(self, runner, text, generation_config)
         return text.finish(cache)
 
     @staticmethod
@@ -644,9 +383,6 @@ class BltGenerationMixin(GenerationMixin):
                 return
             values, logits, scores = runner.next(choose, text.goes_on)
 
-    def _import_blocks(self) -> ModuleType:
-        return import_from_package("fast_blt.blocks", "`generate` with `diffusion_block_size`")
-
     def _decodes_itself(self, generation_config, model_kwargs: dict) -> bool:
         """Tells whether a loop that looks at nothing but logits gives the result of transformers' loop."""
         config, cache = generation_config, model_kwargs.get(CACHE_NAME)
@@ -654,7 +390,6 @@ class BltGenerationMixin(GenerationMixin):
             return False
         # A replaced `forward` (accelerate's, for autocast or devices) and hooks of the model are called at each byte.
         calls = any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (self, self.model))
-        drafts = config.self_speculation_window is not None or config.diffusion_block_size is not None
         wants_states = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
         has_own_inputs = "prepare_inputs_for_generation" in vars(self) or (
             type(self).prepare_inputs_for_generation is not BltGenerationMixin.prepare_inputs_for_generation
@@ -662,28 +397,9 @@ class BltGenerationMixin(GenerationMixin):
         plain = {"attention_mask", CACHE_NAME, "use_cache", "position_ids", "logits_to_keep"}
         return (
             bool(model_kwargs.get("use_cache"))
-            and not (wants_states or has_own_inputs or config.is_assistant or (calls and not drafts))
+            and not (wants_states or has_own_inputs or config.is_assistant or (calls and not _drafts(config)))
             and set(model_kwargs) <= plain
         )
-
-    def _draft_source(self, generation_config, runner: StepRunner, num_rows: int) -> DraftSource | None:
-        """Chooses the source of drafts in this call of `generate`; None: there are none."""
-        cache, do_sample = runner.cache, generation_config.do_sample
-        window, size = generation_config.self_speculation_window, generation_config.diffusion_block_size
-        if size is not None:
-            cache.reserve_slack(round_up_bytes(size + 1))
-            if not generation_config.verify:
-                return None
-            return self._import_blocks().BlockDrafts(self, runner, size, do_sample)
-        if window is None:
-            return None
-        if window == "auto":
-            cache.reserve_slack(round_up_bytes(16))
-            auto = import_from_package("auto_speculation", "`self_speculation_window='auto'`")
-            return auto.AutoSpeculation(runner, num_rows, do_sample)
-        is_adaptive = generation_config.self_speculation_schedule == "heuristic"
-        cache.reserve_slack(round_up_bytes(max(window, 32 if is_adaptive else 0) + 1))
-        return SelfSpeculation(runner, num_rows, window, is_adaptive, do_sample)
 
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         cache, attention_mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")

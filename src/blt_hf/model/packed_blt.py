@@ -299,13 +299,6 @@ class PackedStack:
         cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
         return torch.stack([cos, sin]).to(states.dtype)
 
-    def split_rotation(self, positions: Tensor, states: Tensor) -> tuple[Tensor, ...]:
-        """Does the same for each column of positions alone."""
-        rotation = self.make_rotation(positions, states)
-        if rotation.is_complex():
-            return rotation.unflatten(0, positions.shape).unbind(1)
-        return rotation.split(1, dim=2)
-
 
 class PackedStacks:
     """Holds the packed stacks of a model; None in the place of one whose modules run.

@@ -5,7 +5,6 @@ fuses them; a CUDA graph starts all kernels of a stage at once, compiled or not 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import FunctionType
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from .cache_blt import BltCache
-from .chunk_blt import ByteChunk, HostPatchCounts, assign_patches, next_bytes
+from .chunk_blt import HostPatchCounts, next_bytes
 from .forward_blt import (
     STEP_PATCHES,
     BytesRead,
-    ForwardInputs,
     ForwardSettings,
     close_patches,
     closing_inputs,
@@ -26,7 +24,7 @@ from .forward_blt import (
     read_bytes,
     reserve_closing,
 )
-from .names_blt import import_where_installed, kept_arange
+from .names_blt import import_where_installed
 
 
 CAPTURES_BY_DEFAULT = False
@@ -72,7 +70,7 @@ class StepRunner:
             if columns < length <= self.cache.slack:  # bytes that do not count are written behind, and over later
                 filled = nn.functional.pad(input_ids, (0, length - columns))
                 return self.step(filled, lengths)[:, :columns]
-        self._hold_patch(False)
+        self.hold_patch(False)
         read = self._read(input_ids, lengths)
         counts = HostPatchCounts.of(read.patches)
         if counts.max_new:
@@ -84,7 +82,7 @@ class StepRunner:
     @torch.no_grad()
     def start(self, input_ids: Tensor) -> list[int]:
         """Reads the next byte of each row `(B, 1)`, for [`next`] to go on from; the bytes on the host."""
-        self._hold_patch(True)
+        self.hold_patch(True)
         read = self._read(input_ids)
         self._pending = read, HostPatchCounts.of(read.patches)
         return self._pending[1].last_ids
@@ -104,7 +102,7 @@ class StepRunner:
         cache, (read, counts) = self.cache, self._pending
         if counts.max_new:
             self._close(read, counts)
-            self._hold_patch(True)
+            self.hold_patch(True)
         logits = self._predict(read)
         cache.advance_on_host(1, [1] * len(cache.row_bytes), counts)
         choose.prepare()
@@ -115,68 +113,30 @@ class StepRunner:
         self._pending = read, HostPatchCounts.of(read.patches)
         return self._pending[1].last_ids, logits, scores
 
-    @torch.no_grad()
-    def draft(self, input_ids: Tensor, count: int, choose: Callable) -> list[tuple]:
-        """Runs the local models alone on the next bytes: they read the last closed patch, and close none.
-
-        Args:
-            input_ids: int64 `(B, 1)`, the next byte of each row.
-            count: steps, each of which reads what the one before it chose.
-            choose: gives a tuple, first the next bytes `(B, 1)`, from logits and the number of the step.
-        Returns:
-            what `choose` gave. The cache is as before.
-        """
-        self._begin(input_ids.shape[0], 1, count, input_ids.device)
-        return self._draft(input_ids, count, choose)
-
-    def _draft(self, ids: Tensor, count: int, choose: Callable) -> list[tuple]:
-        model, settings, cache = self.model, self.settings, self.cache
-        self._hold_patch(True)
-        first = next_bytes(ids, None, cache, settings.documents)
-        first.packed, history, found = self.packed, first.history, []
-        patches = assign_patches(first, torch.zeros_like(ids, dtype=torch.bool), settings.documents)
-        positions = first.row_positions + kept_arange(0, count, ids.device)
-        spans, stage = [None] * count, self._stage(draft_next, 1)
-        if not self.is_compiled:  # compiled code makes a span faster than it takes one in
-            # The drafts stay in the document of the first byte.
-            start = None if first.document_start is None else first.document_start.expand_as(positions)
-            whole = replace(first, row_positions=positions, document_start=start)
-            encoder = None if self.packed is None else self.packed.encoder
-            span = whole.span(cache, settings.local_window, settings.attention)
-            spans = span.split(model.local_encoder.embed_tokens.weight, encoder)
-        for span, place in zip(spans, positions.split(1, dim=1)):
-            given = {"input_ids": ids, "history": history, "row_positions": place}
-            if self.is_compiled:
-                given = {name: _of_one_stride(tensor) for name, tensor in given.items()}
-            inputs = ForwardInputs(patches=patches, span=span)
-            logits = stage(model, settings, cache, replace(first, **given, spans={}), inputs, self.head)
-            found.append(choose(logits, len(found)))
-            history, ids = torch.cat([history, ids], dim=1)[:, 1:], found[-1][0]
-        return found
-
     def close(self) -> None:
         """Gives back what CUDA graphs take; later steps run as they are."""
 
-    def _hold_patch(self, holds: bool) -> None:
+    def hold_patch(self, holds: bool) -> None:
         """Says whether the next bytes of one row read the patch that the first of them reads."""
         held = None if self.packed is None or self.packed.decoder is None else self.packed.decoder.held_patch
         if held is not None:
             held.hold(holds)
 
-    def _begin(self, rows: int, columns: int, count: int, device: torch.device) -> None:
+    def begin(self, rows: int, columns: int, count: int, device: torch.device) -> None:
+        """Makes room for steps of so many columns, `count` bytes of each row in all."""
         self.cache.begin(rows, count, True, device)
         self.is_compiled = self.compiles and rows == 1 and columns == round_up_bytes(columns)
 
     def _read(self, input_ids: Tensor, lengths: list[int] | None = None) -> BytesRead:
         rows, columns = input_ids.shape
-        self._begin(rows, columns, columns, input_ids.device)
+        self.begin(rows, columns, columns, input_ids.device)
         on_device = None if lengths is None else torch.tensor(lengths, device=input_ids.device)
         return self._run_read(input_ids, on_device)
 
     def _run_read(self, input_ids: Tensor, lengths: Tensor | None) -> BytesRead:
         if self.is_compiled:
-            input_ids = _of_one_stride(input_ids)
-        stage = self._stage(read_next, input_ids.shape[1])
+            input_ids = of_one_stride(input_ids)
+        stage = self.stage(read_next, input_ids.shape[1])
         return stage(self.model, self.settings, self.cache, self.packed, input_ids, lengths)
 
     def _close(self, read: BytesRead, counts: HostPatchCounts) -> None:
@@ -189,22 +149,23 @@ class StepRunner:
 
     def _close_fixed(self, read: BytesRead, counts: HostPatchCounts, sizes: tuple[int, int]) -> None:
         inputs = closing_inputs(self.cache, read, counts, self.all_rows, sizes)
-        stage = self._stage(close_patches, read.chunk.num_columns)
+        stage = self.stage(close_patches, read.chunk.num_columns)
         if stage is not close_patches:
             torch._dynamo.maybe_mark_dynamic(inputs.seen_slots, 0)
         stage(self.model, self.cache, read, inputs)
 
     def _predict(self, read: BytesRead) -> Tensor:
-        stage = self._stage(predict_bytes, read.chunk.num_columns)
+        stage = self.stage(predict_bytes, read.chunk.num_columns)
         return stage(self.model, self.settings, self.cache, read, None, self.head)
 
-    def _stage(self, function: Callable, columns: int) -> Callable:
+    def stage(self, function: Callable, columns: int) -> Callable:
+        """Returns a stage as this step runs it: compiled, or as it is."""
         if not self.is_compiled:
             return function
         return self.model.compiled_steps.find(function, (columns, self.hooks), self.cache)
 
 
-def _of_one_stride(tensor: Tensor) -> Tensor:
+def of_one_stride(tensor: Tensor) -> Tensor:
     """Copies an input of compiled code, which depends on the strides of what it was cut from."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -216,14 +177,6 @@ def read_next(
     chunk = next_bytes(input_ids, lengths, cache, settings.documents)
     chunk.packed = packed
     return read_bytes(model, settings, chunk, cache)
-
-
-def draft_next(
-    model, settings: ForwardSettings, cache: BltCache, chunk: ByteChunk, inputs: ForwardInputs, head: nn.Module | None
-) -> Tensor:
-    """Reads one byte of each row by the local models alone; results as [`predict_bytes`]."""
-    read = read_bytes(model, settings, chunk, cache, inputs)
-    return predict_bytes(model, settings, cache, read, None, head, inputs)
 
 
 # Compiled steps.
