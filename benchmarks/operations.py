@@ -7,6 +7,7 @@ default arguments: what more bytes add, so that the prompt and the start of a ca
 """
 
 import argparse
+import gc
 import json
 import sys
 from collections import Counter
@@ -67,16 +68,19 @@ def count(function: Callable[[], object]) -> Count:
 def count_python_calls(function: Callable[[], object]) -> int:
     """Calls of functions, of Python's own and of torch's, those from within transformers among them."""
     calls = 0
+    gc.collect()
 
     def profile(frame, event, argument):
         nonlocal calls
         calls += event in ("call", "c_call")
 
+    gc.disable()  # collecting calls functions, too
     sys.setprofile(profile)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return calls
 
 

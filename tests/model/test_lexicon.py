@@ -367,7 +367,7 @@ folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 assert "blt_hf" not in sys.modules and "transformers_modules" in type(model).__module__
 ids, settings = torch.load(f"{folder}/ids.pt"), {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
-texts = [model.generate(ids, **settings), model.generate(ids, self_speculation_window=4, **settings)]
+texts = [model.generate(ids, **settings), model.generate(ids, prefill_chunk_size=7, **settings)]
 torch.save(texts, f"{folder}/texts.pt")
 """
 

@@ -135,11 +135,14 @@ class BltPreTrainedModel(PreTrainedModel):
 
         Source: the reference's initialisation, with its depth factors switched off as in the released models.
         """
-        super()._init_weights(module)
         if isinstance(module, (nn.Linear, nn.Embedding)):
             std = module.weight.shape[-1] ** -0.5
             init.trunc_normal_(module.weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
-        elif isinstance(module, BltLexicon):
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+            return
+        super()._init_weights(module)
+        if isinstance(module, BltLexicon):
             init.constant_(module.spellings, -1)
             if hasattr(module, "index"):
                 init.constant_(module.index.hashes, NO_SPELLING)
