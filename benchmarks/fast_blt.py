@@ -184,8 +184,8 @@ def measure_proportions(arguments, trained: list[dict]) -> list[dict]:
 
         def read():
             cache.begin(1, size, True, block.device)
-            state = blocks.read_last(model, cache, block[:, :1], runner.packed)
-            blocks.read_block(model, cache, state, block, is_masked, runner.packed)
+            state = blocks.read_last(model, runner.settings, cache, block[:, :1], runner.packed)
+            blocks.read_block(model, runner.settings, cache, state, block, is_masked, runner.packed)
 
         return timed(read, device)
 

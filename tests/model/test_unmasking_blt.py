@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor
 
 from blt_hf.fast_blt.blocks import Unmasking, read_block, read_last
+from blt_hf.model.forward_blt import ForwardSettings
 from helpers.checks import Received, assert_samples_follow_the_model, cases
 from helpers.diffusion import diffusion_model, slow_decoder
 from helpers.models import RULES, make_model
@@ -268,9 +269,10 @@ def test_a_row_without_a_byte_gives_numbers(rule):
     cache = model(torch.tensor([encode(PROMPT)] * 2), use_cache=True).past_key_values
     cache.reset_rows([1])
     last = torch.tensor([[100], [100]])
-    state = read_last(model, cache, last)
+    settings = ForwardSettings.of(model.config)
+    state = read_last(model, settings, cache, last)
     ids, is_masked = last.expand(2, 4), torch.tensor([False, True, True, True]).expand(2, 4)
-    assert read_block(model, cache, state, ids, is_masked).isfinite().all()
+    assert read_block(model, settings, cache, state, ids, is_masked).isfinite().all()
 
 
 def test_sampling_from_one_candidate_is_greedy_decoding():

@@ -150,30 +150,37 @@ class BlockSpan(SlotSpan):
         return create_block_mask(is_visible, len(visible), None, *visible.shape[1:], device=device)
 
 
-def read_last(model, cache: BltCache, ids: Tensor, packed=None) -> Tensor:
+def read_last(model, settings: ForwardSettings, cache: BltCache, ids: Tensor, packed=None) -> Tensor:
     """Computes encoder states `(B, 1, W)` of one more byte of each row `(B, 1)`, which the cache does not count.
 
     Other arguments as [`read_block`].
     """
-    settings = ForwardSettings.of(model.config)
     chunk = next_bytes(ids, None, cache, settings.documents)
     chunk.packed = packed
     patches = assign_patches(chunk, torch.zeros_like(ids, dtype=torch.bool), settings.documents)
     return read_bytes(model.model, settings, chunk, cache, ForwardInputs(patches=patches)).byte_states[-1]
 
 
-def read_block(model, cache: BltCache, last_state: Tensor, ids: Tensor, is_masked: Tensor, packed=None) -> Tensor:
+def read_block(
+    model,
+    settings: ForwardSettings,
+    cache: BltCache,
+    last_state: Tensor,
+    ids: Tensor,
+    is_masked: Tensor,
+    packed=None,
+) -> Tensor:
     """Computes fp32 logits `(B, K - 1, V)` of the masks of a block behind each row's text, which the cache does not count.
 
     Args:
         model: a [`BltForCausalLM`] with a mask embedding.
+        settings: of its configuration.
         cache: has read all bytes before the block, and has room for it.
         last_state: `(B, 1, W)`, encoder state of its first byte, the last of the text.
         ids: int64 `(B, K)`; anything where `is_masked`, bool `(B, K)`.
         packed: a [`PackedStacks`] of the model; None: the modules run.
     """
     blt = model.model
-    settings = ForwardSettings.of(blt.config)
     chunk = next_bytes(ids, None, cache, settings.documents)
     chunk.packed = packed
     embeds = torch.where(is_masked[..., None], model.mask_embedding.weight[0], blt.local_encoder.embed_tokens(ids))
@@ -236,7 +243,7 @@ def fill_block(
         stages = [model.model.compiled_steps.find(stage, key, cache) for stage in stages]
     read_first, read = stages
     cache.begin(rows, block_size, True, last.device)
-    last_state = read_first(model, cache, last, runner.packed)
+    last_state = read_first(model, runner.settings, cache, last, runner.packed)
     ids = last.new_full((rows, block_size - 1), text.pad_token_id)
     is_masked = torch.ones_like(ids, dtype=torch.bool)
     is_needed = torch.arange(block_size - 1, device=ids.device) < torch.tensor(needed, device=ids.device)[:, None]
@@ -244,7 +251,9 @@ def fill_block(
     num_reads = 0
     while num_reads == 0 or (choose is not None and bool((is_masked & is_needed).any())):
         block = torch.cat([last, ids], dim=1)
-        new_logits = read(model, cache, last_state, block, torch.nn.functional.pad(is_masked, (1, 0)), runner.packed)
+        new_logits = read(
+            model, runner.settings, cache, last_state, block, torch.nn.functional.pad(is_masked, (1, 0)), runner.packed
+        )
         if text.with_context:
             put_drafts(text, ids)
         new_scores = new_logits if is_in_order(text) else text.process(new_logits)
