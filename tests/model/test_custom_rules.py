@@ -53,6 +53,20 @@ def custom_model(rule: str, **overrides) -> BltForCausalLM:
     return model
 
 
+@torch.no_grad()
+def test_a_cache_that_remembers_too_little_is_refused():
+    """The rule of the model reads further back than the one for which the cache was made."""
+    near, far = custom_model("entropy"), custom_model("test-far")
+    ids = text_ids(20)
+    for model in (far, near):
+        cache = near(ids, use_cache=True).past_key_values
+        near.config.patching_mode = "test-far"  # of the same model, whose rule is another now
+        with pytest.raises(ValueError, match="made by another model: .*`patching_mode`"):
+            model(ids, past_key_values=cache)
+        near.config.patching_mode = "entropy"
+        near(ids, past_key_values=cache)
+
+
 def text_ids(num_bytes: int = 60) -> torch.Tensor:
     text = "To be, or not to be:\nthat is the question 速い, \n\nwhether it is nobler in the mind to suffer"
     return torch.tensor([encode(text)[:num_bytes]])

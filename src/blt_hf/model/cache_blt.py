@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from .checks_blt import cache_shapes, check_cache
+from .checks_blt import cache_shapes, check_cache, history_sizes
 from .names_blt import import_where_installed, kept_arange
-from .patching_blt import PATCHING_MODES, PatchingRule
 
 
 _BLOCK = 32  # numbers of slots are multiples of this, so that few shapes occur
@@ -481,21 +480,13 @@ class BltCache(Cache):
         if config.model_type == "blt_patcher":
             patcher, encoder, decoder, global_, num_cross = config, None, None, None, (0, 0)
         else:
-            patcher = config.patcher_config if config.uses_patcher and config.patch_in_forward else None
+            patcher = config.patcher_config if config.has_patcher else None
             encoder, decoder, global_ = config.encoder_config, config.decoder_config, config.global_config
-            num_cross = tuple(c.num_hidden_layers if c.cross_attn_all_layers else 1 for c in (encoder, decoder))
+            num_cross = encoder.num_cross_attention_layers, decoder.num_cross_attention_layers
         local_window = None if encoder is None else config.local_attention_window_len
         patcher_window = None if patcher is None else patcher.sliding_window
-        self.encoder_window = 1 if encoder is None else encoder.cross_attn_window or 1
-        self.decoder_window = 1 if decoder is None else decoder.cross_attn_window or 1
-        self.num_hash_bytes, self.num_rule_entropies = 0, 1
-        if encoder is not None:
-            # The history also serves the patching rule, and a registered one may look further back than the hashes.
-            rule = PatchingRule(config.patching_mode)
-            words = 1 + config.decoder_config.lexicon_history
-            self.num_hash_bytes = max(*config.encoder_hash_byte_group_size, rule.window, words) - 1
-            if rule.mode not in PATCHING_MODES and rule.uses_entropies:
-                self.num_rule_entropies = max(rule.window - 1, 1)
+        self.encoder_window = 1 if encoder is None else encoder.cross_attention_window
+        self.decoder_window = 1 if decoder is None else decoder.cross_attention_window
         self.config, self.made_for = config, cache_shapes(config)
         self._first_slack = slack
         self.is_fixed, self.compile_config = False, None  # see `fix_steps`
@@ -516,7 +507,7 @@ class BltCache(Cache):
         )
         # Not `super()`: in a [`BltDynamicCache`] that is a DynamicCache, which makes other layers.
         Cache.__init__(self, layers=[*self.encoder, *self.decoder, *self.global_transformer, *self.patcher])
-        self.history = ByteHistory(self.recent_slots, self.num_hash_bytes, self.num_rule_entropies)
+        self.history = ByteHistory(self.recent_slots, *history_sizes(config))
         self.byte_states = [SlotTensor(self.recent_slots) for _ in range(num_cross[0])]  # (B, size, W)
         # (B, size, L, 2, K*H_kv*D): keys and values of `L` cross attentions
         self.latents = SlotTensor(self.latent_slots)
@@ -638,7 +629,7 @@ class BltCache(Cache):
 
     def needed_history(self, max_open_bytes: int) -> int:
         """Bounds the bytes before the next one that the history must hold."""
-        return max(self.num_hash_bytes, self.needed_states(max_open_bytes))
+        return max(self.history.num_ids, self.needed_states(max_open_bytes))
 
     def reserve_open(self, max_open_bytes: int, num_columns: int) -> None:
         """Makes room for the history of the next `num_columns` bytes, and for open patches of so many bytes."""
@@ -844,7 +835,8 @@ def cache_to_write(cache, config) -> BltCache:
         ValueError: another cache, one of another model, or one that moves its layers away (`offloading`).
     """
     if isinstance(cache, BltCache):
-        if cache.config is not config:
+        # The rule of a model may have changed since the cache was made.
+        if cache.config is not config or history_sizes(config) != (cache.history.num_ids, cache.history.num_entropies):
             check_cache(cache.made_for, config)
             cache.config = config  # so that the next call need not compare
         return cache

@@ -7,7 +7,7 @@ Types, shapes and dtypes are always checked. Values are looked at only where tha
 import torch
 from torch import Tensor
 
-from .patching_blt import IGNORED_LABEL
+from .patching_blt import IGNORED_LABEL, PATCHING_MODES, PatchingRule
 
 
 _ID_DTYPES = (torch.int64, torch.int32)
@@ -209,6 +209,16 @@ def check_row_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -
         _check_range("labels", labels, num_classes, "accepted are", IGNORED_LABEL)
 
 
+def history_sizes(config) -> tuple[int, int]:
+    """Counts the ids and the entropies before a byte that hashes, patching rule and lexicon may read."""
+    if config.model_type == "blt_patcher":
+        return 0, 1
+    rule = PatchingRule(config.patching_mode)  # a registered one may look further back than the hashes
+    longest = max(*config.encoder_hash_byte_group_size, rule.window, 1 + config.decoder_config.lexicon_history)
+    is_registered = rule.mode not in PATCHING_MODES
+    return longest - 1, max(rule.window - 1, 1) if is_registered and rule.uses_entropies else 1
+
+
 def cache_shapes(config) -> dict[str, object]:
     """Lists for each part what a cache depends on: shapes of keys and values, windows, use of an entropy model."""
     fields = ("num_hidden_layers", "num_key_value_heads", "head_dim")
@@ -217,15 +227,14 @@ def cache_shapes(config) -> dict[str, object]:
     if config.model_type == "blt_patcher":
         shapes = tuple(getattr(config, name) for name in (*fields, "sliding_window"))
         return {"model type": "blt_patcher", "`patcher_config`": shapes}
-    has_patcher = config.uses_patcher and config.patch_in_forward
     return {
         "model type": "blt",
-        "`patcher_config`": cache_shapes(config.patcher_config)["`patcher_config`"] if has_patcher else None,
+        "`patcher_config`": cache_shapes(config.patcher_config)["`patcher_config`"] if config.has_patcher else None,
         "`encoder_config`": tuple(getattr(config.encoder_config, name) for name in (*fields, *cross)),
         "`decoder_config`": tuple(getattr(config.decoder_config, name) for name in (*fields, *cross, *lexicon)),
         "`global_config`": tuple(getattr(config.global_config, name) for name in fields),
         "`local_attention_window_len`": config.local_attention_window_len,
-        "`encoder_hash_byte_group_size`": max(config.encoder_hash_byte_group_size),
+        "`encoder_hash_byte_group_size` and what `patching_mode` reads": history_sizes(config),
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .attention_blt import AttentionSpan, SlotSpan
 from .cache_blt import BltCache, RowState, SlotIndex, Slots, round_up_patches
 from .checks_blt import check_attention_mask, check_position_ids
+from .layers_blt import wants_weights
 from .names_blt import is_compiling, is_exporting, kept_arange, largest_count, running_max, take_columns
 from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
 
@@ -178,8 +179,8 @@ class ByteChunk:
             first_key = (offset.expand(-1, self.num_columns) if start is None else start + offset).clamp_min(0)
         elif is_exporting():  # a span is one for all lengths there, so it always goes block by block
             first_key = torch.zeros_like(self.row_positions)
-        wants_weights = collector is not None and collector.attentions is not None
-        return AttentionSpan(num_past, self.num_columns, window, first_key, implementation, wants_weights, slot_index)
+        in_one_piece = wants_weights(collector)
+        return AttentionSpan(num_past, self.num_columns, window, first_key, implementation, in_one_piece, slot_index)
 
 
 def make_chunk(

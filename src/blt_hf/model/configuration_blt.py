@@ -155,6 +155,15 @@ class _BltLocalConfig(_BltComponentConfig):
         _check_least(f"{name}.cross_attn_window", self.cross_attn_window, "1 patch", or_none=True)
 
     @property
+    def cross_attention_window(self) -> int:
+        """Patches that a cross attention reads, after the default is applied."""
+        return self.cross_attn_window or 1
+
+    @property
+    def num_cross_attention_layers(self) -> int:
+        return self.num_hidden_layers if self.cross_attn_all_layers else 1
+
+    @property
     def cross_attention_heads(self) -> tuple[int, int]:
         """`(heads, key/value heads)` of the cross attention, after the defaults are applied."""
         if self.num_cross_attention_heads is None:
@@ -504,6 +513,11 @@ class BltConfig(_SavedConfig):
     def uses_patcher(self) -> bool:
         """Whether the patching rule reads entropies, which the entropy model computes."""
         return PatchingRule(self.patching_mode).uses_entropies
+
+    @property
+    def has_patcher(self) -> bool:
+        """Whether the model has an entropy model of its own that the patching rule reads."""
+        return bool(self.uses_patcher and self.patch_in_forward)
 
     hidden_size = _of_decoder("hidden_size")
     num_hidden_layers = _of_decoder("num_hidden_layers")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotIndex, round_up_patches
 from .chunk_blt import ByteChunk, ClosingInputs, DocumentRules, HostPatchCounts, PatchAssignment, assign_patches
-from .layers_blt import LatentIndex, OutputCollector, last_ids, ngram_hashes
-from .names_blt import kept_arange
+from .layers_blt import LatentIndex, OutputCollector, last_ids, ngram_hashes, wants_weights
+from .names_blt import kept_arange, take_rows
 from .patching_blt import PatchingRule, find_patch_ends, shift_right
 
 
@@ -56,8 +56,8 @@ class ForwardSettings:
             PatchingRule.from_config(config),
             DocumentRules.of(config),
             config.local_attention_window_len,
-            config.encoder_config.cross_attn_window or 1,
-            config.decoder_config.cross_attn_window or 1,
+            config.encoder_config.cross_attention_window,
+            config.decoder_config.cross_attention_window,
             config._attn_implementation,
             tuple(config.encoder_hash_byte_group_size),
             config.encoder_hash_byte_group_nb_functions,
@@ -142,7 +142,7 @@ def close_patches(
     Returns:
         keys and values `(B, P, L, 2, F)` of the patches of a large chunk; None: those of a small one are in the cache.
     """
-    chunk, rows, before = read.chunk, inputs.rows, read.chunk.previous.num_patches
+    chunk, rows = read.chunk, inputs.rows
     if chunk.is_small:
         states, segment = model.local_encoder.held_bytes(cache, chunk, inputs.byte_offsets, rows)
     else:
@@ -154,8 +154,8 @@ def close_patches(
     latents = model.local_decoder.project_latents(states, chunk.packed)
     if not chunk.is_small:
         return latents
-    before = before if rows is None else before.index_select(0, rows)
-    index = cache.latent_slots.find(before[:, None] + inputs.new_patches, rows).flatten()
+    patches = take_rows(chunk.previous.num_patches, rows)[:, None] + inputs.new_patches
+    index = cache.latent_slots.find(patches, rows).flatten()
     cache.latents.write(latents, SlotIndex(index=index).on(latents.device), len(cache.row_bytes))
     return None
 
@@ -181,8 +181,9 @@ def predict_bytes(
         latents = latents[:, :, :-1]
     collector = inputs.collectors[2]
     if read.blocks is not None:
-        wants_weights = collector is not None and collector.attentions is not None
-        states, positions, latent_index, span = read.blocks.join(model, chunk, states, latent_index, wants_weights)
+        states, positions, latent_index, span = read.blocks.join(
+            model, chunk, states, latent_index, wants_weights(collector)
+        )
     hidden_states = model.local_decoder(states, latents, chunk, latent_index, span, cache, collector, positions)
     if head is not None:
         hidden_states = head(hidden_states).float()
@@ -242,7 +243,7 @@ def read_words(model, read: BytesRead, num_patches: int, rows: Tensor | None = N
         number = patches.field("num_patches") - chunk.previous.num_patches[:, None] - 1
         number = torch.where(patches.closes & (number < num_patches), number, num_patches)
         found = found.new_full((found.shape[0], num_patches + 1), -1).scatter(1, number, found)[:, :num_patches]
-    return lexicon.read(found if rows is None else found.index_select(0, rows))
+    return lexicon.read(take_rows(found, rows))
 
 
 def find_patches(
@@ -331,7 +332,8 @@ def run_chunk(
     counts = HostPatchCounts.symbolic(read.patches) if chunk.is_symbolic else HostPatchCounts.of(read.patches)
     latents = None
     if counts.max_new:
-        closing = closing_inputs(cache, read, counts, chunk.is_small and counts_rows(model))
+        all_rows = not chunk.is_small or 0 not in counts.new or counts_rows(model)
+        closing = closing_inputs(cache, read, counts, all_rows)
         latents = close_patches(model, cache, read, closing, inputs.collectors[1])
     if cache is not None and not chunk.is_small:
         # Only now, because the open patches of before are read from the slots that are written over here.

@@ -150,7 +150,7 @@ class _BltCrossAttention(nn.Module):
         self.num_key_value_groups = num_heads // num_kv_heads
         self.scaling = self.head_dim**-0.5
         self.num_latents = config.cross_attn_k
-        self.window = config.cross_attn_window or 1
+        self.window = config.cross_attention_window
         self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, num_kv_heads * self.head_dim, bias=False)
@@ -451,6 +451,11 @@ class OutputCollector:
             states = [state if index in kept else None for index, state in enumerate(states)]
             states = tuple(s if s is None or chunk is None else chunk.unpack(s) for s in states)
         return states, None if not weights else tuple(w if chunk is None else chunk.unpack_weights(w) for w in weights)
+
+
+def wants_weights(collector: OutputCollector | None) -> bool:
+    """Tells whether attention weights are collected."""
+    return collector is not None and collector.attentions is not None
 
 
 # Multipliers of the hash functions, in the order in which the released checkpoints use them.

@@ -229,6 +229,11 @@ def running_max(values: Tensor, least: Tensor) -> Tensor:
     return risen.gather(1, entry)
 
 
+def take_rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Takes the rows int64 `(R,)` of `values` `(B, ...)`; None: all."""
+    return values if rows is None else values.index_select(0, rows)
+
+
 def take_columns(values: Tensor, start: int, stop: int) -> Tensor:
     """Takes `values[:, start:stop]` of `(B, S, ...)`; a slice branches on being the whole, or a single column."""
     if not is_exporting():

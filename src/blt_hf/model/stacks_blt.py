@@ -35,9 +35,10 @@ from .layers_blt import (
     OutputCollector,
     project,
     run_layers,
+    wants_weights,
 )
 from .modeling_base_blt import BltCausalLMOutput, BltPreTrainedModel, keep_positions
-from .names_blt import CACHE_NAME, is_exporting, take_columns, takes_cache
+from .names_blt import CACHE_NAME, is_exporting, take_columns, take_rows, takes_cache
 from .patching_blt import BOS_TOKEN_ID, entropy_from_logits
 
 
@@ -58,8 +59,9 @@ class BltLocalEncoder(BltPreTrainedModel):
         self.patch_embedding_projection = nn.Linear(
             config.hidden_size, config.hidden_size * config.cross_attn_k, bias=False
         )
-        num_cross = config.num_hidden_layers if config.cross_attn_all_layers else 1
-        self.cross_attn_layers = nn.ModuleList([BltPatchCrossAttention(config, i) for i in range(num_cross)])
+        self.cross_attn_layers = nn.ModuleList(
+            [BltPatchCrossAttention(config, i) for i in range(config.num_cross_attention_layers)]
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 
@@ -117,22 +119,18 @@ class BltLocalEncoder(BltPreTrainedModel):
 
         `byte_offsets`: int64 `(T,)`, their places, counted from the first byte of the chunk.
         """
-        counts, num_patches = chunk.cached_bytes, chunk.previous.num_patches
-        if rows is not None:
-            counts, num_patches = counts.index_select(0, rows), num_patches.index_select(0, rows)
-        positions = counts[:, None] + byte_offsets
+        num_patches = take_rows(chunk.previous.num_patches, rows)
+        positions = take_rows(chunk.cached_bytes, rows)[:, None] + byte_offsets
         index = cache.recent_slots.find(positions, rows)
         held = RowState(*cache.history.entries.read(index).unbind(-1))
         # The slot is valid unless the byte lies before the text, or this chunk wrote padding there.
         is_lost = (held.num_bytes != positions + 1) | (positions < 0)
         if chunk.num_bytes is not None:
             end = chunk.cached_bytes + chunk.num_bytes
-            end = end if rows is None else end.index_select(0, rows)
-            is_lost = is_lost | (positions >= end[:, None])
+            is_lost = is_lost | (positions >= take_rows(end, rows)[:, None])
         if chunk.text_starts is not None:  # a text that begins here leaves the open patch unread
             first = torch.where(chunk.text_starts[:, 0], chunk.cached_bytes, 0)
-            first = first if rows is None else first.index_select(0, rows)
-            is_lost = is_lost | (positions < first[:, None])
+            is_lost = is_lost | (positions < take_rows(first, rows)[:, None])
         segment = held.byte_patch - num_patches[:, None]
         states = [kept.read(index.to(kept.values.device)) for kept in cache.byte_states]
         return states, segment.masked_fill(is_lost, NO_PATCH)
@@ -212,20 +210,18 @@ class BltGlobalTransformer(BltPreTrainedModel):
             inputs: which patches, and what they see.
         """
         new_patches, seen_slots, _, rows, sees_all, words = inputs
-        before, first_patch = chunk.previous.num_patches, None
+        first_patch = None
         if chunk.document_start is not None:
-            first_patch = first_visible_patches(patches, new_patches)
-            first_patch = first_patch if rows is None else first_patch.index_select(0, rows)
-        before = before if rows is None else before.index_select(0, rows)
-        positions = before[:, None] + new_patches
+            first_patch = take_rows(first_visible_patches(patches, new_patches), rows)
+        positions = take_rows(chunk.previous.num_patches, rows)[:, None] + new_patches
         implementation = self.config._attn_implementation
         slot_index = None
         if cache is not None:
             index = cache.patch_slots.find(positions, rows).flatten()
             slot_index = SlotIndex(index=index, rows=rows, seen=seen_slots.shape[0])
         if seen_slots.shape[0] == 0:
-            wants_weights = collector is not None and collector.attentions is not None
-            span = AttentionSpan(0, new_patches.shape[0], None, first_patch, implementation, wants_weights, slot_index)
+            in_one_piece = wants_weights(collector)
+            span = AttentionSpan(0, new_patches.shape[0], None, first_patch, implementation, in_one_piece, slot_index)
         else:
             span = SlotSpan(seen_slots.shape[0], positions, None, first_patch, implementation, slot_index)
             if sees_all and first_patch is None:
@@ -264,8 +260,9 @@ class BltLocalDecoder(BltPreTrainedModel):
         )
         self.lexicon = BltLexicon(config) if config.lexicon_size else None
         self.norm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
-        num_cross = config.num_hidden_layers if config.cross_attn_all_layers else 1
-        self.cross_attn_layers = nn.ModuleList([BltByteCrossAttention(config, i) for i in range(num_cross)])
+        self.cross_attn_layers = nn.ModuleList(
+            [BltByteCrossAttention(config, i) for i in range(config.num_cross_attention_layers)]
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 

@@ -4,6 +4,7 @@ A byte takes hundreds of small kernels, and Python needs longer to start them th
 fuses them; a CUDA graph starts all kernels of a stage at once, compiled or not (`blt_hf.cuda_graphs`).
 """
 
+import functools
 from collections.abc import Callable
 from types import FunctionType
 
@@ -48,7 +49,6 @@ class StepRunner:
     def __init__(self, model, cache: BltCache, head: nn.Module | None = None, packed=None):
         self.model, self.cache, self.head, self.packed = model, cache, head, packed
         self.settings = ForwardSettings.of(model.config)
-        self.all_rows = len(cache.row_bytes) == 1 or counts_rows(model)
         attention = model.config._attn_implementation
         self.compiles = cache.compile_config is not None and attention in ("eager", "sdpa") and not is_spread(model)
         # Compiled code has no guards for hooks.
@@ -113,6 +113,11 @@ class StepRunner:
         self._pending = read, HostPatchCounts.of(read.patches)
         return self._pending[1].last_ids, logits, scores
 
+    @functools.cached_property
+    def all_rows(self) -> bool:
+        """Whether also rows run that close no patch, where others do."""
+        return counts_rows(self.model)
+
     def close(self) -> None:
         """Gives back what CUDA graphs take; later steps run as they are."""
 
@@ -143,12 +148,13 @@ class StepRunner:
         cache, columns = self.cache, read.chunk.num_columns
         is_fixed = self.is_compiled or self.graphs is not None
         if not is_fixed or (columns > 1 and counts.max_new > STEP_PATCHES):
-            close_patches(self.model, cache, read, closing_inputs(cache, read, counts, self.all_rows))
+            all_rows = 0 not in counts.new or self.all_rows
+            close_patches(self.model, cache, read, closing_inputs(cache, read, counts, all_rows))
         else:
             self._close_fixed(read, counts, reserve_closing(cache, columns, counts))
 
     def _close_fixed(self, read: BytesRead, counts: HostPatchCounts, sizes: tuple[int, int]) -> None:
-        inputs = closing_inputs(self.cache, read, counts, self.all_rows, sizes)
+        inputs = closing_inputs(self.cache, read, counts, 0 not in counts.new or self.all_rows, sizes)
         stage = self.stage(close_patches, read.chunk.num_columns)
         if stage is not close_patches:
             torch._dynamo.maybe_mark_dynamic(inputs.seen_slots, 0)

@@ -86,8 +86,8 @@ class StateLayout:
         encoder, decoder = config.encoder_config, config.decoder_config
         heads, kv_heads = decoder.cross_attention_heads
         width = config.cross_attn_k * kv_heads * (decoder.hidden_size // heads)
-        num_states = encoder.num_hidden_layers if encoder.cross_attn_all_layers else 1
-        num_cross = decoder.num_hidden_layers if decoder.cross_attn_all_layers else 1
+        num_states = encoder.num_cross_attention_layers
+        num_cross = decoder.num_cross_attention_layers
         history = max(PatchingRule.from_config(config).window, *config.encoder_hash_byte_group_size) - 1
         ranked = 0
         if decoder.lexicon_size:
@@ -624,7 +624,7 @@ def check_served(config: BltConfig) -> None:
         ValueError: names the field of the configuration, its value and what is accepted.
     """
     for part in ("encoder_config", "decoder_config"):
-        window = getattr(config, part).cross_attn_window or 1
+        window = getattr(config, part).cross_attention_window
         if window > 1:
             raise ValueError(f"`{part}.cross_attn_window` must be 1 (or None) to be served so; got {window}.")
     for name, reason in (
