@@ -291,7 +291,7 @@ class _Capturing:
             return super().next(choose, reads)
         cache, (read, counts) = self.cache, self._pending
         if counts.max_new:
-            self._close(read, counts)
+            self._close_patches(read, counts)
         cache.begin(len(cache.row_bytes), 2, True, read.chunk.device)  # the byte that was read is counted later
         choose.prepare()
         logits, scores, read = self.graphs.run(("next",), lambda: self._next(read, choose))
@@ -316,11 +316,11 @@ class _Capturing:
     def _read_held(self, input_ids: Tensor, lengths: Tensor | None):
         return self.graphs.hold(super()._run_read(input_ids, lengths), lengths is None)
 
-    def _close_fixed(self, read, counts, sizes: tuple[int, int]) -> None:
+    def _close_patches_fixed(self, read, counts, sizes: tuple[int, int]) -> None:
         if self.graphs is None:
-            super()._close_fixed(read, counts, sizes)
+            super()._close_patches_fixed(read, counts, sizes)
         else:
-            close = super()._close_fixed
+            close = super()._close_patches_fixed
             self.graphs.run(("close", id(read), *sizes), lambda: close(read, counts, sizes))
 
     def _predict(self, read) -> Tensor:

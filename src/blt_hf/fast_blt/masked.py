@@ -68,7 +68,7 @@ class BlockNoise:
         def at_positions(values: Tensor) -> Tensor:
             return values.gather(1, inside).view(positions.shape)
 
-        exists = (positions < chunk.counts[:, None, None]) & is_block[..., None]
+        exists = (positions < chunk.lengths[:, None, None]) & is_block[..., None]
         if chunk.document_start is not None:
             document = at_positions(chunk.document_start)
             exists = exists & (document == document[..., :1])

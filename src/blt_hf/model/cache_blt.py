@@ -85,10 +85,10 @@ class Slots:
         self.seen: int | None = None  # slots at the beginning that hold all entries, and small chunks read; None: all
         self.tensors: list[SlotTensor] = []
 
-    def held(self, counts: Tensor) -> Tensor:
-        """Computes the entry of each slot in rows of `counts` `(B,)` entries, int64 `(B, size)`; negative: none."""
-        last = counts[:, None] - 1  # the newest that falls on slot `s` is `(last - s) % size` before it
-        return last - (last - torch.arange(self.size, device=counts.device)) % self.size
+    def held(self, num_entries: Tensor) -> Tensor:
+        """Computes the entry of each slot of rows of `num_entries` `(B,)`, int64 `(B, size)`; negative: none."""
+        last = num_entries[:, None] - 1  # the newest that falls on slot `s` is `(last - s) % size` before it
+        return last - (last - torch.arange(self.size, device=num_entries.device)) % self.size
 
     def find(self, entries: Tensor, rows: Tensor | None = None) -> Tensor:
         """Computes the slots, among those of all rows, of `entries` `(R, S)` of `rows` `(R,)` (None: all rows)."""
@@ -101,24 +101,24 @@ class Slots:
         """Counts the slots that rows of up to `total` entries need, `slack` of which may be taken back."""
         return max(total if self.keep is None else min(total, self.keep + slack), self.least)
 
-    def reserve(self, total: int, slack: int, counts: Tensor | None) -> None:
+    def reserve(self, total: int, slack: int, num_entries: Tensor | None) -> None:
         """Makes room for rows of up to `total` entries, `slack` of which may be taken back.
 
-        `counts` `(B,)`: entries of each row now, which move to their new slots; None: the cache is empty.
+        `num_entries` `(B,)`: entries of each row now, which move to their new slots; None: the cache is empty.
         """
         needed = self.needed(total, slack)
         if needed > self.size:  # by half at least, so that a growing row is moved seldom
             most = self.most if self.keep is None else self.keep + slack
             grown = self.size + self.size // 2
-            self.resize(_round_up(max(needed, grown if most is None else min(grown, most))), counts)
+            self.resize(_round_up(max(needed, grown if most is None else min(grown, most))), num_entries)
 
-    def resize(self, size: int, counts: Tensor | None) -> None:
-        """Moves the entries of rows of `counts` `(B,)` entries to their slots among `size`."""
+    def resize(self, size: int, num_entries: Tensor | None) -> None:
+        """Moves the entries of rows of `num_entries` `(B,)` to their slots among `size`."""
         old_size, self.size = self.size, size
-        if counts is None or all(tensor.values is None for tensor in self.tensors):
+        if num_entries is None or all(tensor.values is None for tensor in self.tensors):
             return
-        entries = self.held(counts)
-        is_held = (entries >= 0) & (entries >= counts[:, None] - old_size)  # older ones were written over
+        entries = self.held(num_entries)
+        is_held = (entries >= 0) & (entries >= num_entries[:, None] - old_size)  # older ones were written over
         rows = torch.arange(entries.shape[0], device=entries.device)[:, None]
         index = entries % old_size + rows * old_size
         for tensor in self.tensors:

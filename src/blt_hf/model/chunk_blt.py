@@ -117,7 +117,7 @@ class ByteChunk:
         return torch.arange(self.num_columns, device=self.device) < self.num_bytes[:, None]
 
     @property
-    def counts(self) -> Tensor:
+    def lengths(self) -> Tensor:
         """int64 `(B,)`: `num_bytes`, also where every column is text."""
         return torch.full_like(self.previous.num_bytes, self.num_columns) if self.num_bytes is None else self.num_bytes
 
@@ -146,7 +146,7 @@ class ByteChunk:
             past = slots.find(before[:, None] + torch.arange(-num_past, 0, device=before.device))
         # A slot ends with the newest byte that falls on it. Byte `before + i` is column `i` of the chunk, so for older
         # bytes, which the slot keeps, the difference is negative.
-        return SlotIndex(source=slots.held(before + self.counts) - before[:, None], past=past)
+        return SlotIndex(source=slots.held(before + self.lengths) - before[:, None], past=past)
 
     def span(
         self, cache: BltCache | None, window: int | None, implementation: str, collector=None, of_patcher: bool = False
@@ -314,7 +314,7 @@ def _find_text_starts(chunk: ByteChunk, position_ids: Tensor) -> Tensor | None:
         ValueError: positions neither rise by 1 nor begin anew at 0. (In the first column any position may stand.)
     """
     index = torch.arange(position_ids.shape[1], device=position_ids.device)
-    is_text = index < chunk.counts[:, None]
+    is_text = index < chunk.lengths[:, None]
     if chunk.is_symbolic:
         before = shift_right(position_ids, position_ids[:, 0])
         return (position_ids != before + 1) & (index > 0) & is_text
@@ -366,15 +366,15 @@ class PatchAssignment:
         closes: bool `(B, S)`, `ends`, and the last byte of each text that is followed by another in the row. Closing
             there keeps a patch from spanning two texts; nobody reads the latent of that patch.
         entries: int64 `(B, S, F)`, the chunk's entries for the history: a [`RowState`] after each byte.
-        read: int64 `(B, S)`, index in its row of the patch that each byte reads; -1: none yet.
-        counts: int64 `(B, 4)`, for [`HostPatchCounts`].
+        read_patch: int64 `(B, S)`, index in its row of the patch that each byte reads; -1: none yet.
+        for_host: int64 `(B, 4)`, from which [`HostPatchCounts`] are made.
     """
 
     ends: Tensor
     closes: Tensor
     entries: Tensor
-    read: Tensor
-    counts: Tensor
+    read_patch: Tensor
+    for_host: Tensor
 
     def field(self, name: str) -> Tensor:
         """Takes a field of the entries, int64 `(B, S)`."""
@@ -383,7 +383,7 @@ class PatchAssignment:
     @property
     def num_new(self) -> Tensor:
         """int64 `(B,)`, patches closed in this chunk."""
-        return self.counts[:, 1] - self.counts[:, 0]
+        return self.for_host[:, 1] - self.for_host[:, 0]
 
 
 @dataclass
@@ -412,7 +412,7 @@ class HostPatchCounts:
     @classmethod
     def of(cls, patches: PatchAssignment) -> "HostPatchCounts":
         """Asks the device for the counts and the last bytes: the one place where a forward waits for it."""
-        rows = patches.counts.tolist()
+        rows = patches.for_host.tolist()
         if len(rows) == 1:
             old, after, open_bytes, last_id = rows[0]
             return cls([old], [after - old], after - old, round_up_patches(after), open_bytes, [last_id])
@@ -457,14 +457,16 @@ def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> Patc
         # A patch that was open when another text begins is never closed.
         previous_open = torch.where(chunk.text_starts[:, 0], torch.zeros_like(previous_open), previous_open)
     num_patches = previous.num_patches[:, None] + (closes if is_one else closes.cumsum(dim=1, dtype=torch.int64))
-    read = num_patches - 1 if unread is None else num_patches - 1 - unread.long()
+    read_patch = num_patches - 1 if unread is None else num_patches - 1 - unread.long()
     byte_patch = previous.num_patches[:, None] if is_one else num_patches - closes.long()
     open_bytes = open_patch_bytes(closes, previous_open)
     if is_text is not None:
         open_bytes = open_bytes.masked_fill(~is_text, 0)
     text_bytes = chunk.text_positions + 1
     num_bytes = text_bytes if chunk.text_positions is chunk.row_positions else chunk.row_positions + 1
-    document_start = context_start = of_patch = of_later = zeros = previous.document_start[:, None].expand_as(read)
+    document_start = context_start = of_patch = of_later = zeros = previous.document_start[:, None].expand_as(
+        read_patch
+    )
     if chunk.document_start is not None:
         document_start = chunk.document_start
         of_patch, of_later = _patch_document_starts(chunk, closes, byte_patch, previous_open, rules)
@@ -483,11 +485,11 @@ def assign_patches(chunk: ByteChunk, ends: Tensor, rules: DocumentRules) -> Patc
         next_patch_document_start=of_later,
     )
     if is_one:
-        counts = torch.cat([byte_patch, num_patches, open_bytes, fields.input_id], dim=1)
+        for_host = torch.cat([byte_patch, num_patches, open_bytes, fields.input_id], dim=1)
     else:
         longest = open_bytes.amax(dim=1)
-        counts = torch.stack([previous.num_patches, num_patches[:, -1], longest, fields.input_id[:, -1]], dim=1)
-    return PatchAssignment(ends, closes, torch.stack(fields, dim=-1), read, counts)
+        for_host = torch.stack([previous.num_patches, num_patches[:, -1], longest, fields.input_id[:, -1]], dim=1)
+    return PatchAssignment(ends, closes, torch.stack(fields, dim=-1), read_patch, for_host)
 
 
 def first_visible_patches(patches: PatchAssignment, new: Tensor) -> Tensor:

@@ -294,7 +294,7 @@ def find_latents(
     A small chunk reads the slots of the cache. A large one reads `[slots | new]`, and `new` `(B, P, L, 2, F)` is written
     to the slots.
     """
-    entries, hidden = LatentIndex.find(patches.read, settings.decoder_window)
+    entries, hidden = LatentIndex.find(patches.read_patch, settings.decoder_window)
     if chunk.is_small:
         return cache.latents.values, LatentIndex(entries % cache.latent_slots.size, hidden)
     before = chunk.previous.num_patches

@@ -220,10 +220,10 @@ class BltByteCrossAttention(_BltCrossAttention):
     """Decoder: each byte reads the `K` latents of one patch (and of `window - 1` patches before it)."""
 
     def forward(self, *inputs, latents: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Runs `attend(*inputs)`, or `project(latents)`: FSDP gathers a module's weights when it is called."""
-        return self.attend(*inputs) if latents is None else self.project(latents)
+        """Runs `attend(*inputs)`, or `project_latents(latents)`: FSDP gathers a module's weights when it is called."""
+        return self.attend(*inputs) if latents is None else self.project_latents(latents)
 
-    def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def project_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Projects latents `(B, P, K, W)` of patches to keys and values `(B, P, K*H_kv*D)`."""
         normed = self.k_norm(latents).flatten(1, 2)
         return tuple(project(proj, normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))

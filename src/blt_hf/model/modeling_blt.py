@@ -218,7 +218,7 @@ class BltModel(BltPreTrainedModel):
             raise ValueError(
                 "`patch_lengths` describe whole texts; they cannot be given after a cache that holds bytes."
             )
-        check_patch_lengths(patch_lengths, chunk.counts, chunk.is_symbolic)
+        check_patch_lengths(patch_lengths, chunk.lengths, chunk.is_symbolic)
         return patch_ends_from_lengths(patch_lengths, chunk.num_columns) | (chunk.text_positions == 0)
 
 

@@ -74,7 +74,7 @@ class StepRunner:
         read = self._read(input_ids, lengths)
         counts = HostPatchCounts.of(read.patches)
         if counts.max_new:
-            self._close(read, counts)
+            self._close_patches(read, counts)
         result = self._predict(read)
         self.cache.advance_on_host(columns, [columns] * rows if lengths is None else lengths, counts)
         return result
@@ -101,7 +101,7 @@ class StepRunner:
         """
         cache, (read, counts) = self.cache, self._pending
         if counts.max_new:
-            self._close(read, counts)
+            self._close_patches(read, counts)
             self.hold_patch(True)
         logits = self._predict(read)
         cache.advance_on_host(1, [1] * len(cache.row_bytes), counts)
@@ -144,16 +144,16 @@ class StepRunner:
         stage = self.stage(read_next, input_ids.shape[1])
         return stage(self.model, self.settings, self.cache, self.packed, input_ids, lengths)
 
-    def _close(self, read: BytesRead, counts: HostPatchCounts) -> None:
+    def _close_patches(self, read: BytesRead, counts: HostPatchCounts) -> None:
         cache, columns = self.cache, read.chunk.num_columns
         is_fixed = self.is_compiled or self.graphs is not None
         if not is_fixed or (columns > 1 and counts.max_new > STEP_PATCHES):
             all_rows = 0 not in counts.new or self.all_rows
             close_patches(self.model, cache, read, closing_inputs(cache, read, counts, all_rows))
         else:
-            self._close_fixed(read, counts, reserve_closing(cache, columns, counts))
+            self._close_patches_fixed(read, counts, reserve_closing(cache, columns, counts))
 
-    def _close_fixed(self, read: BytesRead, counts: HostPatchCounts, sizes: tuple[int, int]) -> None:
+    def _close_patches_fixed(self, read: BytesRead, counts: HostPatchCounts, sizes: tuple[int, int]) -> None:
         inputs = closing_inputs(self.cache, read, counts, 0 not in counts.new or self.all_rows, sizes)
         stage = self.stage(close_patches, read.chunk.num_columns)
         if stage is not close_patches:
