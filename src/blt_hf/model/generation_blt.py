@@ -135,7 +135,10 @@ class RaggedText:
             return logits
         rows, steps, size = logits.shape
         if not self.with_context:
-            return self.logits_processor(None, logits.flatten(0, 1)).view(rows, steps, size)
+            scores = logits.flatten(0, 1)
+            for processor in self.logits_processor:  # each is one of transformers' own, of two arguments
+                scores = processor(None, scores)
+            return scores.view(rows, steps, size)
         scores = logits.clone()
         for step in range(steps):
             for length in set(self.lengths):
