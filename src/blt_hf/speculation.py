@@ -241,11 +241,11 @@ def draft(runner: StepRunner, input_ids: Tensor, count: int, choose: Callable) -
     Args:
         runner: of the steps; the cache is as before when this returns.
         input_ids: int64 `(B, 1)`, the next byte of each row.
-        count: steps, each of which reads what the one before it chose.
-        choose: a [`DraftedByte`], or what gives such tuples, first the next bytes `(B, 1)`, from logits and the number of
-            the step.
+        count: steps; each reads the bytes that were chosen in the step before it.
+        choose: called as `choose(logits, step)`, for example a [`DraftedByte`]; the first item of the tuple that it gives
+            is the next bytes `(B, 1)`.
     Returns:
-        what `choose` gave.
+        the tuples of all steps.
     """
     runner.begin(input_ids.shape[0], 1, count, input_ids.device)
     if runner.graphs is None or not choose.is_on_device:
@@ -317,8 +317,8 @@ def verify(runner: StepRunner, text: RaggedText, drafts: Drafts, do_sample: bool
     """Runs the whole model over the last byte of each row and its drafts, and accepts some of them.
 
     Each row accepts drafts up to the first that the model would not have written (greedy), or by speculative sampling
-    (arXiv 2211.17192, algorithm 1), and gets one byte of the model's own behind them. The cache has read all of these but
-    the last one then; rows that wait are left alone.
+    (arXiv 2211.17192, algorithm 1), and gets one byte of the model's own behind them. Afterwards the cache holds all of
+    these but the last; rows that wait are unchanged.
 
     Returns:
         ids `(B, k + 1)`, on the host or the device; counts: how many of them each row gets; logits and scores: fp32
@@ -388,7 +388,7 @@ def accept_in_order(
         is_draft = step < drafts.lengths[0]
         here = slice(step, step + 1) if is_draft else slice(0, 0)
         probs = None if drafts.probs is None else drafts.probs[:, here]
-        # The second of the two scores is what would follow the draft, which is not known yet.
+        # `accept` wants scores of one byte more than there are drafts: this step's fill the place, that choice is dropped.
         pair = scores[:, [step] * (1 + is_draft)]
         chosen, accepted = accept(pair, Drafts(drafts.ids[:, here], [int(is_draft)], probs), do_sample)
         ids.append(chosen[:, :1])

@@ -217,8 +217,8 @@ class SlotSpan(AttentionSpan):
     """Says which slots each query sees: slot `s` holds the newest position that is `s` modulo the number of slots.
 
     Args:
-        num_slots: slots to read. A slot counts as the newest position up to the query's that falls on it. Where the slot
-            holds a later position, or none yet, that one lies out of the window or before the row, and so is hidden.
+        num_slots: slots to read. For a query at `q`, slot `s` is taken to hold the largest `p <= q` with
+            `p % num_slots == s`. If it holds something else, `p` lies outside the window or is negative: hidden anyway.
         query_positions: int64 `(B, S)`.
         window: positions that a query sees, itself included; None: no limit.
         start: int64 `(B, S)`, first position that it may see. None: 0.

@@ -82,7 +82,7 @@ class Slots:
         self.most: int | None = None  # entries that a row will have, where that is known
         self.is_static = False  # the tensors stay where they are as long as there is room
         self.moves = 0  # how often a tensor was made anew
-        self.seen: int | None = None  # slots at the beginning that hold all entries, and small chunks read; None: all
+        self.seen: int | None = None  # leading slots in use; small chunks read only these. None: all slots
         self.tensors: list[SlotTensor] = []
 
     def held(self, num_entries: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ class ByteHistory:
         last_entropies: fp32 `(B, E)`, entropies after the last `E` bytes.
         row_bytes: `state.num_bytes` on the host.
         row_patches: an upper bound of `state.num_patches` on the host.
-        row_stale: on the host, the most bytes that were written past the counter of each row.
+        row_stale: on the host, at most so many slots past each row's counter hold dropped bytes; limits further `crop`.
 
     Args:
         num_ids, num_entropies: `H` and `E`.
@@ -472,8 +472,8 @@ class BltCache(Cache):
         num_bytes, num_patches: int64 `(B,)` on the device, bytes read and patches closed of each row; None while empty.
         row_bytes, row_patches: the same on the host; the latter is an upper bound. All four are those of `history`.
 
-    The last stage of each forward calls `history.advance_on_device`, so that a graph can hold it, and its caller
-    `advance_on_host`, with what the host has learned of the patches.
+    Each forward advances the counters twice: on the device at the end of its predict stage, so that a CUDA graph can
+    hold it, then on the host, with the chunk's [`HostPatchCounts`].
     """
 
     def __init__(self, config, slack: int = _SLACK):

@@ -201,7 +201,7 @@ def make_chunk(
         position_ids: `(B or 1, S)`; only where they begin anew matters, as the positions of this model are relative.
         cache: holds the bytes before; None: there are none, and nothing is kept.
         shape: `(B, S)`.
-        in_order: attention reads its keys in their order, however few bytes come.
+        in_order: treat few bytes as a large chunk, too: its keys are in order, so attention weights can be returned.
     Raises:
         ValueError: a shape does not fit.
     """
@@ -429,8 +429,8 @@ class ClosingInputs(NamedTuple):
         new_patches: int64 `0 .. P - 1`, for up to `P` patches of a row.
         seen_slots: int64 `0, 1, ...`, slots of the global transformer's cache to read. None of them: these patches are the
             first.
-        byte_offsets: int64 `(T,)`, of a small chunk: places of the last `T` bytes, which hold all that these patches are
-            made of, counted from the first byte of the chunk.
+        byte_offsets: int64 `(T,)`, in a small chunk: offsets of the last `T` bytes from the chunk's first byte; all bytes
+            of the new patches are among them.
         rows: int64 `(R,)`, rows that close a patch. None: every row runs; results of rows that close none are not read.
         sees_all: there is one new patch of one row, which may see all `seen_slots`.
         words: what [`BltLexicon.read`] gives for the patches; None: they are not read through a lexicon.

@@ -233,7 +233,7 @@ class BltLocalDecoderConfig(_BltLocalConfig):
         limits = {"lexicon_size": (0, 256**3)}
         if self.lexicon_size:
             heads, kv_heads = self.cross_attention_heads
-            # Those of a patch are kept in the place of its keys and values for one more cross attention.
+            # A patch's top-k entries, four numbers each, are cached like one more cross attention's keys and values.
             most = self.cross_attn_k * kv_heads * (self.hidden_size // heads) // 2
             limits["lexicon_top_k"] = 1, min(most, self.lexicon_size)
             limits["lexicon_length"] = 1, 2**15

@@ -75,8 +75,8 @@ class ForwardInputs:
         given_ends: bool `(B, S)`, patch ends in the place of the rule's.
         collectors: of hidden states and attention weights: encoder, global transformer, decoder.
         block_noise: adds corrupted blocks to what the decoder reads, for the masked loss of BLT-D.
-        patches: of a draft, which the local models alone run, as if no patch ended, and the cache does not count.
-        span: keys that it sees, made with those of other drafts; None: it is made here.
+        patches: for a draft only, the assignment of its first byte: no patch closes, and the cache's counters stay.
+        span: the draft's precomputed span; None: [`read_bytes`] makes one.
     """
 
     embeds: Tensor | None = None
@@ -315,7 +315,7 @@ def find_latents(
 
 
 def counts_rows(model) -> bool:
-    """Tells whether a hook may count the rows, as PEFT's do that give each row its own adapter."""
+    """Tells whether a forward pre-hook may choose an adapter by row, as PEFT's do: then no row may be left out."""
     return any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -239,7 +239,7 @@ class BltByteCrossAttention(_BltCrossAttention):
 
 
 _RANKED_PATCHES = 64  # at once, as each has a score for each entry
-_LIKELY_IDS = 64  # of which the next id may be one where nothing is known of it
+_LIKELY_IDS = 64  # an unknown next id is taken to be one of so many, all equally likely
 _SPACE = BYTE_OFFSET + 0x20
 NO_SPELLING = 2**63 - 1  # the hash of entries that no patch begins with
 
@@ -274,14 +274,14 @@ class BltLexiconIndex(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Finds the entries, int64 `(B, S)`.
 
-        Marks in front of a patch's first word are skipped: `"hot"` begins with what `hot"` begins with. An entry
-        may also begin with the id before the patch or its first word, as a token does that is a space and a word.
+        Non-word bytes before a patch's first word are skipped: the patch `"hot"` is looked up as `hot"`. An entry may
+        also begin with the id before the patch or its first word, as a token does that is a space and a word.
 
         Args:
             ids: int64 `(B, S, 1 + 2 * length)`, the last ids up to the end of each patch. Longer patches begin with none.
             lengths: int64 `(B, S)`, ids of each patch.
         Returns:
-            Twice the entry, and 1 more where it is the whole patch, or all but the space that ends it; -1: none.
+            `2 * entry + is_whole` (the entry is the whole patch, or all but the space that ends it); -1: no entry fits.
         """
         device, many = ids.device, ids.shape[-1] - 1
         before, places = many - lengths[..., None], kept_arange(0, self.length + 1, device)
@@ -293,7 +293,7 @@ class BltLexiconIndex(nn.Module):
         # (B, S, 2, length), with the id before first.
         hashes = prefix_hashes(sliding_windows(came, 2, self.length), self.length)
         index = torch.searchsorted(self.hashes, hashes).clamp_max(self.hashes.shape[0] - 1)
-        # Twice as many ids of the patch as each prefix holds, and 1 more with the id before.
+        # Rank of a prefix: 2 for each id of the patch in it, 1 more with the id before. The longest wins.
         ranks = kept_arange(1, 2 * self.length + 1, device).view(self.length, 2).T
         fits = (self.hashes[index] == hashes) & (ranks <= ((2 * lengths + 1)[..., None] * (before >= 0))[..., None])
         best, place = (ranks * fits).flatten(-2).max(dim=-1)
@@ -389,7 +389,7 @@ class BltLexicon(nn.Module):
         following_ids = spellings.gather(-1, count.clamp_max(length - 1)[..., None])[..., 0].long()
         probs = log_probs.exp() * is_alive
         alive = probs.sum(dim=-1, keepdim=True)
-        # Entries below the best have the rest of the probability; each id that came is that of one in ten of them.
+        # Entries outside the top k share the rest; each id since the patch is taken to fit a tenth of them.
         rest = (1 - log_probs.exp().sum(dim=-1, keepdim=True)).clamp_min(1e-3) * 0.1 ** open_bytes.clamp_max(length)
         # Probabilities of each next id, and of what says nothing of it: the rest, and the end of an entry (-1).
         following = nn.functional.pad(rest, (self.vocab_size, 0))

@@ -154,9 +154,9 @@ def import_from_package(name: str, feature: str) -> ModuleType:
 
 @functools.cache
 def import_where_installed(name: str, feature: str | None = None) -> ModuleType | None:
-    """Imports `blt_hf.<name>`, which takes all classes from the model that it is given. None: no package is installed.
+    """Imports `blt_hf.<name>`, a module that imports no class of the model. None: `blt_hf` is not installed.
 
-    Where nobody has imported `blt_hf`, that file alone is run, since the package takes over the in-tree names.
+    If `blt_hf` was not imported, only this file is executed, since importing the package replaces the in-tree classes.
 
     Raises:
         ImportError: no package is installed, and `feature`, which begins the error's sentence, cannot do without it.

@@ -88,8 +88,8 @@ class PackedStack:
         cross_layers: the decoder's cross attentions, in front of the first layers.
         copies: join weights in copies of them. False for the global transformer, whose copies would be large: its products
             stay apart, and all else is as in the local stacks.
-        turns: copies lie as `(in, out)` in memory, too. On a CPU, torch multiplies one row by them faster; compiled code
-            is faster with weights as they were.
+        turns: store copies contiguous as `(in, out)`: faster for one row on a CPU in eager mode, while compiled code is
+            faster with the original layout.
     """
 
     def __init__(self, stack: nn.Module, cross_layers=(), copies: bool = True, turns: bool = True) -> None:

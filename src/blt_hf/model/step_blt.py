@@ -53,7 +53,7 @@ class StepRunner:
         self.compiles = cache.compile_config is not None and attention in ("eager", "sdpa") and not is_spread(model)
         # Compiled code has no guards for hooks.
         self.hooks = hooks_of(model, head) if self.compiles else None
-        self.is_compiled = False  # the step that runs now is; `compiles`: those of one row are
+        self.is_compiled = False  # whether the current step runs compiled; `compiles`: whether steps of one row do
         self._pending: tuple[BytesRead, HostPatchCounts] | None = None
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class StepRunner:
         rows, columns = input_ids.shape
         if columns > 1 and rows == 1 and self.compiles:
             lengths, length = [columns] if lengths is None else lengths, round_up_bytes(columns)
-            if columns < length <= self.cache.slack:  # bytes that do not count are written behind, and over later
+            if columns < length <= self.cache.slack:  # padding lies past the row's counter; later bytes overwrite it
                 filled = nn.functional.pad(input_ids, (0, length - columns))
                 return self.step(filled, lengths)[:, :columns]
         self.hold_patch(False)
@@ -122,7 +122,7 @@ class StepRunner:
         """Gives back what CUDA graphs take; later steps run as they are."""
 
     def hold_patch(self, holds: bool) -> None:
-        """Says whether the next bytes of one row read the patch that the first of them reads."""
+        """Tells the packed decoder whether the next bytes of one row share a patch, to multiply by it only once."""
         held = None if self.packed is None or self.packed.decoder is None else self.packed.decoder.held_patch
         if held is not None:
             held.hold(holds)
@@ -172,7 +172,7 @@ class StepRunner:
 
 
 def of_one_stride(tensor: Tensor) -> Tensor:
-    """Copies an input of compiled code, which depends on the strides of what it was cut from."""
+    """Copies an input to contiguous memory: compiled code guards on strides, and a slice has those of its source."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
