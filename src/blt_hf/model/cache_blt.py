@@ -456,7 +456,7 @@ def _newest(old: Tensor, new: Tensor, counts: Tensor | None) -> Tensor:
 
 
 class BltCache(Cache):
-    """Remembers everything that a BLT needs to continue each row exactly.
+    """Keeps all that a BLT needs to continue each row exactly.
 
     Of bytes: keys and values in the windows of patcher, encoder and decoder, the history of the last bytes, and the
     encoder states of the open patch. Of patches: keys and values of the global layers, and those of the last patches

@@ -26,7 +26,7 @@ def project(linear: nn.Module, states: Tensor) -> Tensor:
 
 
 class BltRMSNorm(nn.RMSNorm):
-    """torch's root-mean-square norm, with a weight that takes the dtype of the states."""
+    """Normalizes as `torch.nn.RMSNorm`, with the weight in the dtype of the states."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # Under autocast the two may differ, and torch has its fused kernel for one dtype only.
@@ -35,7 +35,7 @@ class BltRMSNorm(nn.RMSNorm):
 
 
 class BltMLP(nn.Module):
-    """Gated feed-forward layer."""
+    """Computes the gated feed-forward part of a layer, as Llama's MLP does."""
 
     def __init__(self, config):
         super().__init__()
@@ -52,7 +52,7 @@ class BltMLP(nn.Module):
 
 
 class BltRotaryEmbedding(LlamaRotaryEmbedding):
-    """Angles of transformers' rotary embedding, one for each pair of neighbours."""
+    """Computes transformers' rotary embedding, laid out for pairs of neighbouring channels; see [`rotate_pairs`]."""
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the factors of [`rotate_pairs`], `(B or 1, S, 1, D)` each, for positions `(B or 1, S)`.
@@ -72,7 +72,7 @@ def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class BltSelfAttention(nn.Module):
-    """Causal self-attention over bytes or patches; an [`AttentionSpan`] says which keys are seen."""
+    """Attends causally among bytes or among patches; an [`AttentionSpan`] says which keys each query sees."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -109,7 +109,7 @@ class BltSelfAttention(nn.Module):
 
 
 class BltTransformerLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer.
+    """Runs self-attention and MLP, each behind a norm and with a residual connection.
 
     Callers pass the cache by position: with gradient checkpointing, transformers drops one that is passed by keyword.
     """
@@ -160,7 +160,7 @@ class _BltCrossAttention(nn.Module):
 
 
 class BltPatchCrossAttention(_BltCrossAttention):
-    """Encoder: the `K` queries of a patch read the bytes of that patch (and of `window - 1` patches before it)."""
+    """Attends, in the encoder, from the `K` queries of a patch to its bytes (and those of `window - 1` patches before)."""
 
     def forward(self, patch_states: Tensor, byte_states: Tensor, segment: Tensor) -> Tensor:
         """Attends to bytes.
@@ -217,7 +217,7 @@ class LatentIndex:
 
 
 class BltByteCrossAttention(_BltCrossAttention):
-    """Decoder: each byte reads the `K` latents of one patch (and of `window - 1` patches before it)."""
+    """Attends, in the decoder, from each byte to the `K` latents of one patch (and of `window - 1` patches before it)."""
 
     def forward(self, *inputs, latents: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Runs `attend(*inputs)`, or `project_latents(latents)`: FSDP gathers a module's weights when it is called."""
@@ -305,7 +305,7 @@ class BltLexiconIndex(nn.Module):
 
 
 class BltLexicon(nn.Module):
-    """Spells likely words: for each patch the best entries of a list of byte strings, for each byte what these have next.
+    """Ranks byte strings (entries) for each patch, and tells at each byte which next ids the best entries have.
 
     The normed state of a patch is multiplied with the keys of all entries; a softmax over the products says how probable
     each entry is behind the patch. The entries that begin with the bytes that have come since then share the probability
@@ -545,7 +545,7 @@ def ngram_hashes(
 
 
 class BltHashEmbedding(nn.Embedding):
-    """All hash tables in one weight `(functions * sizes * rows, D)`. One look-up sums a row of each table."""
+    """Holds all hash tables in one weight `(functions * sizes * rows, D)`; one look-up sums a row of each table."""
 
     def forward(self, hashes: Tensor) -> Tensor:
         """Sums the rows of the weight that `hashes` `(B, S, G)` name, to `(B, S, D)`."""

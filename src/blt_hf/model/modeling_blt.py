@@ -27,7 +27,7 @@ _TABLE_STYLE = "embedding_colwise" if "embedding_colwise" in ALL_PARALLEL_STYLES
 
 
 class BltModel(BltPreTrainedModel):
-    """The Byte Latent Transformer without a head."""
+    """Computes byte states: the Byte Latent Transformer without a head."""
 
     config: BltConfig
     _tp_plan = {"encoder_hash_tok_embedding": _TABLE_STYLE}
@@ -223,7 +223,7 @@ class BltModel(BltPreTrainedModel):
 
 
 class _BltWithHead(BltPreTrainedModel):
-    """A [`BltModel`], `self.model`, below a head."""
+    """Holds a [`BltModel`], `self.model`, for classes that add a head."""
 
     config: BltConfig
     _keep_in_fp32_modules = ["model.patcher"]  # names are matched from their beginning
@@ -238,7 +238,7 @@ class _BltWithHead(BltPreTrainedModel):
 
 
 class BltForCausalLM(_BltWithHead, BltGenerationMixin):
-    """The Byte Latent Transformer with a head over the next byte."""
+    """Predicts the next byte: a [`BltModel`] with a language-model head."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
     # As in-tree: with `tie_word_embeddings`, files hold the head alone.
@@ -321,7 +321,7 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
 
 
 class _BltClassifier(_BltWithHead):
-    """Scores of states; `_classify` says of which, and makes the output."""
+    """Adds a linear head over labels; `_classify` of a subclass chooses the states, and makes the output."""
 
     _score_bias = False
 
@@ -364,7 +364,7 @@ class _BltClassifier(_BltWithHead):
 
 
 class BltForSequenceClassification(_BltClassifier):
-    """A label for each row, from the state of its last byte, which `attention_mask` tells (None: the last column)."""
+    """Classifies each row by the state of its last byte, which `attention_mask` tells (None: the last column)."""
 
     def _classify(
         self, outputs: BltModelOutput, attention_mask: Tensor | None, labels: Tensor | None, **kwargs
@@ -386,7 +386,7 @@ class BltForSequenceClassification(_BltClassifier):
 
 
 class BltForTokenClassification(_BltClassifier):
-    """A label for each byte."""
+    """Classifies each byte by its state."""
 
     _score_bias = True
 

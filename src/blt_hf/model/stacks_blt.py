@@ -176,7 +176,7 @@ class BltLocalEncoder(BltPreTrainedModel):
 
 
 class BltGlobalTransformer(BltPreTrainedModel):
-    """The transformer over patches; one position a patch, full causal attention."""
+    """Runs the transformer over patches: one position a patch, full causal attention."""
 
     config_class = BltGlobalTransformerConfig
     config: BltGlobalTransformerConfig
@@ -338,7 +338,7 @@ class BltLocalDecoder(BltPreTrainedModel):
 
 
 class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
-    """The entropy model: a small causal byte LM. Inside a BLT it is frozen; by itself it trains and generates."""
+    """Predicts the next byte as the entropy model, a small byte LM: frozen inside a BLT; alone it trains and generates."""
 
     config_class = BltPatcherConfig
     config: BltPatcherConfig
