@@ -10,13 +10,13 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 VERBS = """
-Adds Applies Asks Attends Bisects Bounds Builds Calls Captures Changes Checkpoints Checks Chooses Classifies Closes
-Collects Computes Configures Continues Converts Copies Corrupts Counts Crosses Cuts Decides Describes Discards Divides
-Does Drafts Draws Drops Embeds Empties Exchanges Fills Finds Fine-tunes Flattens Freezes Gives Hands Hides Holds
-Imports Inverts Is Joins Keeps Lays Learns Lets Lists Loads Makes Maps Marks Measures Moves Multiplies Names Normalizes
-Numbers Opens Pads Pools Predicts Prepares Prints Projects Proposes Puts Raises Ranks Reads Refuses Renews Reorders
-Repeats Replaces Returns Rotates Rounds Runs Saves Says Sees Sets Shows Splits Starts Stops Sums Swaps Takes Teaches
-Tells Tokenizes Trains Translates Turns Views Warns Wraps Writes Yields
+Accepts Adds Applies Asks Attends Bisects Bounds Builds Calls Captures Changes Checkpoints Checks Chooses Classifies
+Closes Collects Computes Configures Continues Converts Copies Corrupts Counts Crosses Cuts Decides Describes Discards
+Divides Does Drafts Draws Drops Embeds Empties Exchanges Fills Finds Fine-tunes Flattens Frees Freezes Gives Hands
+Hides Holds Imports Inverts Is Joins Keeps Lays Learns Lets Lists Loads Makes Maps Marks Measures Moves Multiplies
+Names Normalizes Numbers Opens Pads Pools Predicts Prepares Prints Projects Proposes Puts Raises Ranks Reads Refuses
+Renews Reorders Repeats Replaces Resizes Returns Rotates Rounds Runs Saves Says Sees Sets Shows Splits Starts Stops
+Sums Swaps Takes Teaches Tells Tokenizes Trains Translates Turns Views Warns Wraps Writes Yields
 """
 
 

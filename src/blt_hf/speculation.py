@@ -93,7 +93,7 @@ class Drafts:
 
     Attributes:
         ids: int64 `(B, k)`.
-        lengths: how many of them count in each row.
+        lengths: how many of these ids count in each row.
         probs: fp32 `(B, k, V)`, the distribution that each was drawn from. None: they were not drawn.
     """
 
@@ -190,8 +190,8 @@ class AutoSpeculation(SelfSpeculation):
     """
 
     _costs: "WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[int, float]]]" = WeakKeyDictionary()
-    _TIMES = 2  # that rounds of each window are timed
-    _PROBE = 64
+    _TIMES = 2  # rounds of each window that are timed
+    _PROBE = 64  # of so many rounds with a window of 0, one drafts
 
     def __init__(self, runner: StepRunner, num_rows: int, do_sample: bool):
         super().__init__(runner, num_rows, 0, is_adaptive=False, do_sample=do_sample)
@@ -381,7 +381,7 @@ def accept(scores: Tensor, drafts: Drafts, do_sample: bool) -> tuple[Tensor, Ten
 def accept_in_order(
     text: RaggedText, logits: Tensor, drafts: Drafts, do_sample: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Does the same for one row whose logits processors see a draft only when it is accepted; returns scores, too."""
+    """Accepts drafts of one row one by one, as its logits processors may see accepted bytes alone; gives scores, too."""
     ids, scores, count = [], logits.clone(), 0
     for step in range(drafts.lengths[0] + 1):
         scores[:, step] = text.process(logits[:, step, None], ahead=step)[:, 0]

@@ -92,14 +92,14 @@ class AttentionSpan:
     def mask(self, query: Tensor, build: Callable[[torch.device], Tensor | None] | None = None):
         """Returns an `attention_mask` of the attention interface, built once a forward and shared by all layers.
 
-        `build` says which keys are hidden, or makes a mask of flex attention; None: of an attention in one piece.
+        `build`: makes a bool mask of hidden keys, or one of flex attention; None: the mask of attention in one piece.
         """
         # Stacks that share a span may differ in dtype and device.
         key = None if build is None else build.__name__, query.dtype, query.device
         if key not in self.masks:
             mask = None if self.sees_all else (build or self._build_mask)(query.device)
             if isinstance(mask, Tensor) and self.implementation in ("eager", "sdpa"):
-                # Of bools, sdpa would make floats in every layer, and keep them for its backward.
+                # From a bool mask, sdpa would make floats in every layer, and keep them for its backward.
                 mask = (mask * torch.finfo(torch.float32).min).to(query.dtype)
             elif isinstance(mask, Tensor):
                 mask = ~mask
@@ -297,7 +297,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, segment: Tensor
 
 
 def hidden_bytes(segment: Tensor, num_patches: int) -> Tensor:
-    """Says which bytes each of `P` patches does not hold, bool `(B, P, T)`, of the patch of each byte `(B, T)`."""
+    """Finds the bytes that each of `P` patches does not hold, bool `(B, P, T)`; `segment` `(B, T)`: patch of each byte."""
     return segment[:, None] != kept_arange(0, num_patches, segment.device)[:, None]
 
 
@@ -310,7 +310,7 @@ def gathered_attention(
         query: `(B, S, H, D)`.
         key, value: `(B, P, K, H_kv, D)`.
         index: int64 `(B, S, W)`, patches in `[0, P)` that each byte reads.
-        hidden: bool `(B, S, W)`, those of them that it does not read after all. None: none.
+        hidden: bool `(B, S, W)`, True where the byte does not read the patch after all. None: all are read.
         scaling: factor of the scores.
     Returns:
         `(B, S, H, D)`.

@@ -23,7 +23,7 @@ from .names_blt import import_where_installed, kept_arange
 
 
 _BLOCK = 32  # numbers of slots are multiples of this, so that few shapes occur
-_PATCHES = 64  # the same for patches, of which a step reads no more than there are
+_PATCHES = 64  # the same for slots of patches, of which a step reads those in use
 _OPEN_BYTES = 64  # fewest slots for the last bytes in compiled steps, which a new shape would compile again
 _SLACK = 16  # bytes that can be taken back, if nobody asks for more
 _MOST_IDLE_SLACK = 128  # slack that a cache keeps after `activate_past_recording` has raised it
@@ -87,7 +87,7 @@ class Slots:
 
     def held(self, num_entries: Tensor) -> Tensor:
         """Computes the entry of each slot of rows of `num_entries` `(B,)`, int64 `(B, size)`; negative: none."""
-        last = num_entries[:, None] - 1  # the newest that falls on slot `s` is `(last - s) % size` before it
+        last = num_entries[:, None] - 1  # slot `s` holds the entry `(last - s) % size` before the last
         return last - (last - torch.arange(self.size, device=num_entries.device)) % self.size
 
     def find(self, entries: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -126,7 +126,7 @@ class Slots:
 
 
 class SlotTensor:
-    """Holds a tensor `(B, size, ...)` of entries in slots, which the first write makes.
+    """Holds a tensor `(B, size, ...)` of entries in slots; the first write makes it.
 
     Args:
         by_head: entries are keys and values `(2, H, D)`. Then those of one head lie together in memory, in the order
@@ -347,7 +347,7 @@ class ByteHistory:
         entries: int64 `(B, size, F)` in slots, a [`RowState`] after each byte.
         entropies: fp32 `(B, size, 1)` in slots, nats.
         last: int64 `(B, H or 1, F)`, entries of the last bytes, the newest last, where forwards read them.
-        state: fields `(B,)` of the newest of them, and `last_ids` `(B, H)`, their ids, 0 before their text; views.
+        state, last_ids: views of `last`: fields `(B,)` of the newest entry; ids of all `(B, H)`, 0 before their text.
         last_entropies: fp32 `(B, E)`, entropies after the last `E` bytes.
         row_bytes: `state.num_bytes` on the host.
         row_patches: an upper bound of `state.num_patches` on the host.
@@ -490,7 +490,7 @@ class BltCache(Cache):
         self.config, self.made_for = config, cache_shapes(config)
         self._first_slack = slack
         self.is_fixed, self.compile_config = False, None  # see `fix_steps`
-        self.is_default = False  # `generate` made it unasked, and may fix its steps
+        self.is_default = False  # `generate` made this cache by default, and may call `fix_steps`
         self._starts = 0
         self.patcher_slots = Slots(None if patcher_window is None else patcher_window - 1)
         self.local_slots = Slots(None if local_window is None else local_window - 1)
@@ -655,7 +655,7 @@ class BltCache(Cache):
         """Makes the cache able to take back `slack` bytes of each row."""
         if slack > self.slack:  # by half at least, as recording asks for a little more at each byte
             self.slack = slack if slack <= _BLOCK else max(slack, self.slack + self.slack // 2)
-            # Windows must be whole behind what may be taken back, so slots in use are added now.
+            # A window must still be whole after `slack` bytes are taken back, so slots are added now.
             for slots in (self.patcher_slots, self.local_slots, self.recent_slots):
                 slots.reserve(max(self.row_bytes, default=0), self.slack, self.num_bytes)
 
@@ -681,7 +681,7 @@ class BltCache(Cache):
         self.seq_length += num_columns
 
     def advance_chunk_on_host(self, chunk, counts=None) -> None:
-        """Moves them past a [`ByteChunk`], which may hold more than plain bytes."""
+        """Moves the host's counters past a [`ByteChunk`], which may hold documents, padding or embeddings."""
         self.advance_on_host(chunk.num_columns, chunk.row_bytes, counts, chunk.num_croppable)
         self.has_documents |= chunk.text_starts is not None
         self.hides_ids |= chunk.input_ids is None

@@ -220,7 +220,7 @@ def history_sizes(config) -> tuple[int, int]:
 
 
 def cache_shapes(config) -> dict[str, object]:
-    """Lists for each part what a cache depends on: shapes of keys and values, windows, use of an entropy model."""
+    """Lists for each part the settings that a cache depends on: shapes of keys and values, windows, the entropy model."""
     fields = ("num_hidden_layers", "num_key_value_heads", "head_dim")
     cross = ("hidden_size", "cross_attention_heads", "cross_attn_k", "cross_attn_all_layers", "cross_attn_window")
     lexicon = ("lexicon_size", "lexicon_top_k", "lexicon_length", "lexicon_reads")

@@ -79,7 +79,7 @@ class ByteChunk:
         document_start, context_start: int64 `(B, S)`, row index of the first byte that each byte may see, in the
             encoder and decoder, and in the entropy model. None: all bytes before it.
         packed: a [`PackedStacks`] whose stacks run in the place of modules. None: all modules run.
-        spans: those made so far of a small chunk.
+        spans: of a small chunk, the spans made so far, by their settings.
     """
 
     input_ids: Tensor | None
@@ -129,7 +129,7 @@ class ByteChunk:
         return values if self.layout is None else self.layout.unpack(values)
 
     def unpack_weights(self, weights: Tensor) -> Tensor:
-        """Does the same for attention weights `(B, H, S, T)`, whose last `S` keys are this chunk's bytes."""
+        """Moves attention weights `(B, H, S, T)`, whose last `S` keys are this chunk's bytes, to the caller's columns."""
         if self.layout is None:
             return weights
         past = weights.shape[-1] - self.num_columns
@@ -293,7 +293,7 @@ def _find_text(
 
 
 def _find_texts(chunk: ByteChunk, position_ids: Tensor | None) -> None:
-    """Sets where `position_ids` begin another text inside a row, and the positions in it."""
+    """Sets `text_starts` and `text_positions`, if `position_ids` begin another text inside a row."""
     if position_ids is None:
         return
     rows, columns = chunk.row_positions.shape
@@ -337,7 +337,7 @@ def _find_text_starts(chunk: ByteChunk, position_ids: Tensor) -> Tensor | None:
 
 
 def _find_documents(chunk: ByteChunk, holds_documents: bool, rules: DocumentRules) -> None:
-    """Sets the first byte that each byte may see, if there is more than one document in some row."""
+    """Sets `document_start` and `context_start`, if some row may hold more than one document."""
     may_hold_documents = chunk.text_starts is not None or holds_documents
     if not (may_hold_documents or rules.mask_documents or rules.newline_reset):
         return
@@ -411,7 +411,7 @@ class HostPatchCounts:
 
     @classmethod
     def of(cls, patches: PatchAssignment) -> "HostPatchCounts":
-        """Asks the device for the counts and the last bytes: the one place where a forward waits for it."""
+        """Asks the device for the counts and the last bytes: the one place where a forward waits for the device."""
         rows = patches.for_host.tolist()
         if len(rows) == 1:
             old, after, open_bytes, last_id = rows[0]
@@ -423,7 +423,7 @@ class HostPatchCounts:
 
 
 class ClosingInputs(NamedTuple):
-    """Says what the patches that a chunk closed are made of, and what they see.
+    """Lists the bytes that the patches closed by a chunk are made of, and the slots that these patches see.
 
     Attributes:
         new_patches: int64 `0 .. P - 1`, for up to `P` patches of a row.
@@ -433,7 +433,7 @@ class ClosingInputs(NamedTuple):
             of the new patches are among them.
         rows: int64 `(R,)`, rows that close a patch. None: every row runs; results of rows that close none are not read.
         sees_all: there is one new patch of one row, which may see all `seen_slots`.
-        words: what [`BltLexicon.read`] gives for the patches; None: they are not read through a lexicon.
+        words: result of [`BltLexicon.read`] for the patches; None: they are not read through a lexicon.
     """
 
     new_patches: Tensor

@@ -74,7 +74,7 @@ class ForwardInputs:
         byte_embeds: `(B, S, W)`, in the place of the sum of byte and hash embeddings.
         given_ends: bool `(B, S)`, patch ends in the place of the rule's.
         collectors: of hidden states and attention weights: encoder, global transformer, decoder.
-        block_noise: adds corrupted blocks to what the decoder reads, for the masked loss of BLT-D.
+        block_noise: adds corrupted blocks to the bytes that the decoder reads, for the masked loss of BLT-D.
         patches: for a draft only, the assignment of its first byte: no patch closes, and the cache's counters stay.
         span: the draft's precomputed span; None: [`read_bytes`] makes one.
     """
@@ -188,7 +188,7 @@ def predict_bytes(
     if head is not None:
         hidden_states = head(hidden_states).float()
     if cache is not None and inputs.patches is None:
-        # Last, so that an interrupt in the middle of a step leaves a cache that has not read it
+        # Last, so that an interrupted step leaves a cache that has not read its bytes
         cache.history.advance_on_device(chunk, read.patches, read.entropies)
     return hidden_states
 
@@ -210,10 +210,10 @@ def embed_bytes(model, settings: ForwardSettings, chunk: ByteChunk, embeds: Tens
 
 
 def read_lexicon(model, read: BytesRead, latents: Tensor, latent_index: LatentIndex, is_draft: bool) -> Tensor:
-    """Embeds what the decoder's lexicon says of the byte after each byte, `(B, S, W)`."""
+    """Embeds the lexicon's predictions of the byte after each byte, `(B, S, W)`."""
     chunk, patches, count = read.chunk, read.patches, model.config.decoder_config.lexicon_length + 1
     open_bytes = patches.field("open_bytes")
-    if is_draft:  # its patches are those of the first byte
+    if is_draft:  # `patches` are those of the draft's first byte
         open_bytes = open_bytes + chunk.row_positions - patches.field("num_bytes") + 1
     if chunk.text_starts is not None:
         # The last byte of a text closes a patch that it does not read.
@@ -249,7 +249,7 @@ def read_words(model, read: BytesRead, num_patches: int, rows: Tensor | None = N
 def find_patches(
     model, rule: PatchingRule, chunk: ByteChunk, cache: BltCache | None, given_ends: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
-    """Finds patch ends `(B, S)`; returns entropies `(B, S)`, where the entropy model ran, before them."""
+    """Finds patch ends; returns entropies `(B, S)` (None: the entropy model did not run), and the ends `(B, S)`."""
     uses_patcher = rule.uses_entropies and model.patcher is not None
     entropies, hides_ids = None, chunk.input_ids is None
     if given_ends is None and hides_ids and (rule.uses_ids or uses_patcher):
@@ -325,7 +325,7 @@ def counts_rows(model) -> bool:
 def run_chunk(
     model, settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None, inputs: ForwardInputs
 ) -> tuple[Tensor, BytesRead]:
-    """Runs the three stages on a chunk of any kind; gives decoder states `(B, S, W)` and what was read."""
+    """Runs the three stages on a chunk of any kind; gives decoder states `(B, S, W)` and the [`BytesRead`]."""
     if cache is not None:
         cache.begin(len(chunk.row_bytes), chunk.num_columns, chunk.is_small, chunk.device)
     read = read_bytes(model, settings, chunk, cache, inputs)
@@ -336,7 +336,7 @@ def run_chunk(
         closing = closing_inputs(cache, read, counts, all_rows)
         latents = close_patches(model, cache, read, closing, inputs.collectors[1])
     if cache is not None and not chunk.is_small:
-        # Only now, because the open patches of before are read from the slots that are written over here.
+        # Only now: `close_patches` read the patches that were open before from slots that are overwritten here.
         cache.reserve_open(counts.max_open_bytes, chunk.num_columns)
         keep_bytes(chunk, read.patches, read.byte_states, read.entropies, cache)
     if inputs.block_noise is not None:

@@ -129,7 +129,7 @@ class RaggedText:
     def process(self, logits: Tensor, ahead: int = 0) -> Tensor:
         """Applies the logits processors to fp32 logits `(B, S, V)`, the `i`-th after text and `ahead + i` drafts.
 
-        Each row is seen with its own text, of its own length.
+        The processors see each row with its own text, of its own length.
         """
         if not self.logits_processor:
             return logits
@@ -165,7 +165,7 @@ class RaggedText:
         self._keep(before, added, logits, scores)
         for held, new, count in zip(self._new_ids, values, added):
             held += new[:count]
-        stopped_at: dict[int, list[bool]] = {}  # what the criteria say of each length
+        stopped_at: dict[int, list[bool]] = {}  # results of the criteria for each length
         for row, (new, length) in enumerate(zip(values, before)):
             for index in range(added[row] if self.stops[row] is None else 0):
                 length += 1
@@ -177,7 +177,7 @@ class RaggedText:
                     is_stop = is_stop or stopped_at[length][row]
                 if is_stop:
                     self.stops[row] = length
-                    if self.waits:  # what stands behind it is not part of the text
+                    if self.waits:  # bytes behind the stop are not part of the text
                         added[row] = index + 1
                         del self._new_ids[row][length - self._first :]
                         self._written[row] = min(self._written[row], length - self._first)
@@ -212,7 +212,7 @@ class RaggedText:
 
     @property
     def end(self) -> int:
-        """Columns of what is returned."""
+        """Columns of the result of `generate`."""
         return max(self.lengths) if None in self.stops else max(self.stops)
 
     def finish(self, cache: BltCache) -> Tensor | GenerateDecoderOnlyOutput:

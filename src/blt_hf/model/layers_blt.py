@@ -19,7 +19,7 @@ _products = import_where_installed("products")
 
 
 def project(linear: nn.Module, states: Tensor) -> Tensor:
-    """Calls a linear layer; multiplies by its weight where `blt_hf.products` says that this is faster and the same."""
+    """Calls a linear layer; where `blt_hf.products` finds its own product equal and faster, that is used instead."""
     if torch.compiler.is_compiling() or _products is None or not _products.can_multiply(states, linear):
         return linear(states)
     return _products.multiply(states, linear.weight)
@@ -229,7 +229,7 @@ class BltByteCrossAttention(_BltCrossAttention):
         return tuple(project(proj, normed).view(*latents.shape[:2], -1) for proj in (self.k_proj, self.v_proj))
 
     def attend(self, hidden_states: Tensor, keys: Tensor, values: Tensor, latent_index: LatentIndex) -> Tensor:
-        """Attends from bytes `(B, S, W)` to those of the patches that each byte reads, `(B, S, W)`."""
+        """Attends from bytes `(B, S, W)` to the keys and values of the patches that each byte reads, `(B, S, W)`."""
         query = project(self.q_proj, self.q_norm(hidden_states)).unflatten(-1, (-1, self.head_dim))
         shape = (*keys.shape[:2], self.num_latents, -1, self.head_dim)
         # A model may be spread over devices.
@@ -238,7 +238,7 @@ class BltByteCrossAttention(_BltCrossAttention):
         return project(self.o_proj, output.flatten(2)) + hidden_states
 
 
-_RANKED_PATCHES = 64  # at once, as each has a score for each entry
+_RANKED_PATCHES = 64  # patches ranked at once, as each has a score for each entry
 _LIKELY_IDS = 64  # an unknown next id is taken to be one of so many, all equally likely
 _SPACE = BYTE_OFFSET + 0x20
 NO_SPELLING = 2**63 - 1  # the hash of entries that no patch begins with
@@ -253,9 +253,9 @@ def prefix_hashes(ids: Tensor, length: int) -> Tensor:
 
 
 class BltLexiconProjection(nn.Embedding):
-    """Multiplies states `(..., in)` by the weight `(out, in)`, or looks rows of it up.
+    """Multiplies states `(..., in)` by the weight `(out, in)`, or looks up its rows for int64 indices.
 
-    To PEFT and to quantizers it is no linear layer.
+    An embedding, so that PEFT and quantizers do not treat this module as a linear layer.
     """
 
     def forward(self, states: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ class BltLexicon(nn.Module):
         self.embedding = BltLexiconProjection(config.hidden_size, config.vocab_size + 2)
         if config.lexicon_reads:
             self.index = BltLexiconIndex(*shape)
-            # Factors of keys: of what patches begin with, and of whole ones.
+            # Factors of an entry's key: for patches that begin with the entry, and for patches that are the entry.
             self.key_scales = nn.Embedding(2, config.hidden_size_global)
 
     @torch.no_grad()
@@ -356,10 +356,10 @@ class BltLexicon(nn.Module):
         return torch.cat([digits.flatten(-2).to(states.dtype), log_probs.to(states.dtype)], dim=-1)
 
     def read(self, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the keys of what patches begin with, for `found` `(B, P)` as the index gives it.
+        """Takes the keys of the entries that patches begin with; `found` `(B, P)`: results of the index.
 
         Returns:
-            keys `(B, P, W_global)` times their scales, zeros where there is none; whether each is the whole patch, bool
+            keys `(B, P, W_global)` times their scales, zeros without an entry; whether it is the whole patch, bool
             `(B, P, 1)`.
         """
         is_known, is_whole = (found >= 0)[..., None], (found >= 0) & (found % 2 == 1)
@@ -367,7 +367,7 @@ class BltLexicon(nn.Module):
         return keys * self.key_scales(is_whole.long()).to(keys) * is_known.to(keys), is_whole[..., None]
 
     def forward(self, ranked: Tensor, ids: Tensor, open_bytes: Tensor) -> Tensor:
-        """Embeds what the ranked entries have next, `(B, S, W)`.
+        """Embeds the next ids of the ranked entries, `(B, S, W)`.
 
         Args:
             ranked: `(B, S, 4 * top_k)` as `rank` gives it, of the patch that each byte reads.
@@ -384,18 +384,18 @@ class BltLexicon(nn.Module):
         begins_before = spellings[..., 0] == since[..., :1]
         came = torch.where(begins_before[..., None], since[..., None, :-1], since[..., None, 1:])
         count = open_bytes + begins_before  # (B, S, K)
-        # The last id of the longest entries is not compared: behind it, nothing is known of what follows.
+        # The last id of the longest entries is not compared: behind it, such an entry has no next id.
         is_alive = (spellings[..., :-1] == came).sum(dim=-1) == count
         following_ids = spellings.gather(-1, count.clamp_max(length - 1)[..., None])[..., 0].long()
         probs = log_probs.exp() * is_alive
         alive = probs.sum(dim=-1, keepdim=True)
         # Entries outside the top k share the rest; each id since the patch is taken to fit a tenth of them.
         rest = (1 - log_probs.exp().sum(dim=-1, keepdim=True)).clamp_min(1e-3) * 0.1 ** open_bytes.clamp_max(length)
-        # Probabilities of each next id, and of what says nothing of it: the rest, and the end of an entry (-1).
+        # Probabilities of each next id; in the last column of an unknown one: the rest, and entries that end here (-1).
         following = nn.functional.pad(rest, (self.vocab_size, 0))
         following = following.scatter_add(-1, following_ids % (self.vocab_size + 1), probs) / (alive + rest)
         unknown = following[..., -1:]
-        # In nats above the probability of an id of which nothing is known; 0 for these.
+        # log(1 + ratio) of each id to an unknown one, whose probability is `unknown / _LIKELY_IDS`.
         features = torch.cat([following[..., :-1] / unknown.clamp_min(1e-2), unknown, alive], dim=-1)
         features = (features * _LIKELY_IDS).log1p()
         return self.embedding(features.to(ranked.dtype))
@@ -436,7 +436,7 @@ class OutputCollector:
             self.attentions += (weights,)
 
     def collected(self, chunk=None, last: Tensor | None = None) -> tuple[tuple | None, tuple | None]:
-        """Returns both; hidden states that were not asked for are None.
+        """Returns hidden states and attention weights; those that were not asked for are None.
 
         Args:
             chunk: puts bytes in the caller's columns. None: states are of patches, which have no padding.

@@ -151,7 +151,7 @@ class BltPreTrainedModel(PreTrainedModel):
                 init.constant_(module.key_scales.weight[1], 1.0)
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """Makes embeddings of another size as transformers does, and that of a lexicon, which has a column for each id."""
+        """Resizes the embeddings as transformers does, and a lexicon's embedding, which has a column for each id."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, BltLexicon):

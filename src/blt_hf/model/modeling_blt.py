@@ -60,7 +60,7 @@ class BltModel(BltPreTrainedModel):
 
         Args:
             patcher: any [`BltPatcher`] that knows all bytes; its configuration becomes part of this model's. Ids that
-                this model has and it lacks (added tokens) read as BOS to it.
+                it lacks (tokens that were added to this model) are read as BOS.
         Raises:
             ValueError: it is not a [`BltPatcher`], or knows fewer ids than there are bytes and special tokens.
         """
@@ -249,7 +249,7 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
         self.model = BltModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.decoder_config.hidden_size, config.vocab_size, bias=False)
-        # The decoder starts from it at a masked byte. A class that does not know it loads an ordinary BLT.
+        # The decoder's input at a masked byte. A class without this weight loads the file as an ordinary BLT.
         self.mask_embedding = (
             None if config.diffusion_block_size is None else nn.Embedding(1, config.decoder_config.hidden_size)
         )

@@ -1,7 +1,7 @@
 """The names under which other libraries know a BLT, and the way from code that travels to the rest of the package.
 
 **The cache** is called `past_key_values` up to transformers 5.23, `cache` from 5.24 on. Our own arguments say
-`past_key_values`; outputs, and the keyword arguments of `generate`, say what the installed transformers says.
+`past_key_values`; outputs, and the keyword arguments of `generate`, use the name of the installed transformers.
 
 **Architectures.** TRL and `transformers serve` do `getattr(transformers, config.architectures[0])`. The names `Blt...`
 there are those of the in-tree classes, and code that comes with a checkpoint overrides nothing. So a checkpoint with code
@@ -192,7 +192,7 @@ _aranges: dict[tuple, Tensor] = {}
 
 
 def kept_arange(start: int, stop: int, device: torch.device) -> Tensor:
-    """Does `torch.arange`, for short ranges once a process, so that a step need not."""
+    """Does `torch.arange`; short ranges are made once a process and kept."""
     if is_compiling() or stop - start > _LONGEST_KEPT:
         return torch.arange(start, stop, device=device)
     key = start, stop, device
@@ -205,7 +205,7 @@ def kept_arange(start: int, stop: int, device: torch.device) -> Tensor:
 
 
 def sliding_windows(values: Tensor, dim: int, size: int, step: int = 1) -> Tensor:
-    """Does `values.unfold(dim, size, step)`, which branches on the number of windows, and which ONNX does not have."""
+    """Does `values.unfold(dim, size, step)`, also in export: torch's branches on the number of windows, ONNX has none."""
     if not is_exporting():
         return values.unfold(dim, size, step)
     count = (values.shape[dim] - size) // step + 1

@@ -35,7 +35,7 @@ from .layers_blt import (
 from .names_blt import import_where_installed
 
 
-# What calling a module of each class does, unless somebody replaces it.
+# The function that a call of a module of each class runs, unless somebody replaces it.
 _FORWARDS = {
     cls: cls.forward
     for cls in (
@@ -209,7 +209,7 @@ class PackedStack:
         return states.view(shape)
 
     def _choose_products(self, num_rows: int) -> tuple[tuple[Callable, Callable], tuple]:
-        """Chooses `torch.mm` and `torch.addmm`, or what does the same for so many rows, and their weights."""
+        """Chooses `torch.mm` and `torch.addmm`, or faster substitutes for so many rows, and the weights for them."""
         if torch.compiler.is_compiling():
             return (_multiply_one_row, _add_one_row) if num_rows == 1 else (torch.mm, torch.addmm), self.weights
         if num_rows < self.least_rows:
@@ -248,7 +248,7 @@ class PackedStack:
     def _cross_attend(
         self, cross: tuple, states: Tensor, number: int, products, latents: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Adds twice the queries, as the modules do, and what they read."""
+        """Adds the output of a cross attention to twice `states`, as the modules do."""
         (mm, addmm), (weight, output, norm) = products, cross
         query = mm(self._normed(states, norm), weight).view(states.shape[0], -1, 1, self.cross_head_dim)
         keys, values = (
@@ -290,7 +290,7 @@ class PackedStack:
     rotation_key = 0  # stacks with the same one share their rotations of a span
 
     def make_rotation(self, positions: Tensor, states: Tensor) -> Tensor:
-        """Computes it for positions `(B, S)`, in the dtype of `states`."""
+        """Computes the rotation for positions `(B, S)`, in the dtype of `states`."""
         if states.dtype == torch.float32 and not torch.compiler.is_compiling():
             angles = positions.reshape(-1, 1, 1) * self.inv_freq
             return torch.polar(self.rotary_scaling, angles)
@@ -301,11 +301,11 @@ class PackedStack:
 
 
 class PackedStacks:
-    """Holds the packed stacks of a model; None in the place of one whose modules run.
+    """Holds the packed stacks of a model; None: the modules of this stack run.
 
     Args:
         model: a [`BltModel`].
-        cache: what the steps run on, which has keys and values of the dtype of the weights.
+        cache: of the steps; a stack is packed only if its keys and values there have the dtype of its weights.
     """
 
     def __init__(self, model, cache) -> None:
@@ -344,7 +344,7 @@ def _can_pack(stack: nn.Module, cache_layers: list, *parts: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, like: Tensor) -> bool:
-    """Tells whether calling a module, and each below it, does what its weights say and nothing else.
+    """Tells whether a module, and each below it, runs its own forward on plain weights: no adapter, hook or quantizer.
 
     Args:
         like: a weight whose dtype and device all others have.

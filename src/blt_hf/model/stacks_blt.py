@@ -166,7 +166,7 @@ class BltLocalEncoder(BltPreTrainedModel):
 
     @staticmethod
     def _pool_under_mask(byte_states: Tensor, hidden: Tensor, mode: str) -> Tensor:
-        """Does the same for few patches, `(B, P, W)`, of which `hidden` `(B, P, T, 1)` says what they do not hold."""
+        """Pools the bytes of few patches, `(B, P, W)`; `hidden` `(B, P, T, 1)`: bytes that a patch does not hold."""
         states = byte_states[:, None]
         if mode == "mean":
             return (states * ~hidden).sum(dim=2) / (~hidden).sum(dim=2).clamp_min(1)
@@ -207,7 +207,7 @@ class BltGlobalTransformer(BltPreTrainedModel):
 
         Args:
             chunk, patches: the bytes that closed them.
-            inputs: which patches, and what they see.
+            inputs: the patches, and the slots that they see.
         """
         new_patches, seen_slots, _, rows, sees_all, words = inputs
         first_patch = None
@@ -282,8 +282,8 @@ class BltLocalDecoder(BltPreTrainedModel):
         Args:
             latents: `(B, P, L, 2, F)`, keys and values of patches for each cross attention. None: there are no patches.
             latent_index: patches that each byte reads, among `latents`.
-            positions: int64 `(B, S)`, of each byte in its row; None: those of the chunk. Behind the chunk's bytes may
-                stand those of corrupted blocks, which are not collected.
+            positions: int64 `(B, S)`, of each byte in its row; None: those of the chunk. Bytes of corrupted blocks may
+                follow those of the chunk; their states are not collected.
         """
         if chunk.packed is not None and chunk.packed.decoder is not None:
             return chunk.packed.decoder.run(
@@ -293,7 +293,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions if positions is None else positions)
         if collector is not None:
             collector.add(hidden_states if positions is None else hidden_states[:, : chunk.num_columns])
-        # Views of all at once: the gradient of each single one would be a tensor of the size of all.
+        # All views at once: the gradient of a view that is made by itself would be a tensor of the size of all.
         keys_values = [] if latents is None else [pair.unbind(2) for pair in latents.unbind(2)]
         for index, layer in enumerate(self.layers):
             if index < len(self.cross_attn_layers):
@@ -326,7 +326,7 @@ class BltLocalDecoder(BltPreTrainedModel):
         return torch.cat([states, ranked[:, :, None]], dim=2)
 
     def read_lexicon(self, latents: Tensor, latent_index: LatentIndex, ids: Tensor, open_bytes: Tensor) -> Tensor:
-        """Embeds `(B, S, W)` what the lexicon's entries have next; `latents` as `project_latents` gives them."""
+        """Embeds the next ids of the lexicon's entries, `(B, S, W)`; `latents` as `project_latents` gives them."""
         ranked = latents[:, :, -1].flatten(2)[..., : 4 * self.lexicon.top_k]
         index = latent_index.index[..., :1].to(ranked.device).expand(-1, -1, ranked.shape[-1])
         return self.lexicon(ranked.gather(1, index), ids.to(ranked.device), open_bytes.to(ranked.device))

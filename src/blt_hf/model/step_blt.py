@@ -81,7 +81,7 @@ class StepRunner:
 
     @torch.no_grad()
     def start(self, input_ids: Tensor) -> list[int]:
-        """Reads the next byte of each row `(B, 1)`, for [`next`] to go on from; the bytes on the host."""
+        """Reads the next byte of each row `(B, 1)`, where [`next`] goes on; returns the bytes on the host."""
         self.hold_patch(True)
         read = self._read(input_ids)
         self._pending = read, HostPatchCounts.of(read.patches)
@@ -91,11 +91,11 @@ class StepRunner:
     def next(self, choose, reads: bool = True) -> tuple[list[int], Tensor, Tensor]:
         """Closes the patches of the byte that was read, predicts the next one of each row, chooses and reads it.
 
-        The host learns all that it needs in one transfer: the bytes, and what patches they closed.
+        The host learns all that it needs in one transfer: the bytes, and how many patches they closed.
 
         Args:
             choose: a [`NextByte`].
-            reads: the text goes on behind the next byte. Without it, that is not read.
+            reads: also read the next byte; False where no text goes on behind that.
         Returns:
             the bytes, on the host; fp32 logits and processed scores `(B, 1, V)`, which hold until the next step.
         """
@@ -119,7 +119,7 @@ class StepRunner:
         return counts_rows(self.model)
 
     def close(self) -> None:
-        """Gives back what CUDA graphs take; later steps run as they are."""
+        """Frees the memory of CUDA graphs, if there are any; later steps run without them."""
 
     def hold_patch(self, holds: bool) -> None:
         """Tells the packed decoder whether the next bytes of one row share a patch, to multiply by it only once."""
@@ -230,7 +230,7 @@ def _compile(function: Callable, settings: dict) -> Callable:
     if settings.get("backend", "inductor") == "inductor":
         if (mode := settings.pop("mode", None)) is not None:  # torch takes a mode or options
             options = {**torch._inductor.list_mode_options(mode, settings.get("dynamic")), **options}
-        options["triton.cudagraphs"] = False  # `CudaGraphs` captures what runs, compiled or not
+        options["triton.cudagraphs"] = False  # `CudaGraphs` captures the stages, compiled or not
     # A copy with a code object of its own, to which torch attaches compiled code and the limit of recompilations.
     code, name = function.__code__.replace(), function.__name__
     copied = FunctionType(code, function.__globals__, name, function.__defaults__)
