@@ -335,7 +335,7 @@ class BltConfig(_SavedConfig):
     model_type = "blt"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     default_theta = 500000.0
-    # transformers 5.17 reads `sub_configs`, 5.23 `sub_configs_defaults`.
+    # transformers 5.17 reads `sub_configs`, 5.23 `sub_configs_defaults`: alone, when that is the oldest supported.
     sub_configs = {
         "patcher_config": BltPatcherConfig,
         "encoder_config": BltLocalEncoderConfig,

@@ -53,7 +53,7 @@ class BltModelOutput(ModelOutput):
     """
 
     last_hidden_state: Tensor | None = None
-    if CACHE_NAME == "cache":
+    if CACHE_NAME == "cache":  # alone, when transformers 5.24 is the oldest supported
         cache: BltCache | None = None
     else:
         past_key_values: BltCache | None = None
@@ -77,7 +77,7 @@ class BltCausalLMOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    if CACHE_NAME == "cache":
+    if CACHE_NAME == "cache":  # alone, when transformers 5.24 is the oldest supported
         cache: BltCache | None = None
     else:
         past_key_values: BltCache | None = None

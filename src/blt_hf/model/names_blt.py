@@ -30,7 +30,7 @@ from torch.compiler import is_compiling, is_exporting
 from transformers.generation import GenerateDecoderOnlyOutput
 
 
-CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAMES = ("past_key_values", "cache")  # `cache` alone, when transformers 5.24 is the oldest supported
 CACHE_NAME = next(field.name for field in fields(GenerateDecoderOnlyOutput) if field.name in CACHE_NAMES)
 IS_FROM_CHECKPOINT = not __name__.startswith("blt_hf.")
 """This code came with a checkpoint; it is not the installed package."""
