@@ -3,7 +3,10 @@
 The file is also the script that the launched processes run.
 """
 
+import inspect
+import json
 import os
+import runpy
 import socket
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
+from blt_hf import BltTokenizer
 from helpers import processes
 from helpers.models import make_model, tiny_config
 from helpers.texts import encode
@@ -21,6 +25,7 @@ from helpers.training import assert_same_losses, make_trainer, step_losses
 
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+REMOTE_SCRIPT = str(Path(__file__).parents[1] / "clients" / "train_script.py")  # passes `trust_remote_code=True`
 STEPS, ROWS = 4, 4
 
 
@@ -100,6 +105,7 @@ def free_port() -> str:
 def model_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     make_model(tiny_config(encoder_config={"num_key_value_heads": 2})).save_pretrained(folder)
+    BltTokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -110,15 +116,20 @@ def one_process(model_folder, tmp_path_factory) -> Path:
     return folder
 
 
+def launch(name: str, folder: Path, *command) -> None:
+    """Starts two processes with our ready-made configuration."""
+    config = (CONFIGS / f"{name}.yaml").read_text().replace("num_processes: 8", "num_processes: 2")
+    (folder / "config.yaml").write_text(config.replace("bf16", "'no'") + "use_cpu: true\n")
+    run(
+        ["accelerate.commands.launch", "--config_file", str(folder / "config.yaml")]
+        + ["--main_process_port", free_port(), *map(str, command)]
+    )
+
+
 @pytest.mark.parametrize("name, kind", [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP")])
 def test_accelerate_launch(name, kind, model_folder, one_process, tmp_path):
-    """Two processes, half a batch each, with our ready-made configuration: losses and weights of one process."""
-    config = (CONFIGS / f"{name}.yaml").read_text().replace("num_processes: 8", "num_processes: 2")
-    (tmp_path / "config.yaml").write_text(config.replace("bf16", "'no'") + "use_cpu: true\n")
-    run(
-        ["accelerate.commands.launch", "--config_file", str(tmp_path / "config.yaml")]
-        + ["--main_process_port", free_port(), __file__, "train", model_folder, str(tmp_path)]
-    )
+    """Two processes, half a batch each: losses and weights of one process."""
+    launch(name, tmp_path, __file__, "train", model_folder, tmp_path)
     expected, result = torch.load(one_process / "result.pt"), torch.load(tmp_path / "result.pt")
     assert result["kind"] == kind
     assert_same_losses(result["losses"], expected["losses"])
@@ -132,6 +143,34 @@ def test_accelerate_launch(name, kind, model_folder, one_process, tmp_path):
     assert model.config.architectures == ["BltHfForCausalLM"]
     assert model.config.auto_map["AutoModelForCausalLM"] == "modeling_blt.BltForCausalLM"
     assert not list((tmp_path / "model").glob("_fsdp*"))
+
+
+@pytest.fixture(scope="module")
+def remote_code_in_one_process(model_folder, tmp_path_factory) -> list[float]:
+    folder = tmp_path_factory.mktemp("remote-one")
+    runpy.run_path(REMOTE_SCRIPT)["main"](model_folder, folder)
+    return json.loads((folder / "result.json").read_text())["losses"]
+
+
+@pytest.mark.parametrize("name, kind", [pytest.param("ddp", "MULTI_CPU", marks=pytest.mark.slow), ("fsdp2", "FSDP")])
+def test_code_of_a_checkpoint_in_two_processes(name, kind, model_folder, remote_code_in_one_process, tmp_path):
+    """Remote code alone, where the package is not installed: losses of one process."""
+    program = f"""
+import os, runpy, sys
+import torch
+sys.modules["blt_hf"] = None
+os.environ["HF_HOME"] = {str(tmp_path / "hf")!r} + os.environ["RANK"]  # as on two machines
+{inspect.getsource(pretend_that_cpus_are_gpus)}
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    pretend_that_cpus_are_gpus()
+runpy.run_path({REMOTE_SCRIPT!r}, run_name="__main__")
+"""
+    (tmp_path / "program.py").write_text(program)
+    launch(name, tmp_path, tmp_path / "program.py", model_folder, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["kind"] == kind
+    assert_same_losses(result["losses"], remote_code_in_one_process)
+    assert (tmp_path / "model" / "modeling_blt.py").exists()
 
 
 def test_tensor_parallel(model_folder, tmp_path):
