@@ -35,7 +35,11 @@ def draw_mask(model: BltForCausalLM, path: Path) -> None:
         blocks = model.model(ids, use_cache=False, block_noise=noise).blocks
     span = TwoStreamSpan(blocks, None, ids.shape[1], model.config.local_attention_window_len, "sdpa")
     length, num_blocks = ids.shape[1], blocks.ids.shape[1]
-    seen = span.visible(0)
+    # Equal queries and keys give each visible key the same weight, and its value says which it is.
+    attention, total = model.model.local_decoder.layers[0].self_attn, length + blocks.ids.numel()
+    states = torch.zeros(1, model.config.decoder_config.num_attention_heads, total, total)
+    with torch.no_grad():
+        seen = span.attend(attention, states, states, states + torch.eye(total))[0][0, :, 0] > 0
     exists = torch.cat([torch.ones(length, dtype=torch.bool), blocks.exists[0].flatten()])
     # 0: nothing, 1: text sees text, 2: a block sees the text before it, 3: a block sees itself
     kind = seen.long()

@@ -13,6 +13,18 @@ def diffusion_model(seed: int = 0, **overrides) -> BltForCausalLM:
     return make_model(tiny_config(diffusion_block_size=SIZE, **overrides), seed=seed)
 
 
+@torch.no_grad()
+def seen_keys(model, span) -> torch.Tensor:
+    """Bool `(S + N*K, S + N*K)`, whose value reaches whom in the first of the decoder's attentions; of one row.
+
+    Equal queries and keys give each visible key the same weight, and the value of a key says which it is.
+    """
+    attention, total = model.model.local_decoder.layers[0].self_attn, span.num_queries + span.blocks.ids[0].numel()
+    states = torch.zeros(1, model.config.decoder_config.num_attention_heads, total, total)
+    output, _ = span.attend(attention, states, states, states + torch.eye(total))
+    return output[0, :, 0] > 0
+
+
 def softmax_attention(query, key, value, visible, scaling):
     """`(S, H, D)` over `(T, H, D)`, what `visible` `(S, T)` says."""
     scores = torch.einsum("shd,thd->hst", query, key) * scaling

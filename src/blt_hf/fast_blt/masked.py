@@ -339,28 +339,6 @@ class TwoStreamSpan(AttentionSpan):
 
         return create_block_mask(is_visible, visible.shape[0], None, *visible.shape[1:], device=device)
 
-    def visible(self, row: int) -> Tensor:
-        """Says which positions of `[bytes | blocks]` each of them sees in one row, bool `(S + N*K, S + N*K)`.
-
-        For pictures and tests: made from the masks that the attention uses, and quadratic in bytes.
-        """
-        device, length = self.blocks.starts.device, self.num_queries
-        num_blocks, size = self.blocks.ids.shape[1:]
-        total = length + num_blocks * size
-        seen = torch.zeros(total + 1, total + 1, dtype=torch.bool, device=device)
-        whole = AttentionSpan(0, length, self.window, self.first_key, "eager", in_one_piece=True)
-        hidden = whole._build_mask(device)
-        seen[:length, :length] = ~hidden[min(row, hidden.shape[0] - 1), 0]
-        # Each place of the attention's rows is a position of `[bytes | blocks]`, or nothing (the last index).
-        block = torch.where(self._slots < 0, num_blocks, self._slots - row * num_blocks)[..., None]
-        block = torch.where(block < num_blocks, length + block * size + torch.arange(size, device=device), total)
-        is_byte = (self._key_positions >= 0) & (self._key_positions < length)
-        text = torch.where(is_byte, self._key_positions, total)
-        for visible, of_row, blocks, keys in zip(self._visible_keys(), self._row_of, block.flatten(1), text):
-            if of_row == row:
-                seen[blocks[:, None], torch.cat([keys, blocks])] = visible
-        return seen[:-1, :-1]
-
 
 def masked_loss(blocks: CorruptedBlocks, head: nn.Module, labels: Tensor, num_items_in_batch=None) -> Tensor:
     """Computes the cross-entropy of masked bytes, each divided by the mask probability of its block.
