@@ -13,13 +13,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import generation
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .model.attention_blt import SlotSpan
 from .model.cache_blt import BltCache
 from .model.chunk_blt import ByteChunk, assign_patches, next_bytes
+from .model.configuration_blt import BltConfig
 from .model.forward_blt import ForwardInputs, ForwardSettings, predict_bytes, read_bytes
 from .model.generation_blt import WITHOUT_CONTEXT, NextByte, RaggedText, processor_classes
+from .model.modeling_blt import BltForCausalLM, BltModel
 from .model.names_blt import kept_arange
 from .model.packed_blt import PackedStack
 from .model.step_blt import StepRunner, of_one_stride, round_up_bytes
@@ -36,7 +38,7 @@ _WITHOUT_STATE = WITHOUT_CONTEXT | processor_classes(
 )
 
 
-def check_settings(generation_config, model_config) -> None:
+def check_settings(generation_config: GenerationConfig, model_config: BltConfig) -> None:
     """Checks the fields of drafts and blocks in a configuration of `generate`.
 
     Raises:
@@ -53,7 +55,7 @@ def check_settings(generation_config, model_config) -> None:
         blocks.check_settings(generation_config, model_config)
 
 
-def may_keep_state(processor) -> bool:
+def may_keep_state(processor: Callable) -> bool:
     """Tells whether a logits processor may remember its last text, so that it must see each byte once and in order.
 
     A user's processor says so by an attribute `keeps_state`. Without it, any function may, and any object with attributes.
@@ -69,7 +71,7 @@ def is_in_order(text: RaggedText) -> bool:
     return any(map(may_keep_state, text.logits_processor))
 
 
-def check_processors(processors: LogitsProcessorList, generation_config, num_rows: int) -> None:
+def check_processors(processors: LogitsProcessorList, generation_config: GenerationConfig, num_rows: int) -> None:
     """Raises a `ValueError` where drafts or blocks would show a processor with a state bytes out of order."""
     window, size = generation_config.self_speculation_window, generation_config.diffusion_block_size
     is_verified = size is None or generation_config.verify
@@ -280,7 +282,12 @@ def _draft(runner: StepRunner, ids: Tensor, count: int, choose: Callable) -> lis
 
 
 def draft_next(
-    model, settings: ForwardSettings, cache: BltCache, chunk: ByteChunk, inputs: ForwardInputs, head: nn.Module | None
+    model: BltModel,
+    settings: ForwardSettings,
+    cache: BltCache,
+    chunk: ByteChunk,
+    inputs: ForwardInputs,
+    head: nn.Module | None,
 ) -> Tensor:
     """Reads one byte of each row by the local models alone; results as [`predict_bytes`]."""
     read = read_bytes(model, settings, chunk, cache, inputs)
@@ -442,7 +449,9 @@ def put_drafts(text: RaggedText, ids: Tensor) -> None:
     text.sequences[rows[fits], columns[fits]] = ids[fits]
 
 
-def make_source(model, runner: StepRunner, generation_config, num_rows: int) -> DraftSource:
+def make_source(
+    model: BltForCausalLM, runner: StepRunner, generation_config: GenerationConfig, num_rows: int
+) -> DraftSource:
     """Makes the source of drafts that the configuration of `generate` asks for, and room in the cache for its drafts."""
     cache, do_sample = runner.cache, generation_config.do_sample
     window, size = generation_config.self_speculation_window, generation_config.diffusion_block_size
@@ -459,11 +468,10 @@ def make_source(model, runner: StepRunner, generation_config, num_rows: int) -> 
     return SelfSpeculation(runner, num_rows, window, is_adaptive, do_sample)
 
 
-def decode(model, runner: StepRunner, text: RaggedText, generation_config) -> None:
+def decode(model: BltForCausalLM, runner: StepRunner, text: RaggedText, generation_config: GenerationConfig) -> None:
     """Writes texts to their ends with drafts or blocks, as the configuration of `generate` says.
 
     Args:
-        model: a [`BltForCausalLM`].
         runner: of its steps. The cache has read all bytes but the last one of each row, before and after.
     """
     size, do_sample = generation_config.diffusion_block_size, generation_config.do_sample

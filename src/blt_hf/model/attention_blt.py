@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from .cache_blt import SlotIndex
 from .names_blt import is_exporting, kept_arange, sliding_windows, take_columns
 
 
+_Mask = object  # a Tensor, a `BlockMask` of flex attention, or None
 _FEW_PATCHES = 8  # so many read their bytes under a mask `(P, T)` where no gradients are recorded
 
 
@@ -47,7 +49,7 @@ class AttentionSpan:
         first_key: Tensor | None,
         implementation: str,
         in_one_piece: bool = False,
-        slot_index=None,
+        slot_index: SlotIndex | None = None,
     ):
         if implementation == "flex_attention" and is_exporting():
             raise ValueError(
@@ -67,7 +69,7 @@ class AttentionSpan:
         self.rotations: dict[int, Tensor] = {}  # of packed stacks, which share a span
         self._head: AttentionSpan | None = None
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0):
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple:
         """Computes output `(B, S, H, D)`, and weights `(B, H, S, T)` (None but for `eager`).
 
         `query`: `(B, H, S, D)`; `key`, `value`: `(B, H_kv, T, D)`.
@@ -76,7 +78,7 @@ class AttentionSpan:
             return self._attend_in_blocks(module, query, key, value, dropout), None
         return self._call(module, query, key, value, self.mask(query), dropout)
 
-    def _call(self, module, query, key, value, mask, dropout):
+    def _call(self, module, query, key, value, mask: _Mask, dropout: float) -> tuple[Tensor, Tensor | None]:
         if self.implementation == "sdpa" and module.num_key_value_groups == 1:
             # A conditional gives torch.compile a bool where a comparison of dynamic shapes would not.
             is_causal = True if mask is None and query.shape[2] > 1 else False  # noqa: SIM210
@@ -89,7 +91,7 @@ class AttentionSpan:
             interface = ALL_ATTENTION_FUNCTIONS[self.implementation]
         return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling)
 
-    def mask(self, query: Tensor, build: Callable[[torch.device], Tensor | None] | None = None):
+    def mask(self, query: Tensor, build: Callable[[torch.device], _Mask] | None = None) -> _Mask:
         """Returns an `attention_mask` of the attention interface, built once a forward and shared by all layers.
 
         `build`: makes a bool mask of hidden keys, or one of flex attention; None: the mask of attention in one piece.
@@ -106,7 +108,7 @@ class AttentionSpan:
             self.masks[key] = mask
         return self.masks[key]
 
-    def _build_mask(self, device: torch.device):
+    def _build_mask(self, device: torch.device) -> _Mask:
         num_keys = self.num_past + self.num_queries
         window_bounds = self.window is not None and (is_exporting() or num_keys > self.window)
         if self.first_key is None and self.implementation != "flex_attention":
@@ -124,7 +126,7 @@ class AttentionSpan:
             hidden = hidden | (keys < self.first_key[:, :, None])
         return hidden[None, None] if hidden.dim() == 2 else hidden[:, None]
 
-    def _build_block_mask(self, device: torch.device, num_keys: int, window: int):
+    def _build_block_mask(self, device: torch.device, num_keys: int, window: int) -> _Mask:
         from torch.nn.attention.flex_attention import create_block_mask
 
         num_past, first_key = self.num_past, self.first_key
@@ -139,7 +141,7 @@ class AttentionSpan:
         rows = None if first_key is None else first_key.shape[0]
         return create_block_mask(visible, rows, None, self.num_queries, num_keys, device=device)
 
-    def _attend_in_blocks(self, module, query, key, value, dropout):
+    def _attend_in_blocks(self, module, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Attends from each block of queries, as a row of a larger batch, to its keys and the `window - 1` before them."""
         block, history = self.block, self.window - 1
         if self.first_key is not None:
@@ -232,12 +234,12 @@ class SlotSpan(AttentionSpan):
         window: int | None,
         start: Tensor | None,
         implementation: str,
-        slot_index=None,
+        slot_index: SlotIndex | None = None,
     ):
         super().__init__(0, query_positions.shape[1], window, None, implementation, True, slot_index)
         self.num_slots, self.query_positions, self.start = num_slots, query_positions, start
 
-    def _build_mask(self, device: torch.device):
+    def _build_mask(self, device: torch.device) -> _Mask:
         queries = self.query_positions.to(device)
         oldest = queries if self.start is None else queries - self.start.to(device)
         oldest = oldest if self.window is None else oldest.clamp_max(self.window - 1)

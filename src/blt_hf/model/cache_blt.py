@@ -17,8 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.generation import CompileConfig
 
 from .checks_blt import cache_shapes, check_cache, history_sizes
+from .configuration_blt import BltConfig, BltPatcherConfig
 from .names_blt import import_where_installed, kept_arange
 
 
@@ -476,7 +478,7 @@ class BltCache(Cache):
     hold it, then on the host, with the chunk's [`HostPatchCounts`].
     """
 
-    def __init__(self, config, slack: int = _SLACK):
+    def __init__(self, config: BltConfig | BltPatcherConfig, slack: int = _SLACK):
         if config.model_type == "blt_patcher":
             patcher, encoder, decoder, global_, num_cross = config, None, None, None, (0, 0)
         else:
@@ -580,7 +582,7 @@ class BltCache(Cache):
         self.history.start(num_rows, device)
         self._starts += 1
 
-    def fix_steps(self, compile_config=None, max_length: int | None = None) -> None:
+    def fix_steps(self, compile_config: CompileConfig | None = None, max_length: int | None = None) -> None:
         """Prepares an empty cache for compiled steps, and on a GPU for CUDA graphs: its tensors stay where they are.
 
         Args:
@@ -828,7 +830,7 @@ class BltDynamicCache(BltCache, DynamicCache):
     """Marks a caller's own `DynamicCache` that a BLT writes to: the same object, and still a `DynamicCache`."""
 
 
-def cache_to_write(cache, config) -> BltCache:
+def cache_to_write(cache: Cache, config: BltConfig | BltPatcherConfig) -> BltCache:
     """Checks a caller's cache for a model of this configuration; an empty `DynamicCache` becomes a BLT's in place.
 
     Raises:

@@ -7,6 +7,7 @@ Types, shapes and dtypes are always checked. Values are looked at only where tha
 import torch
 from torch import Tensor
 
+from .configuration_blt import BltConfig, BltPatcherConfig
 from .patching_blt import IGNORED_LABEL, PATCHING_MODES, PatchingRule
 
 
@@ -24,7 +25,7 @@ def has_free_values(tensor: Tensor) -> bool:
     )
 
 
-def check_tensor(name: str, value, accepted: str) -> None:
+def check_tensor(name: str, value: object, accepted: str) -> None:
     """Checks that `value` is a tensor; `accepted` describes it."""
     if not isinstance(value, Tensor):
         hint = "; a tokenizer with `return_tensors='pt'` makes one of texts" if name == "input_ids" else ""
@@ -209,7 +210,7 @@ def check_row_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -
         _check_range("labels", labels, num_classes, "accepted are", IGNORED_LABEL)
 
 
-def history_sizes(config) -> tuple[int, int]:
+def history_sizes(config: BltConfig | BltPatcherConfig) -> tuple[int, int]:
     """Counts the ids and the entropies before a byte that hashes, patching rule and lexicon may read."""
     if config.model_type == "blt_patcher":
         return 0, 1
@@ -219,7 +220,7 @@ def history_sizes(config) -> tuple[int, int]:
     return longest - 1, max(rule.window - 1, 1) if is_registered and rule.uses_entropies else 1
 
 
-def cache_shapes(config) -> dict[str, object]:
+def cache_shapes(config: BltConfig | BltPatcherConfig) -> dict[str, object]:
     """Lists for each part the settings that a cache depends on: shapes of keys and values, windows, the entropy model."""
     fields = ("num_hidden_layers", "num_key_value_heads", "head_dim")
     cross = ("hidden_size", "cross_attention_heads", "cross_attn_k", "cross_attn_all_layers", "cross_attn_window")
@@ -238,7 +239,7 @@ def cache_shapes(config) -> dict[str, object]:
     }
 
 
-def check_cache(made_for: dict[str, object], config) -> None:
+def check_cache(made_for: dict[str, object], config: BltConfig | BltPatcherConfig) -> None:
     """Checks that a cache made for one configuration (its `cache_shapes`) serves a model with another."""
     shapes = cache_shapes(config)
     if shapes != made_for:

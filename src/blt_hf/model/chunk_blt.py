@@ -13,7 +13,8 @@ from torch import Tensor
 from .attention_blt import AttentionSpan, SlotSpan
 from .cache_blt import BltCache, RowState, SlotIndex, Slots, round_up_patches
 from .checks_blt import check_attention_mask, check_position_ids
-from .layers_blt import wants_weights
+from .configuration_blt import BltConfig, BltPatcherConfig
+from .layers_blt import OutputCollector, wants_weights
 from .names_blt import is_compiling, is_exporting, kept_arange, largest_count, running_max, take_columns
 from .patching_blt import EOS_TOKEN_ID, NEWLINE_ID, RowLayout, open_patch_bytes, shift_right
 
@@ -48,7 +49,7 @@ class DocumentRules:
     eos_token_ids: tuple[int, ...] = (EOS_TOKEN_ID,)
 
     @classmethod
-    def of(cls, config) -> "DocumentRules":
+    def of(cls, config: BltConfig | BltPatcherConfig) -> "DocumentRules":
         """Reads the rules of a [`BltConfig`] or a [`BltPatcherConfig`]."""
         eos = config.eos_token_id
         ids = (EOS_TOKEN_ID,) if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
@@ -149,15 +150,16 @@ class ByteChunk:
         return SlotIndex(source=slots.held(before + self.lengths) - before[:, None], past=past)
 
     def span(
-        self, cache: BltCache | None, window: int | None, implementation: str, collector=None, of_patcher: bool = False
-    ) -> AttentionSpan:
+        self, cache: BltCache | None, window: int | None, implementation: str,
+        collector: OutputCollector | None = None, of_patcher: bool = False,
+    ) -> AttentionSpan:  # fmt: skip
         """Says which keys each byte sees in encoder and decoder, or in the entropy model.
 
         Args:
             cache: where keys are kept; None: nowhere.
             window: bytes that a byte sees, itself included; None: no limit.
             implementation: name in transformers' attention interface.
-            collector: an [`OutputCollector`], which may keep attention weights; None: there is none.
+            collector: may keep attention weights; None: there is none.
         """
         start, slots = self.context_start if of_patcher else self.document_start, None
         if cache is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import CacheLayerMixin
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -37,7 +38,7 @@ class BltRMSNorm(nn.RMSNorm):
 class BltMLP(nn.Module):
     """Computes the gated feed-forward part of a layer, as Llama's MLP does."""
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -74,7 +75,7 @@ def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class BltSelfAttention(nn.Module):
     """Attends causally among bytes or among patches; an [`AttentionSpan`] says which keys each query sees."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -114,7 +115,7 @@ class BltTransformerLayer(GradientCheckpointingLayer):
     Callers pass the cache by position: with gradient checkpointing, transformers drops one that is passed by keyword.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
         self.self_attn = BltSelfAttention(config, layer_idx)
         self.mlp = BltMLP(config)
@@ -142,7 +143,7 @@ class _BltCrossAttention(nn.Module):
     The output is `queries + attention`, and callers add it to the queries once more: the released weights need both.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         num_heads, num_kv_heads = config.cross_attention_heads
@@ -253,10 +254,7 @@ def prefix_hashes(ids: Tensor, length: int) -> Tensor:
 
 
 class BltLexiconProjection(nn.Embedding):
-    """Multiplies states `(..., in)` by the weight `(out, in)`, or looks up its rows for int64 indices.
-
-    An embedding, so that PEFT and quantizers do not treat this module as a linear layer.
-    """
+    """Multiplies states by the weight `(out, in)`, or looks up its rows; to PEFT and quantizers no linear layer."""
 
     def forward(self, states: Tensor) -> Tensor:
         return super().forward(states) if states.dtype == torch.int64 else nn.functional.linear(states, self.weight)
@@ -315,7 +313,7 @@ class BltLexicon(nn.Module):
     entry's key, and to one that begins with an entry a learned share of the key is added, channel by channel.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.top_k, self.vocab_size = config.lexicon_top_k, config.vocab_size
         self.norm = BltRMSNorm(config.hidden_size_global, config.rms_norm_eps)

@@ -122,7 +122,7 @@ class BltPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = False
     _can_compile_fullgraph = False
 
-    def post_init(self):
+    def post_init(self) -> None:
         super().post_init()
         self.model_tags = [*MODEL_TAGS]  # of this instance: trainers append to the list
         if isinstance(self, BltGenerationMixin):
@@ -150,7 +150,7 @@ class BltPreTrainedModel(PreTrainedModel):
                 init.constant_(module.key_scales.weight[0], 0.0)
                 init.constant_(module.key_scales.weight[1], 1.0)
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """Resizes the embeddings as transformers does, and a lexicon's embedding, which has a column for each id."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         for module in self.modules():
@@ -248,7 +248,7 @@ class BltPreTrainedModel(PreTrainedModel):
         return BltCache(self.config) if cache is None else cache_to_write(cache, self.config)
 
 
-def checkpoint_for_gradients(checkpoint: Callable, function: Callable, *args):
+def checkpoint_for_gradients(checkpoint: Callable, function: Callable, *args) -> Any:
     """Checkpoints where gradients are recorded; elsewhere, as in `generate`, nothing is run again."""
     return checkpoint(function, *args) if torch.is_grad_enabled() else function(*args)
 

@@ -77,16 +77,16 @@ class BltModel(BltPreTrainedModel):
         self.config.patch_in_forward = True
         self.freeze_patcher()
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "BltModel":
         super().train(mode)
         if self.patcher is not None:
             self.patcher.eval()
         return self
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.local_encoder.embed_tokens
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.local_encoder.embed_tokens = value
 
     @takes_cache

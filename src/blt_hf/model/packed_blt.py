@@ -12,7 +12,7 @@ weights) are not packed; they run as they are.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from transformers.activations import SiLUActivation
 
 from .attention_blt import AttentionSpan
-from .cache_blt import SlotIndex
+from .cache_blt import BltCache, BltCacheLayer, SlotIndex
 from .layers_blt import (
     BltByteCrossAttention,
     BltMLP,
@@ -92,7 +92,7 @@ class PackedStack:
             faster with the original layout.
     """
 
-    def __init__(self, stack: nn.Module, cross_layers=(), copies: bool = True, turns: bool = True) -> None:
+    def __init__(self, stack: nn.Module, cross_layers: Sequence = (), copies: bool = True, turns: bool = True) -> None:
         layers, attention = stack.layers, stack.layers[0].self_attn
         weight = attention.q_proj.weight
         width = weight.shape[1]
@@ -170,7 +170,7 @@ class PackedStack:
         states: Tensor,
         positions: Tensor,
         span: AttentionSpan,
-        cache_layers: list,
+        cache_layers: list[BltCacheLayer],
         latents: Tensor | None = None,
         latent_index: LatentIndex | None = None,
     ) -> Tensor:
@@ -217,8 +217,9 @@ class PackedStack:
         return self.products.choose(num_rows), self.transposed
 
     def _attend(
-        self, layer: PackedLayer, states, products, rotation, mask, slot_index: SlotIndex, cache_layer, shape
-    ) -> Tensor:
+        self, layer: PackedLayer, states: Tensor, products: tuple[Callable, Callable], rotation: Tensor,
+        mask: Tensor | None, slot_index: SlotIndex, cache_layer: BltCacheLayer, shape: tuple[int, int],
+    ) -> Tensor:  # fmt: skip
         mm, addmm = products
         normed = self._normed(states, layer.attention_norm)
         if self.copies:
@@ -308,7 +309,7 @@ class PackedStacks:
         cache: of the steps; a stack is packed only if its keys and values there have the dtype of its weights.
     """
 
-    def __init__(self, model, cache) -> None:
+    def __init__(self, model: nn.Module, cache: BltCache) -> None:
         encoder, decoder, patcher, global_ = (
             model.local_encoder, model.local_decoder, model.patcher, model.global_transformer
         )  # fmt: skip

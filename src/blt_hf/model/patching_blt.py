@@ -134,7 +134,7 @@ def space_patch_ends(input_ids: Tensor, previous_ids: Tensor, positions: Tensor)
     [`find_patch_ends`]; `previous_ids`: one byte earlier, ignored at the first byte of a text.
     """
 
-    def is_special(ids):
+    def is_special(ids: Tensor) -> Tensor:
         return (ids < BYTE_OFFSET) | (ids >= VOCAB_SIZE)
 
     special = is_special(input_ids)

@@ -39,6 +39,7 @@ from .layers_blt import (
 )
 from .modeling_base_blt import BltCausalLMOutput, BltPreTrainedModel, keep_positions
 from .names_blt import CACHE_NAME, is_exporting, take_columns, take_rows, takes_cache
+from .packed_blt import PackedStacks
 from .patching_blt import BOS_TOKEN_ID, entropy_from_logits
 
 
@@ -307,7 +308,7 @@ class BltLocalDecoder(BltPreTrainedModel):
                 collector.add(of_bytes, weights)
         return self.norm(hidden_states)
 
-    def project_latents(self, global_states: Tensor, packed=None) -> Tensor:
+    def project_latents(self, global_states: Tensor, packed: PackedStacks | None = None) -> Tensor:
         """Projects patches `(B, P, W_global)` to keys and values `(B, P, L, 2, F)` of `L` cross attentions.
 
         With a lexicon, `L` is one more: the last holds the entries that it ranks first.

@@ -7,6 +7,7 @@ fuses them; a CUDA graph starts all kernels of a stage at once, compiled or not 
 import functools
 from collections.abc import Callable
 from types import FunctionType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ from .forward_blt import (
     reserve_closing,
 )
 from .names_blt import import_where_installed
+from .packed_blt import PackedStacks
+
+
+if TYPE_CHECKING:
+    from .generation_blt import NextByte
+    from .modeling_blt import BltModel
 
 
 CAPTURES_BY_DEFAULT = False
@@ -38,15 +45,16 @@ class StepRunner:
     The stages run as they are, or compiled (`cache.compile_config`).
 
     Args:
-        model: a [`BltModel`].
         cache: holds some text.
         head: computes logits; None: results are states.
-        packed: a [`PackedStacks`] of the model, made for this call; None: the modules run.
+        packed: stacks of the model, made for this call; None: the modules run.
     """
 
     graphs = None  # the `CudaGraphs` of a runner that captures the stages
 
-    def __init__(self, model, cache: BltCache, head: nn.Module | None = None, packed=None):
+    def __init__(
+        self, model: "BltModel", cache: BltCache, head: nn.Module | None = None, packed: PackedStacks | None = None
+    ):
         self.model, self.cache, self.head, self.packed = model, cache, head, packed
         self.settings = ForwardSettings.of(model.config)
         attention = model.config._attn_implementation
@@ -88,13 +96,12 @@ class StepRunner:
         return self._pending[1].last_ids
 
     @torch.no_grad()
-    def next(self, choose, reads: bool = True) -> tuple[list[int], Tensor, Tensor]:
+    def next(self, choose: "NextByte", reads: bool = True) -> tuple[list[int], Tensor, Tensor]:
         """Closes the patches of the byte that was read, predicts the next one of each row, chooses and reads it.
 
         The host learns all that it needs in one transfer: the bytes, and how many patches they closed.
 
         Args:
-            choose: a [`NextByte`].
             reads: also read the next byte; False where no text goes on behind that.
         Returns:
             the bytes, on the host; fp32 logits and processed scores `(B, 1, V)`, which hold until the next step.
@@ -177,8 +184,9 @@ def of_one_stride(tensor: Tensor) -> Tensor:
 
 
 def read_next(
-    model, settings: ForwardSettings, cache: BltCache, packed, input_ids: Tensor, lengths: Tensor | None
-) -> BytesRead:
+    model: "BltModel", settings: ForwardSettings, cache: BltCache, packed: PackedStacks | None,
+    input_ids: Tensor, lengths: Tensor | None,
+) -> BytesRead:  # fmt: skip
     """Reads the next bytes `(B, S)` of each row, `lengths` `(B,)` of which count (None: all)."""
     chunk = next_bytes(input_ids, lengths, cache, settings.documents)
     chunk.packed = packed
@@ -193,7 +201,7 @@ def round_up_bytes(count: int) -> int:
     return 1 if count == 1 else -(-count // _STEP_BYTES) * _STEP_BYTES
 
 
-def is_spread(model) -> bool:
+def is_spread(model: nn.Module) -> bool:
     """Tells whether accelerate has spread a model over devices."""
     return any(hasattr(part, "_hf_hook") for part in (model, *model.children()))
 
@@ -214,10 +222,10 @@ class CompiledSteps(dict):
     graph for all of them takes minutes to compile, and saves little beside the work of each byte.
     """
 
-    def __reduce__(self):  # for copies and pickles
+    def __reduce__(self) -> tuple:  # for copies and pickles
         return CompiledSteps, ()
 
-    def find(self, function: Callable, key: tuple, cache) -> Callable:
+    def find(self, function: Callable, key: tuple, cache: BltCache) -> Callable:
         """Returns `function`, compiled as `cache` says; `key`: further settings that its compiled forms depend on."""
         key = (function.__name__, cache.compile_key, *key)
         if key not in self:
@@ -251,8 +259,9 @@ def captures_by_default(device: torch.device) -> bool:
 
 
 def make_runner(
-    model, cache: BltCache, head: nn.Module | None, packed, captures: bool, is_watched: bool
-) -> StepRunner:
+    model: "BltModel", cache: BltCache, head: nn.Module | None, packed: PackedStacks | None,
+    captures: bool, is_watched: bool,
+) -> StepRunner:  # fmt: skip
     """Makes the runner of the steps of a model on a cache.
 
     Args:
