@@ -429,8 +429,7 @@ class ClosingInputs(NamedTuple):
 
     Attributes:
         new_patches: int64 `0 .. P - 1`, for up to `P` patches of a row.
-        seen_slots: int64 `0, 1, ...`, slots of the global transformer's cache to read. None of them: these patches are the
-            first.
+        seen_slots: int64 `0, 1, ...`, slots of the global transformer's cache to read; empty: these patches are the first.
         byte_offsets: int64 `(T,)`, in a small chunk: offsets of the last `T` bytes from the chunk's first byte; all bytes
             of the new patches are among them.
         rows: int64 `(R,)`, rows that close a patch. None: every row runs; results of rows that close none are not read.

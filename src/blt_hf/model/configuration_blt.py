@@ -210,8 +210,7 @@ class BltLocalDecoderConfig(_BltLocalConfig):
         lexicon_top_k: entries that are kept for each patch, the most probable ones; four numbers each, which must fit into
             the keys and values of a patch for one cross attention.
         lexicon_length: ids of the longest spelling of an entry; longer spellings are cut.
-        lexicon_reads: patches are read through the lexicon, too: one that is an entry enters the global transformer as
-            its key.
+        lexicon_reads: the lexicon reads patches, too; one that is an entry enters the global transformer as its key.
     """
 
     model_type = "blt_local_decoder"

@@ -297,8 +297,7 @@ def find_latents(
 ) -> tuple[Tensor | None, LatentIndex]:
     """Finds keys and values of patches for the decoder, and which of them each byte reads.
 
-    A small chunk reads the slots of the cache. A large one reads `[slots | new]`, and `new` `(B, P, L, 2, F)` is written
-    to the slots.
+    A small chunk reads the cache's slots. A large one reads `[slots | new]`, and writes `new` `(B, P, L, 2, F)` to them.
     """
     entries, hidden = LatentIndex.find(patches.read_patch, settings.decoder_window)
     if chunk.is_small:

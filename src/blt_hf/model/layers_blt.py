@@ -169,8 +169,7 @@ class BltPatchCrossAttention(_BltCrossAttention):
         Args:
             patch_states: `(B, P, K, W)`, queries.
             byte_states: `(B, T, W)`.
-            segment: int64 `(B, T)`, patch that holds each byte, among the `P`; others, and columns without a byte, are
-                out of range.
+            segment: int64 `(B, T)`, patch of each byte, among the `P`; out of range: another patch, or no byte.
         Returns:
             `(B, P, K, W)`.
         """
@@ -338,8 +337,7 @@ class BltLexicon(nn.Module):
         """Finds the entries that are most probable behind patches, for their states `(B, P, W_global)`.
 
         Returns:
-            `(B, P, 4 * top_k)`: three digits of the entries, of base 256, which all dtypes hold exactly; logarithms of
-            their probabilities.
+            `(B, P, 4 * top_k)`: entries as three digits of base 256, exact in all dtypes; their log-probabilities.
         """
         if not is_compiling() and states.shape[1] > _RANKED_PATCHES:
             return torch.cat([self.rank(part) for part in states.split(_RANKED_PATCHES, dim=1)], dim=1)
@@ -357,8 +355,7 @@ class BltLexicon(nn.Module):
         """Takes the keys of the entries that patches begin with; `found` `(B, P)`: results of the index.
 
         Returns:
-            keys `(B, P, W_global)` times their scales, zeros without an entry; whether it is the whole patch, bool
-            `(B, P, 1)`.
+            keys `(B, P, W_global)` times their scales, zeros without an entry; bool `(B, P, 1)`: it is the whole patch.
         """
         is_known, is_whole = (found >= 0)[..., None], (found >= 0) & (found % 2 == 1)
         keys = self.keys(found.clamp_min(0) // 2)

@@ -39,11 +39,9 @@ class BltModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: `(B, S, W)`, byte states after the decoder's norm.
         past_key_values: a [`BltCache`], with `use_cache`; transformers calls it `cache` from 5.24 on.
-        hidden_states: with `output_hidden_states`, the decoder's: its input, then each layer's output (the last one
-            after the norm).
+        hidden_states: with `output_hidden_states`, the decoder's input and each layer's output, the last after the norm.
         attentions: with `output_attentions`, the decoder's self-attention weights, `(B, H, S, T)` a layer.
-        encoder_hidden_states, encoder_attentions: the same for the local encoder (its last states are the decoder's
-            input).
+        encoder_hidden_states, encoder_attentions: the same for the local encoder; the decoder starts from its last states.
         global_hidden_states, global_attentions: the same for the global transformer, `(B, P, W)` over the patches
             closed in this call.
         entropies: with `output_patches` and an entropy model, fp32 `(B, S)`: nats of the byte after each byte.

@@ -98,8 +98,7 @@ class BltLocalEncoder(BltPreTrainedModel):
         """Finds the bytes that new patches may read: those of a large chunk, and those that the cache holds before it.
 
         Returns:
-            states `(B, T, W)` that each cross attention reads, and int64 `(B, T)`, the new patch that holds each byte
-            (negative for earlier ones).
+            states `(B, T, W)` that each cross attention reads; int64 `(B, T)`: new patch of each byte (negative: older).
         """
         old = chunk.previous.num_patches[:, None]
         segment = patches.field("byte_patch") - old
