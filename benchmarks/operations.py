@@ -34,6 +34,9 @@ class Count:
     def __sub__(self, other: "Count") -> "Count":
         return Count(*(mine - theirs for mine, theirs in zip(asdict(self).values(), asdict(other).values())))
 
+    def __add__(self, other: "Count") -> "Count":
+        return Count(*(mine + theirs for mine, theirs in zip(asdict(self).values(), asdict(other).values())))
+
     def __truediv__(self, number: float) -> "Count":
         return Count(*(value / number for value in asdict(self).values()))
 
@@ -84,17 +87,24 @@ def count_python_calls(function: Callable[[], object]) -> int:
     return calls
 
 
-def count_per_byte(
-    model, prompt: torch.Tensor, num_bytes: int = 64, first: int = 32, **settings
-) -> tuple[Count, torch.Tensor]:
-    """What each of `num_bytes` bytes (of every row at once) costs in `generate`, after `first` others; and the text."""
+def count_per_byte(model, prompt: torch.Tensor, num_bytes: int = 64, first: int = 32, **settings) -> Count:
+    """What each of `num_bytes` bytes (of every row at once) costs in `generate`, after `first` others."""
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **settings}
 
     def generate(number: int) -> torch.Tensor:
         return model.generate(prompt, max_new_tokens=number, **settings)
 
-    text = generate(first + num_bytes)  # and makes what is made once in a process
-    return (count(lambda: generate(first + num_bytes)) - count(lambda: generate(first))) / num_bytes, text
+    generate(first + num_bytes)  # makes what is made once in a process
+    return (count(lambda: generate(first + num_bytes)) - count(lambda: generate(first))) / num_bytes
+
+
+def count_bytes(model, prompt: torch.Tensor) -> tuple[Count, Count]:
+    """What a byte that ends no patch costs, and one that ends its patch; a text mixes them as its patches are long."""
+    threshold, counts = model.config.patching_threshold, []
+    for model.config.patching_threshold in (1e9, -1.0):
+        counts.append(count_per_byte(model, prompt, num_bytes=32))
+    model.config.patching_threshold = threshold
+    return tuple(counts)
 
 
 def count_verification(model, prompt: torch.Tensor, num_bytes: int = 8) -> Count:
@@ -148,15 +158,15 @@ def main() -> None:
     model = build_blt(arguments.shape, arguments.patch_bytes, "cpu", "float32")
     llama = build_llama(arguments.shape, "cpu", "float32")
     prompt = random_ids(1, 512, seed=2)
-    of_byte, text = count_per_byte(model, prompt)
-    with torch.no_grad():
-        patches = model(text, output_patches=True, use_cache=False).patch_lengths
-    of_token, _ = count_per_byte(llama, prompt[:, :116], num_bytes=32, first=16)
+    of_open, of_end = count_bytes(model, prompt)
+    of_token = count_per_byte(llama, prompt[:, :116], num_bytes=32, first=16)
     rows = {
-        "a byte": of_byte,
+        "a byte": of_open + (of_end - of_open) / arguments.patch_bytes,
+        "a byte that ends no patch": of_open,
+        "a byte that ends its patch": of_end,
         "a draft": count_draft(model, prompt),
         "a verification of 8 bytes": count_verification(model, prompt),
-        "a byte of 16 rows": count_per_byte(model, random_ids(16, 256, seed=3), num_bytes=32)[0],
+        "a byte of 16 rows": count_per_byte(model, random_ids(16, 256, seed=3), num_bytes=32),
         "a token of a Llama": of_token,
         "a byte of that Llama": of_token / BYTES_PER_TOKEN,
     }
@@ -171,7 +181,7 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "operations",
-                "bytes_a_patch": float(patches.sum() / (patches > 0).sum()),
+                "bytes_a_patch": arguments.patch_bytes,
                 "results": {name: asdict(found) for name, found in rows.items()},
                 "environment": environment(arguments),
             }

@@ -111,6 +111,8 @@ def operations() -> str:
     results = found["results"]
     names = {
         "a byte": f"this package, one row, patches of {number(found['bytes_a_patch'])} bytes",
+        "a byte that ends no patch": "a byte that ends no patch",
+        "a byte that ends its patch": "a byte that ends its patch",
         "a draft": "a draft",
         "a verification of 8 bytes": "a verification of 8 bytes, all at once",
         "a byte of 16 rows": "16 rows, all at once",

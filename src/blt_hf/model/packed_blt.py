@@ -72,6 +72,8 @@ class PackedLayer(NamedTuple):
 
 def _multiply_one_row(states: Tensor, weight: Tensor) -> Tensor:
     """Computes `torch.mm` of one row `(1, in)` as a sum, which the compiler fuses with its neighbours."""
+    # `as_strided` needs a tensor in memory. Otherwise, each column of the product would compute the states anew.
+    states = states.as_strided(states.shape, states.stride())
     return (states * weight.t()).sum(dim=-1)[None]
 
 
