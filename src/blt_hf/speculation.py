@@ -21,7 +21,7 @@ from .model.chunk_blt import ByteChunk, assign_patches, next_bytes
 from .model.configuration_blt import BltConfig
 from .model.forward_blt import ForwardInputs, ForwardSettings, predict_bytes, read_bytes
 from .model.generation_blt import WITHOUT_CONTEXT, NextByte, RaggedText, processor_classes
-from .model.modeling_blt import BltForCausalLM, BltModel
+from .model.modeling_blt import BltModel
 from .model.names_blt import kept_arange
 from .model.packed_blt import PackedStack
 from .model.step_blt import StepRunner, of_one_stride, round_up_bytes
@@ -39,7 +39,7 @@ _WITHOUT_STATE = WITHOUT_CONTEXT | processor_classes(
 
 
 def check_settings(generation_config: GenerationConfig, model_config: BltConfig) -> None:
-    """Checks the fields of drafts and blocks in a configuration of `generate`.
+    """Checks the fields of self-speculation in a configuration of `generate`.
 
     Raises:
         ValueError: names the field, its value and the accepted ones.
@@ -49,10 +49,6 @@ def check_settings(generation_config: GenerationConfig, model_config: BltConfig)
         raise ValueError(f"`self_speculation_window` must be None, 'auto', or at least 1 byte; got {window!r}.")
     if schedule not in SCHEDULES:
         raise ValueError(f"`self_speculation_schedule` must be one of {SCHEDULES}; got {schedule!r}.")
-    if generation_config.diffusion_block_size is not None:
-        from .fast_blt import blocks
-
-        blocks.check_settings(generation_config, model_config)
 
 
 def may_keep_state(processor: Callable) -> bool:
@@ -449,17 +445,9 @@ def put_drafts(text: RaggedText, ids: Tensor) -> None:
     text.sequences[rows[fits], columns[fits]] = ids[fits]
 
 
-def make_source(
-    model: BltForCausalLM, runner: StepRunner, generation_config: GenerationConfig, num_rows: int
-) -> DraftSource:
+def make_source(runner: StepRunner, generation_config, num_rows: int) -> DraftSource:
     """Makes the source of drafts that the configuration of `generate` asks for, and room in the cache for its drafts."""
-    cache, do_sample = runner.cache, generation_config.do_sample
-    window, size = generation_config.self_speculation_window, generation_config.diffusion_block_size
-    if size is not None:
-        from .fast_blt import blocks
-
-        cache.reserve_slack(round_up_bytes(size + 1))
-        return blocks.BlockDrafts(model, runner, size, do_sample)
+    cache, do_sample, window = runner.cache, generation_config.do_sample, generation_config.self_speculation_window
     if window == "auto":
         cache.reserve_slack(round_up_bytes(16))
         return AutoSpeculation(runner, num_rows, do_sample)
@@ -468,20 +456,15 @@ def make_source(
     return SelfSpeculation(runner, num_rows, window, is_adaptive, do_sample)
 
 
-def decode(model: BltForCausalLM, runner: StepRunner, text: RaggedText, generation_config: GenerationConfig) -> None:
-    """Writes texts to their ends with drafts or blocks, as the configuration of `generate` says.
+def decode(model: nn.Module, runner: StepRunner, text: RaggedText, generation_config) -> None:
+    """Writes texts to their ends with the drafts that the configuration of `generate` asks for.
 
     Args:
+        model: a [`BltForCausalLM`].
         runner: of its steps. The cache has read all bytes but the last one of each row, before and after.
     """
-    size, do_sample = generation_config.diffusion_block_size, generation_config.do_sample
-    if size is None or generation_config.verify:
-        decode_drafted(runner, make_source(model, runner, generation_config, len(text.lengths)), text, do_sample)
-        return
-    from .fast_blt import blocks
-
-    runner.cache.reserve_slack(round_up_bytes(size + 1))
-    blocks.decode_blocks(model, runner, text, size, blocks.Unmasking.from_config(generation_config), do_sample)
+    source = make_source(runner, generation_config, len(text.lengths))
+    decode_drafted(runner, source, text, generation_config.do_sample)
 
 
 __all__ = [

@@ -156,7 +156,7 @@ def test_patches_start_at_the_scale_of_token_embeddings(make_config, overrides, 
     with torch.no_grad():
         states = model.model(ids, output_hidden_states=True, use_cache=False).global_hidden_states[0]
     scale = token_model.get_input_embeddings().weight.float().square().mean().sqrt()
-    assert float(states.float().square().mean().sqrt() / scale) == pytest.approx(1, abs=0.15)
+    assert float(states.float().square().mean().sqrt() / scale) == pytest.approx(1, abs=0.2)
     assert byteify(token_model, patching_mode="space", patch_in_forward=False).training
 
 

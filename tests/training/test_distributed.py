@@ -159,7 +159,8 @@ def test_code_of_a_checkpoint_in_two_processes(name, kind, model_folder, remote_
 import os, runpy, sys
 import torch
 sys.modules["blt_hf"] = None
-os.environ["HF_HOME"] = {str(tmp_path / "hf")!r} + os.environ["RANK"]  # as on two machines
+for name in ("HF_HOME", "HF_MODULES_CACHE"):  # as on two machines
+    os.environ[name] = {str(tmp_path / "hf")!r} + name + os.environ["RANK"]
 {inspect.getsource(pretend_that_cpus_are_gpus)}
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     pretend_that_cpus_are_gpus()

@@ -36,8 +36,16 @@ from ..model.chunk_blt import assign_patches, next_bytes
 from ..model.forward_blt import ForwardInputs, ForwardSettings, read_bytes
 from ..model.generation_blt import RaggedText
 from ..model.layers_blt import LatentIndex
-from ..model.step_blt import StepRunner
-from ..speculation import Drafts, DraftSource, finish_rows, is_in_order, put_drafts
+from ..model.step_blt import StepRunner, round_up_bytes
+from ..speculation import (
+    Drafts,
+    DraftSource,
+    check_processors,
+    decode_drafted,
+    finish_rows,
+    is_in_order,
+    put_drafts,
+)
 
 
 UNMASKING_RULES = ("confidence", "entropy")
@@ -330,12 +338,29 @@ def decode_blocks(
     finish_rows(runner, text)
 
 
+def decode(model, runner: StepRunner, text: RaggedText, generation_config) -> None:
+    """Writes texts to their ends with blocks, as the configuration of `generate` says.
+
+    Args:
+        model: a [`BltForCausalLM`] with a mask embedding.
+        runner: of its steps. The cache has read all bytes but the last one of each row, before and after.
+    """
+    size, do_sample = generation_config.diffusion_block_size, generation_config.do_sample
+    runner.cache.reserve_slack(round_up_bytes(size + 1))
+    if generation_config.verify:
+        decode_drafted(runner, BlockDrafts(model, runner, size, do_sample), text, do_sample)
+    else:
+        decode_blocks(model, runner, text, size, Unmasking.from_config(generation_config), do_sample)
+
+
 __all__ = [
     "UNMASKING_RULES",
     "BlockDrafts",
     "FilledBlock",
     "Unmasking",
+    "check_processors",
     "check_settings",
+    "decode",
     "decode_blocks",
     "fill_block",
     "read_block",

@@ -11,7 +11,7 @@ order, and writes its last entries to the slots at its end.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,6 @@ from .chunk_blt import ByteChunk, ClosingInputs, DocumentRules, HostPatchCounts,
 from .layers_blt import LatentIndex, OutputCollector, last_ids, ngram_hashes, wants_weights
 from .names_blt import kept_arange, take_rows
 from .patching_blt import PatchingRule, find_patch_ends, shift_right
-
-
-if TYPE_CHECKING:
-    from .modeling_blt import BltModel
 
 
 STEP_PATCHES = 4  # patches that a compiled or captured step closes, unless more end
@@ -118,7 +114,7 @@ class BytesRead:
 
 
 def read_bytes(
-    model: "BltModel", settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None,
+    model: nn.Module, settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None,
     inputs: ForwardInputs = PLAIN,
 ) -> BytesRead:  # fmt: skip
     """Runs entropy model, rule and encoder on a chunk. A small one that is no draft is written to the history, too."""
@@ -140,7 +136,7 @@ def read_bytes(
 
 
 def close_patches(
-    model: "BltModel", cache: BltCache | None, read: BytesRead, inputs: ClosingInputs,
+    model: nn.Module, cache: BltCache | None, read: BytesRead, inputs: ClosingInputs,
     collector: OutputCollector | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Runs encoder cross attention and global transformer for the patches that a chunk closed.
@@ -167,7 +163,7 @@ def close_patches(
 
 
 def predict_bytes(
-    model: "BltModel",
+    model: nn.Module,
     settings: ForwardSettings,
     cache: BltCache | None,
     read: BytesRead,
@@ -253,7 +249,7 @@ def read_words(model, read: BytesRead, num_patches: int, rows: Tensor | None = N
 
 
 def find_patches(
-    model: "BltModel", rule: PatchingRule, chunk: ByteChunk, cache: BltCache | None, given_ends: Tensor | None
+    model: nn.Module, rule: PatchingRule, chunk: ByteChunk, cache: BltCache | None, given_ends: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
     """Finds patch ends; returns entropies `(B, S)` (None: the entropy model did not run), and the ends `(B, S)`."""
     uses_patcher = rule.uses_entropies and model.patcher is not None
@@ -328,7 +324,7 @@ def counts_rows(model: nn.Module) -> bool:
 
 
 def run_chunk(
-    model: "BltModel", settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None, inputs: ForwardInputs
+    model: nn.Module, settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None, inputs: ForwardInputs
 ) -> tuple[Tensor, BytesRead]:
     """Runs the three stages on a chunk of any kind; gives decoder states `(B, S, W)` and the [`BytesRead`]."""
     if cache is not None:

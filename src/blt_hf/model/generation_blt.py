@@ -281,9 +281,10 @@ def _drafts(generation_config) -> bool:
     return any(field is not None for field in fields)
 
 
-def _import_speculation(generation_config) -> ModuleType:
-    field = "self_speculation_window" if generation_config.diffusion_block_size is None else "diffusion_block_size"
-    return import_from_package("speculation", f"`generate` with `{field}`")
+def _import_drafts(generation_config) -> ModuleType:
+    if generation_config.diffusion_block_size is not None:
+        return import_from_package("fast_blt.blocks", "`generate` with `diffusion_block_size`")
+    return import_from_package("speculation", "`generate` with `self_speculation_window`")
 
 
 class BltGenerationMixin(GenerationMixin):
@@ -317,7 +318,7 @@ class BltGenerationMixin(GenerationMixin):
             if name in own or not hasattr(generation_config, name):
                 setattr(generation_config, name, value)
         if _drafts(generation_config) or generation_config.self_speculation_schedule != "constant":
-            _import_speculation(generation_config).check_settings(generation_config, self.config)
+            _import_drafts(generation_config).check_settings(generation_config, self.config)
         return generation_config, model_kwargs
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
@@ -351,7 +352,7 @@ class BltGenerationMixin(GenerationMixin):
                     "and not under `synced_gpus`; leave out one of the two."
                 )
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-        speculation = _import_speculation(generation_config) if _drafts(generation_config) else None
+        speculation = _import_drafts(generation_config) if _drafts(generation_config) else None
         if speculation is not None:
             speculation.check_processors(logits_processor, generation_config, input_ids.shape[0])
         text = RaggedText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)

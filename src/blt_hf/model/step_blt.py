@@ -7,7 +7,6 @@ fuses them; a CUDA graph starts all kernels of a stage at once, compiled or not 
 import functools
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +29,6 @@ from .names_blt import import_where_installed
 from .packed_blt import PackedStacks
 
 
-if TYPE_CHECKING:
-    from .generation_blt import NextByte
-    from .modeling_blt import BltModel
-
-
 CAPTURES_BY_DEFAULT = False
 _STEP_BYTES = 8  # compiled steps of several bytes read multiples of this, so that few shapes are compiled
 
@@ -53,7 +47,7 @@ class StepRunner:
     graphs = None  # the `CudaGraphs` of a runner that captures the stages
 
     def __init__(
-        self, model: "BltModel", cache: BltCache, head: nn.Module | None = None, packed: PackedStacks | None = None
+        self, model: nn.Module, cache: BltCache, head: nn.Module | None = None, packed: PackedStacks | None = None
     ):
         self.model, self.cache, self.head, self.packed = model, cache, head, packed
         self.settings = ForwardSettings.of(model.config)
@@ -96,7 +90,7 @@ class StepRunner:
         return self._pending[1].last_ids
 
     @torch.no_grad()
-    def next(self, choose: "NextByte", reads: bool = True) -> tuple[list[int], Tensor, Tensor]:
+    def next(self, choose: Callable, reads: bool = True) -> tuple[list[int], Tensor, Tensor]:
         """Closes the patches of the byte that was read, predicts the next one of each row, chooses and reads it.
 
         The host learns all that it needs in one transfer: the bytes, and how many patches they closed.
@@ -184,7 +178,7 @@ def of_one_stride(tensor: Tensor) -> Tensor:
 
 
 def read_next(
-    model: "BltModel", settings: ForwardSettings, cache: BltCache, packed: PackedStacks | None,
+    model: nn.Module, settings: ForwardSettings, cache: BltCache, packed: PackedStacks | None,
     input_ids: Tensor, lengths: Tensor | None,
 ) -> BytesRead:  # fmt: skip
     """Reads the next bytes `(B, S)` of each row, `lengths` `(B,)` of which count (None: all)."""
@@ -259,7 +253,7 @@ def captures_by_default(device: torch.device) -> bool:
 
 
 def make_runner(
-    model: "BltModel", cache: BltCache, head: nn.Module | None, packed: PackedStacks | None,
+    model: nn.Module, cache: BltCache, head: nn.Module | None, packed: PackedStacks | None,
     captures: bool, is_watched: bool,
 ) -> StepRunner:  # fmt: skip
     """Makes the runner of the steps of a model on a cache.
