@@ -41,6 +41,8 @@ _WITHOUT_STATE = WITHOUT_CONTEXT | processor_classes(
 def check_settings(generation_config: GenerationConfig, model_config: BltConfig) -> None:
     """Checks the fields of self-speculation in a configuration of `generate`.
 
+    `model_config` decides nothing here; `generate` calls this as it calls [`blocks.check_settings`].
+
     Raises:
         ValueError: names the field, its value and the accepted ones.
     """
@@ -460,7 +462,7 @@ def decode(model: nn.Module, runner: StepRunner, text: RaggedText, generation_co
     """Writes texts to their ends with the drafts that the configuration of `generate` asks for.
 
     Args:
-        model: a [`BltForCausalLM`].
+        model: a [`BltForCausalLM`]; not read here, as `generate` calls this as it calls `blocks.decode`.
         runner: of its steps. The cache has read all bytes but the last one of each row, before and after.
     """
     source = make_source(runner, generation_config, len(text.lengths))
