@@ -330,6 +330,7 @@ def test_the_field_is_read_from_a_generation_config(tmp_path):
     [
         ({"self_speculation_window": 0}, "None, .auto., or at least 1 byte; got 0"),
         ({"self_speculation_window": 2, "self_speculation_schedule": "fast"}, "must be one of .*got 'fast'"),
+        ({"diffusion_block_size": 4, "self_speculation_schedule": "fast"}, "must be one of .*got 'fast'"),
         ({"self_speculation_window": 2, "num_beams": 2}, "beam"),
         ({"self_speculation_window": 2, "use_cache": False}, "use_cache=True"),
     ],

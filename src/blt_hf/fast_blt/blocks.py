@@ -46,6 +46,7 @@ from ..speculation import (
     is_in_order,
     put_drafts,
 )
+from ..speculation import check_settings as check_drafts
 
 
 UNMASKING_RULES = ("confidence", "entropy")
@@ -106,6 +107,7 @@ def check_settings(generation_config, config) -> None:
     Raises:
         ValueError: names the field, its value and the accepted ones.
     """
+    check_drafts(generation_config, config)
     size = generation_config.diffusion_block_size
     trained = getattr(config, "diffusion_block_size", None)
     window = getattr(config, "local_attention_window_len", None)
