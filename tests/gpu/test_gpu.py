@@ -27,6 +27,7 @@ from transformers import (
 
 from blt_hf import BltForCausalLM, BltTokenizer, cuda_graphs
 from blt_hf.training.data import BltDataCollator
+from helpers import processes
 from helpers.diffusion import diffusion_model
 from helpers.models import DEVICE, RULES, make_model, model_for, tiny_config
 from helpers.texts import encode, pad, text_ids
@@ -402,7 +403,7 @@ torch.rand(3, device="cuda"), torch.cuda.empty_cache()
 
 def test_random_numbers_after_a_capture_that_failed():
     """In a process of its own, as torch may take a failed capture ill."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": processes.python_path()}
     done = subprocess.run([sys.executable, "-c", REFUSED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

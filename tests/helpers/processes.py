@@ -92,6 +92,16 @@ def run(
     return subprocess.CompletedProcess(command, status, *(printed if capture_output else (None, None)))
 
 
+def python_path() -> str:
+    """Returns a `PYTHONPATH` with which a program imports what tests do (`pythonpath` in pyproject.toml).
+
+    `sys.path` itself would not do: transformers puts the folder of remote code there, and a program with a folder of
+    its own would look in this one first.
+    """
+    tests = os.fspath(Path(__file__).parents[1])
+    return os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+
+
 def run_elsewhere(script: str, folder: Path) -> dict:
     """Runs `script` in a process that cannot import `blt_hf`; it prints one JSON line last."""
     prelude = """

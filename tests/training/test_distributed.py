@@ -82,10 +82,9 @@ def example_ids() -> torch.Tensor:
 
 
 def run(arguments: list[str]) -> None:
-    # What pytest put on the path (`pythonpath` in pyproject.toml), the launched processes need as well.
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONPATH": processes.python_path(),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
