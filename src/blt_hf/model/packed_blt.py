@@ -59,15 +59,39 @@ _LARGE = 2**20
 class PackedLayer(NamedTuple):
     """Holds weights of a transformer layer, `(in, out)` each; those of norms are None where they are part of a product.
 
-    Without copies, query, key and value are a tuple of three, and gate and up one of two.
+    Query, key and value are one weight with copies, and three without; gate and up are one, and two.
     """
 
-    query_key_value: Tensor | tuple[Tensor, ...]
+    query_key_value: tuple[Tensor, ...]
     output: Tensor
-    gate_up: Tensor | tuple[Tensor, ...]
+    gate_up: tuple[Tensor, ...]
     down: Tensor
     attention_norm: Tensor | None
     mlp_norm: Tensor | None
+
+
+class HeadViews(NamedTuple):
+    """Holds views of the joined product of query, key and value.
+
+    Attributes:
+        query: `(B, H, S, D)`.
+        keys_values: `(2 * H_kv, N, D)`.
+        rotated: queries and keys, complex `(N, H + H_kv, D/2)`, or real `(B, S, H + H_kv, D)`.
+    """
+
+    query: Tensor
+    keys_values: Tensor
+    rotated: Tensor
+
+
+class StepMemory(NamedTuple):
+    """Holds memory that each layer overwrites with its products, a part for each weight, and views of it."""
+
+    query_key_value: tuple[Tensor, ...]
+    heads: HeadViews
+    gate_up: tuple[Tensor, ...]
+    gate: Tensor
+    up: Tensor
 
 
 def _multiply_one_row(states: Tensor, weight: Tensor) -> Tensor:
@@ -110,6 +134,7 @@ class PackedStack:
         silu = _FORWARDS[SiLUActivation]  # calling the module takes six more calls of functions
         activations = [layer.mlp.act_fn for layer in layers]
         self.activations = [torch._C._nn.silu if type(act).forward is silu else act for act in activations]
+        self._memory: dict[tuple[int, int], StepMemory] = {}
         packed, packed_cross = tuple(map(self._pack_layer, layers)), tuple(map(self._pack_cross, cross_layers))
         self.products = import_where_installed("products") if self.is_exact else None
         self.held_patch = keys_values = None  # a `blt_hf.products.HeldPatch`, for bytes that read the same patch
@@ -122,8 +147,8 @@ class PackedStack:
             self.is_cross_grouped = cross.num_key_value_groups > 1
             self.cross_kv_heads, self.num_latents = cross.k_proj.weight.shape[0] // cross.head_dim, cross.num_latents
             # Latents are normed once for all layers, so only where the weights of norms are part of products.
-            pairs = (self._join([layer.k_proj, layer.v_proj], layer.k_norm.weight) for layer in cross_layers)
-            keys_values = torch.cat(list(pairs), dim=1) if self.is_exact else None
+            pairs = [self._join([layer.k_proj, layer.v_proj], layer.k_norm.weight)[0] for layer in cross_layers]
+            keys_values = torch.cat(pairs, dim=1) if self.is_exact else None
         self.weights = packed, packed_cross, keys_values
         self.least_rows = math.inf if self.products is None else self.products.least_rows(layers[0], copies)
         self.transposed = None if self.least_rows == math.inf else self.products.transpose(self.weights)
@@ -143,19 +168,19 @@ class PackedStack:
         )
 
     def _pack_cross(self, cross: BltByteCrossAttention) -> tuple[Tensor, Tensor, Tensor | None]:
-        query, norm = self._join([cross.q_proj], cross.q_norm.weight), self._scaled(cross.q_norm.weight)
+        (query,), norm = self._join([cross.q_proj], cross.q_norm.weight), self._scaled(cross.q_norm.weight)
         return query, self._turned(cross.o_proj.weight), None if self.is_exact else norm
 
     def _scaled(self, norm: Tensor) -> Tensor:
         return norm.detach() * self.root if self.is_exact else norm.detach()
 
-    def _join(self, linears: list[nn.Linear], norm: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Joins the weights of several products of a normed state to one matrix `(in, out)`."""
+    def _join(self, linears: list[nn.Linear], norm: Tensor) -> tuple[Tensor, ...]:
+        """Joins the weights of several products of a normed state to one `(in, out)`; without copies they stay apart."""
         weights = tuple(linear.weight.detach() for linear in linears)
         if not self.copies:
             return tuple(weight.t() for weight in weights)
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return self._turned(weight * self._scaled(norm) if self.is_exact else weight)
+        return (self._turned(weight * self._scaled(norm) if self.is_exact else weight),)
 
     def _turned(self, weight: Tensor) -> Tensor:
         weight = weight.detach().t()
@@ -189,6 +214,7 @@ class PackedStack:
         rotation, mask = self._rotation(positions, states, span), span.mask(states)
         products, (layers, cross_layers, _) = self._choose_products(states.shape[0])
         mm, addmm = products
+        memory = self._reserve(states, shape)
         held = self.held_patch.pairs if self.held_patch is not None and states.shape[0] == 1 else None
         kept = None if held or not cross_layers else self._gather(latents, latent_index, states)
         if held == [] and kept[1] is None:
@@ -199,12 +225,24 @@ class PackedStack:
                     states = self.held_patch.attend(number, states, self._normed(states, None))
                 else:
                     states = self._cross_attend(cross_layers[number], states, number, products, *kept)
-            states = self._attend(layer, states, products, rotation, mask, slot_index, cache_layer, shape[:2])
-            normed = self._normed(states, layer.mlp_norm)
-            if self.copies:
-                gate, up = mm(normed, layer.gate_up).chunk(2, dim=-1)
+            normed = self._normed(states, layer.attention_norm)
+            if memory is None:
+                parts = [mm(normed, weight) for weight in layer.query_key_value]
+                heads = self._view_heads(parts[0] if self.copies else torch.cat(parts, dim=-1), shape)
             else:
-                gate, up = (mm(normed, weight) for weight in layer.gate_up)
+                heads = memory.heads
+                for weight, part in zip(layer.query_key_value, memory.query_key_value):
+                    mm(normed, weight, out=part)
+            attended = self._attend(heads, rotation, mask, slot_index, cache_layer)
+            states = addmm(states, attended.reshape(states.shape[0], -1), layer.output)
+            normed = self._normed(states, layer.mlp_norm)
+            if memory is None:
+                parts = [mm(normed, weight) for weight in layer.gate_up]
+                gate, up = parts[0].chunk(2, dim=-1) if self.copies else parts
+            else:
+                gate, up = memory.gate, memory.up
+                for weight, part in zip(layer.gate_up, memory.gate_up):
+                    mm(normed, weight, out=part)
             states = addmm(states, activation(gate) * up, layer.down)
         if self.norm is not None:
             states = self._normed(states, self.norm)
@@ -218,35 +256,49 @@ class PackedStack:
             return (torch.mm, torch.addmm), self.weights
         return self.products.choose(num_rows), self.transposed
 
+    def _reserve(self, states: Tensor, shape: torch.Size) -> StepMemory | None:
+        """Makes memory for steps of one shape, once; None where the steps are not eager ones on a CPU."""
+        if torch.compiler.is_compiling() or states.device.type != "cpu":
+            return None
+        if shape not in self._memory:
+            layer = self.weights[0][0]
+            joined, sizes = [], []
+            for weights in (layer.query_key_value, layer.gate_up):
+                sizes.append([weight.shape[1] for weight in weights])
+                joined.append(states.new_empty(states.shape[0], sum(sizes[-1])))
+            parts = [tensor.split(size, dim=-1) for tensor, size in zip(joined, sizes)]
+            heads = self._view_heads(joined[0], shape)
+            self._memory[shape] = StepMemory(parts[0], heads, parts[1], *joined[1].chunk(2, dim=-1))
+        return self._memory[shape]
+
+    def _view_heads(self, joined: Tensor, shape: torch.Size) -> HeadViews:
+        """Views the joined query, key and value `(N, out)` of `(B, S)` bytes."""
+        rows, columns = shape[:2]
+        heads = joined.view(rows, columns, -1, self.head_dim)
+        if _rotates_complex(joined):
+            rotated = torch.view_as_complex(joined.view(rows * columns, -1, self.head_dim // 2, 2))
+        else:
+            rotated = heads
+        query, keys_values = heads.split_with_sizes([self.num_heads, 2 * self.num_kv_heads], 2)
+        return HeadViews(query.transpose(1, 2), keys_values.flatten(0, 1).transpose(0, 1), rotated[..., : -self.num_kv_heads, :])
+
     def _attend(
-        self, layer: PackedLayer, states: Tensor, products: tuple[Callable, Callable], rotation: Tensor,
-        mask: Tensor | None, slot_index: SlotIndex, cache_layer: BltCacheLayer, shape: tuple[int, int],
-    ) -> Tensor:  # fmt: skip
-        mm, addmm = products
-        normed = self._normed(states, layer.attention_norm)
-        if self.copies:
-            joined = mm(normed, layer.query_key_value)
-        else:
-            joined = torch.cat([mm(normed, weight) for weight in layer.query_key_value], dim=-1)
-        heads = joined.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)  # (N, H, D)
-        query, keys_values = heads.split_with_sizes([self.num_heads, 2 * self.num_kv_heads], 1)
+        self, heads: HeadViews, rotation: Tensor, mask: Tensor | None, slot_index: SlotIndex, cache_layer: BltCacheLayer
+    ) -> Tensor:
+        """Rotates, writes keys and values, and attends; returns `(B, S, H, D)`."""
+        query, keys_values, rotated = heads
         if rotation.is_complex():
-            pairs = torch.view_as_complex(joined.view(states.shape[0], -1, self.head_dim // 2, 2))
-            pairs[:, : -self.num_kv_heads].mul_(rotation)
+            rotated.mul_(rotation)
         else:
-            rotated = heads[:, : -self.num_kv_heads].view(*shape, -1, self.head_dim)
             rotated.copy_(rotate_pairs(rotated, *rotation.unbind()))
         slots, seen, keys, values = cache_layer.slot_views(slot_index.seen)
-        slots.index_copy_(1, slot_index.index, keys_values.transpose(0, 1))
+        slots.index_copy_(1, slot_index.index, keys_values)
         if slot_index.rows is not None:
             keys, values = seen.index_select(2, slot_index.rows).transpose(1, 2).unbind()
-        is_one = shape[1] == 1  # a byte of each row: two views less
-        query = query.unsqueeze(2) if is_one else query.view(*shape, -1, self.head_dim).transpose(1, 2)
         attended = nn.functional.scaled_dot_product_attention(
             query, keys, values, mask, scale=self.scaling, enable_gqa=self.is_grouped
         )
-        attended = attended if is_one else attended.transpose(1, 2)
-        return addmm(states, attended.reshape(states.shape[0], -1), layer.output)
+        return attended.transpose(1, 2)
 
     def _cross_attend(
         self, cross: tuple, states: Tensor, number: int, products, latents: Tensor, mask: Tensor | None
@@ -294,13 +346,18 @@ class PackedStack:
 
     def make_rotation(self, positions: Tensor, states: Tensor) -> Tensor:
         """Computes the rotation for positions `(B, S)`, in the dtype of `states`."""
-        if states.dtype == torch.float32 and not torch.compiler.is_compiling():
+        if _rotates_complex(states):
             angles = positions.reshape(-1, 1, 1) * self.inv_freq
             return torch.polar(self.rotary_scaling, angles)
         angles = positions[..., None, None].float() * self.inv_freq.float()
         cos, sin = angles.cos() * self.rotary_scaling, angles.sin() * self.rotary_scaling
         cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
         return torch.stack([cos, sin]).to(states.dtype)
+
+
+def _rotates_complex(states: Tensor) -> bool:
+    """Tells whether queries and keys are rotated as complex numbers, which the compiler does not know."""
+    return states.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
 class PackedStacks:
