@@ -223,16 +223,18 @@ class CompiledSteps(dict):
         """Returns `function`, compiled as `cache` says; `key`: further settings that its compiled forms depend on."""
         key = (function.__name__, cache.compile_key, *key)
         if key not in self:
-            self[key] = _compile(function, cache.compile_settings)
+            self[key] = _compile(function, cache.compile_settings, cache.num_bytes.device)
         return self[key]
 
 
-def _compile(function: Callable, settings: dict) -> Callable:
+def _compile(function: Callable, settings: dict, device: torch.device) -> Callable:
     settings, options = {**settings}, dict(settings.get("options") or {})
     if settings.get("backend", "inductor") == "inductor":
         if (mode := settings.pop("mode", None)) is not None:  # torch takes a mode or options
             options = {**torch._inductor.list_mode_options(mode, settings.get("dynamic")), **options}
         options["triton.cudagraphs"] = False  # `CudaGraphs` captures the stages, compiled or not
+        if device.type == "cpu":  # kernels are started by C++, without Python's lock, and compiled together: both faster
+            options.setdefault("cpp_wrapper", True)
     # A copy with a code object of its own, to which torch attaches compiled code and the limit of recompilations.
     code, name = function.__code__.replace(), function.__name__
     copied = FunctionType(code, function.__globals__, name, function.__defaults__)
