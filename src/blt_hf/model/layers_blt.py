@@ -55,21 +55,35 @@ class BltMLP(nn.Module):
 class BltRotaryEmbedding(LlamaRotaryEmbedding):
     """Computes transformers' rotary embedding, laid out for pairs of neighbouring channels; see [`rotate_pairs`]."""
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the factors of [`rotate_pairs`], `(B or 1, S, 1, D)` each, for positions `(B or 1, S)`.
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        """Computes rotations for positions `(B or 1, S)`.
 
-        Both are in the dtype of `hidden_states`; the sines carry the sign of the rotation.
+        Returns:
+            `(B or 1, S, 1, D/2)`, complex; or cosines and sines `(2, B or 1, S, 1, D)` in the dtype of `hidden_states`.
         """
         cos, sin = super().forward(hidden_states, position_ids)
         half = cos.shape[-1] // 2
-        cos, sin = cos[:, :, None, :half, None], sin[:, :, None, :half, None]
-        return torch.cat([cos, cos], dim=-1).flatten(-2), torch.cat([-sin, sin], dim=-1).flatten(-2)
+        cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
+        if rotates_complex(cos):
+            return torch.complex(cos, sin)
+        return torch.stack([torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)]).flatten(-2)
 
 
-def rotate_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs `(2i, 2i + 1)` of `states` `(B, S, H, D)` (released checkpoints interleave; Llama halves)."""
-    swapped = states.view(*states.shape[:-1], -1, 2).flip(-1).view(states.shape)
-    return torch.addcmul(states * cos, swapped, sin)
+def rotates_complex(states: Tensor) -> bool:
+    """Tells whether pairs of channels are rotated as complex numbers: faster, but the compiler does not know them."""
+    return states.dtype == torch.float32 and states.device.type in ("cpu", "cuda") and not is_compiling()
+
+
+def rotate_pairs(states: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates the pairs `(2i, 2i + 1)` of `states` `(B, S, H, D)` (released checkpoints interleave; Llama halves).
+
+    `rotation`: as [`BltRotaryEmbedding`] gives it; its sines carry the sign of the rotation.
+    """
+    pairs = states.unflatten(-1, (-1, 2))
+    if rotation.is_complex():  # under autocast the states may be of fewer bits
+        return torch.view_as_real(torch.view_as_complex(pairs.float()) * rotation).flatten(-2)
+    cos, sin = rotation.unbind()
+    return torch.addcmul(states * cos, pairs.flip(-1).flatten(-2), sin)
 
 
 class BltSelfAttention(nn.Module):
@@ -93,14 +107,14 @@ class BltSelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        rotation: Tensor,
         span: AttentionSpan,
         past_key_values: CacheLayerMixin | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends `(B, S, W)` -> `(B, S, W)`, and weights `(B, H, S, T)` where the implementation gives them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = rotate_pairs(project(self.q_proj, hidden_states).view(shape), *position_embeddings).transpose(1, 2)
-        key = rotate_pairs(project(self.k_proj, hidden_states).view(shape), *position_embeddings).transpose(1, 2)
+        query = rotate_pairs(project(self.q_proj, hidden_states).view(shape), rotation).transpose(1, 2)
+        key = rotate_pairs(project(self.k_proj, hidden_states).view(shape), rotation).transpose(1, 2)
         value = project(self.v_proj, hidden_states).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, span.slot_index)
@@ -125,14 +139,12 @@ class BltTransformerLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        rotation: Tensor,
         span: AttentionSpan,
         past_key_values: CacheLayerMixin | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Runs the layer; arguments and results as [`BltSelfAttention.forward`]."""
-        attended, weights = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, span, past_key_values
-        )
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), rotation, span, past_key_values)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
@@ -399,14 +411,14 @@ class BltLexicon(nn.Module):
 def run_layers(
     layers: nn.ModuleList,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
+    rotation: Tensor,
     span: AttentionSpan,
     cache_layers: list | None,
     collector: "OutputCollector | None" = None,
 ) -> Tensor:
     """Runs [`BltTransformerLayer`]s on `(B, S, W)`; a `collector` gets their states and weights."""
     for layer, cache_layer in zip(layers, cache_layers or [None] * len(layers)):
-        hidden_states, weights = layer(hidden_states, position_embeddings, span, cache_layer)
+        hidden_states, weights = layer(hidden_states, rotation, span, cache_layer)
         if collector is not None:
             collector.add(hidden_states, weights)
     return hidden_states

@@ -31,6 +31,7 @@ from .layers_blt import (
     BltTransformerLayer,
     LatentIndex,
     rotate_pairs,
+    rotates_complex,
 )
 from .names_blt import import_where_installed
 
@@ -275,22 +276,29 @@ class PackedStack:
         """Views the joined query, key and value `(N, out)` of `(B, S)` bytes."""
         rows, columns = shape[:2]
         heads = joined.view(rows, columns, -1, self.head_dim)
-        if _rotates_complex(joined):
+        if rotates_complex(joined):
             rotated = torch.view_as_complex(joined.view(rows * columns, -1, self.head_dim // 2, 2))
         else:
             rotated = heads
         query, keys_values = heads.split_with_sizes([self.num_heads, 2 * self.num_kv_heads], 2)
-        return HeadViews(query.transpose(1, 2), keys_values.flatten(0, 1).transpose(0, 1), rotated[..., : -self.num_kv_heads, :])
+        return HeadViews(
+            query.transpose(1, 2), keys_values.flatten(0, 1).transpose(0, 1), rotated[..., : -self.num_kv_heads, :]
+        )
 
     def _attend(
-        self, heads: HeadViews, rotation: Tensor, mask: Tensor | None, slot_index: SlotIndex, cache_layer: BltCacheLayer
+        self,
+        heads: HeadViews,
+        rotation: Tensor,
+        mask: Tensor | None,
+        slot_index: SlotIndex,
+        cache_layer: BltCacheLayer,
     ) -> Tensor:
         """Rotates, writes keys and values, and attends; returns `(B, S, H, D)`."""
         query, keys_values, rotated = heads
         if rotation.is_complex():
             rotated.mul_(rotation)
         else:
-            rotated.copy_(rotate_pairs(rotated, *rotation.unbind()))
+            rotated.copy_(rotate_pairs(rotated, rotation))
         slots, seen, keys, values = cache_layer.slot_views(slot_index.seen)
         slots.index_copy_(1, slot_index.index, keys_values)
         if slot_index.rows is not None:
@@ -346,18 +354,13 @@ class PackedStack:
 
     def make_rotation(self, positions: Tensor, states: Tensor) -> Tensor:
         """Computes the rotation for positions `(B, S)`, in the dtype of `states`."""
-        if _rotates_complex(states):
+        if rotates_complex(states):
             angles = positions.reshape(-1, 1, 1) * self.inv_freq
             return torch.polar(self.rotary_scaling, angles)
         angles = positions[..., None, None].float() * self.inv_freq.float()
         cos, sin = angles.cos() * self.rotary_scaling, angles.sin() * self.rotary_scaling
         cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
         return torch.stack([cos, sin]).to(states.dtype)
-
-
-def _rotates_complex(states: Tensor) -> bool:
-    """Tells whether queries and keys are rotated as complex numbers, which the compiler does not know."""
-    return states.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
 class PackedStacks:

@@ -82,11 +82,11 @@ class BltLocalEncoder(BltPreTrainedModel):
         if chunk.packed is not None and chunk.packed.encoder is not None:
             return [chunk.packed.encoder.run(inputs_embeds, chunk.row_positions, span, cache.encoder)]
         hidden_states = self.dropout(inputs_embeds)
-        position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions)
+        rotation = self.rotary_emb(hidden_states, chunk.row_positions)
         states = []
         for index, layer in enumerate(self.layers):
             kept = None if cache is None else cache.encoder[index]
-            hidden_states, weights = layer(hidden_states, position_embeddings, span, kept)
+            hidden_states, weights = layer(hidden_states, rotation, span, kept)
             states.append(hidden_states)
             if collector is not None:
                 collector.add(hidden_states, weights)
@@ -232,9 +232,9 @@ class BltGlobalTransformer(BltPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         if collector is not None:
             collector.add(hidden_states)
-        position_embeddings = self.rotary_emb(hidden_states, positions)
+        rotation = self.rotary_emb(hidden_states, positions)
         layers = None if cache is None else cache.global_transformer
-        return run_layers(self.layers, hidden_states, position_embeddings, span, layers, collector)
+        return run_layers(self.layers, hidden_states, rotation, span, layers, collector)
 
     def embed_patches(self, inputs_embeds: Tensor, words: tuple[Tensor, Tensor] | None) -> Tensor:
         """Makes the input of the layers `(R, P, W)`; `words` as [`BltLexicon.read`] gives them."""
@@ -290,7 +290,7 @@ class BltLocalDecoder(BltPreTrainedModel):
                 byte_states, chunk.row_positions, span, cache.decoder, latents, latent_index
             )
         hidden_states = self.dropout(byte_states)
-        position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions if positions is None else positions)
+        rotation = self.rotary_emb(hidden_states, chunk.row_positions if positions is None else positions)
         if collector is not None:
             collector.add(hidden_states if positions is None else hidden_states[:, : chunk.num_columns])
         # All views at once: the gradient of a view that is made by itself would be a tensor of the size of all.
@@ -301,7 +301,7 @@ class BltLocalDecoder(BltPreTrainedModel):
                     hidden_states, *keys_values[index], latent_index
                 )
             cache_layer = None if cache is None else cache.decoder[index]
-            hidden_states, weights = layer(hidden_states, position_embeddings, span, cache_layer)
+            hidden_states, weights = layer(hidden_states, rotation, span, cache_layer)
             if collector is not None:
                 of_bytes = hidden_states if positions is None else hidden_states[:, : chunk.num_columns]
                 collector.add(of_bytes, weights)
@@ -382,9 +382,9 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         span = chunk.span(cache, self.config.sliding_window, attention, collector, of_patcher=True)
         if chunk.packed is not None and chunk.packed.patcher is not None:
             return chunk.packed.patcher.run(hidden_states, chunk.row_positions, span, cache.patcher)
-        position_embeddings = self.rotary_emb(hidden_states, chunk.row_positions)
+        rotation = self.rotary_emb(hidden_states, chunk.row_positions)
         layers = None if cache is None else cache.patcher
-        return self.norm(run_layers(self.layers, hidden_states, position_embeddings, span, layers, collector))
+        return self.norm(run_layers(self.layers, hidden_states, rotation, span, layers, collector))
 
     @takes_cache
     @can_return_tuple

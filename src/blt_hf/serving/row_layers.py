@@ -18,6 +18,7 @@ from ..model.layers_blt import (
     BltRotaryEmbedding,
     BltTransformerLayer,
     rotate_pairs,
+    rotates_complex,
 )
 from ..model.packed_blt import is_plain
 from ..model.stacks_blt import BltLocalEncoder
@@ -137,12 +138,11 @@ class RowStack:
         return self._rotations.index_select(0 if self._rotations.is_complex() else 1, positions)
 
     def _compute_rotation(self, positions: Tensor, states: Tensor) -> Tensor:
-        is_exact = states.dtype == torch.float32
-        if is_exact and self.angles is not None:
+        if self.angles is not None and rotates_complex(states):
             frequencies, scaling = self.angles
             return torch.polar(scaling, positions[:, None, None] * frequencies)
-        cos, sin = (part[0] for part in self.rotary(states, positions[None]))
-        return torch.complex(cos[..., ::2], sin[..., 1::2]) if is_exact else torch.stack([cos, sin])
+        rotation = self.rotary(states, positions[None])
+        return rotation.squeeze(0 if rotation.is_complex() else 1)
 
 
 class _RowCross:
@@ -253,7 +253,7 @@ def _rotate(heads: Tensor, rotation: Tensor) -> None:
     if rotation.is_complex():
         torch.view_as_complex(heads.unflatten(-1, (-1, 2))).mul_(rotation)
     else:
-        heads.copy_(rotate_pairs(heads, *rotation))
+        heads.copy_(rotate_pairs(heads, rotation))
 
 
 def check_plain(modules: Sequence[nn.Module]) -> None:
