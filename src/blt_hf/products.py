@@ -96,7 +96,7 @@ def least_rows(layer: nn.Module, is_packed: bool) -> float:
 
 def choose(num_rows: int) -> tuple[Callable, Callable]:
     """Chooses functions for so many rows, in the place of `torch.mm` and `torch.addmm`, for weights `(out, in)`."""
-    return (multiply_few, _add_multiply_few) if num_rows <= _BLOCKS[-1] else (multiply, _add_multiply)
+    return (_multiply_few, _add_multiply_few) if num_rows <= _BLOCKS[-1] else (_multiply, _add_multiply)
 
 
 def transpose(packed):
@@ -104,6 +104,16 @@ def transpose(packed):
     if packed is None or isinstance(packed, Tensor):
         return packed if packed is None else packed.t()
     return getattr(packed, "_make", tuple)(map(transpose, packed))
+
+
+def _multiply(states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    product = multiply(states, weight)
+    return product if out is None else out.copy_(product)
+
+
+def _multiply_few(states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    product = multiply_few(states, weight)
+    return product if out is None else out.copy_(product)
 
 
 def _add_multiply(other: Tensor, states: Tensor, weight: Tensor, beta: int = 1) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from blt_hf import BltConfig, BltForCausalLM, speculation
-from blt_hf.model import modeling_blt, packed_blt
+from blt_hf.model import packed_blt, step_blt
 from blt_hf.model.layers_blt import BltMLP, BltRMSNorm, BltSelfAttention
 from blt_hf.model.packed_blt import PackedStacks
 from blt_hf.model.step_blt import StepRunner
@@ -272,7 +272,7 @@ def test_nothing_is_left_behind(monkeypatch, tmp_path):
             super().__init__(*arguments)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(modeling_blt, "PackedStacks", Seen)
+    monkeypatch.setattr(step_blt, "PackedStacks", Seen)
     before = len(pickle.dumps(model))
     model.generate(IDS, **SETTINGS)
     gc.collect()
@@ -292,7 +292,7 @@ def test_a_call_of_a_few_bytes_packs_nothing(monkeypatch):
     def fail(*arguments):
         raise AssertionError("packing costs as much as a byte")
 
-    monkeypatch.setattr(modeling_blt, "PackedStacks", fail)
+    monkeypatch.setattr(step_blt, "PackedStacks", fail)
     model = make_model()
     assert model.generate(IDS, **{**SETTINGS, "max_new_tokens": 3}).shape[1] == IDS.shape[1] + 3
 

@@ -42,15 +42,9 @@ class AttentionSpan:
     """
 
     def __init__(
-        self,
-        num_past: int,
-        num_queries: int,
-        window: int | None,
-        first_key: Tensor | None,
-        implementation: str,
-        in_one_piece: bool = False,
-        slot_index: SlotIndex | None = None,
-    ):
+        self, num_past: int, num_queries: int, window: int | None, first_key: Tensor | None, implementation: str,
+        in_one_piece: bool = False, slot_index: SlotIndex | None = None,
+    ):  # fmt: skip
         if implementation == "flex_attention" and is_exporting():
             raise ValueError(
                 "`attn_implementation='flex_attention'` cannot be exported; accepted are 'sdpa' and 'eager'. Call "
@@ -228,14 +222,9 @@ class SlotSpan(AttentionSpan):
     """
 
     def __init__(
-        self,
-        num_slots: int,
-        query_positions: Tensor,
-        window: int | None,
-        start: Tensor | None,
-        implementation: str,
+        self, num_slots: int, query_positions: Tensor, window: int | None, start: Tensor | None, implementation: str,
         slot_index: SlotIndex | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__(0, query_positions.shape[1], window, None, implementation, True, slot_index)
         self.num_slots, self.query_positions, self.start = num_slots, query_positions, start
 

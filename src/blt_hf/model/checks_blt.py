@@ -33,13 +33,9 @@ def check_tensor(name: str, value: object, accepted: str) -> None:
 
 
 def check_byte_inputs(
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    byte_embeds: Tensor | None,
-    vocab_size: int,
-    hidden_size: int,
-    adds_hashes: bool = False,
-) -> tuple[tuple[int, int], torch.device]:
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, byte_embeds: Tensor | None, vocab_size: int,
+    hidden_size: int, adds_hashes: bool = False,
+) -> tuple[tuple[int, int], torch.device]:  # fmt: skip
     """Checks the bytes of a forward, whose ids may come with embeddings.
 
     Args:

@@ -186,15 +186,9 @@ class ByteChunk:
 
 
 def make_chunk(
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cache: BltCache | None,
-    shape: tuple[int, int],
-    device: torch.device,
-    rules: DocumentRules,
-    in_order: bool = False,
-) -> ByteChunk:
+    input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None, cache: BltCache | None,
+    shape: tuple[int, int], device: torch.device, rules: DocumentRules, in_order: bool = False,
+) -> ByteChunk:  # fmt: skip
     """Makes a chunk of a caller's arguments.
 
     Args:
@@ -249,12 +243,9 @@ def next_bytes(input_ids: Tensor, lengths: Tensor | None, cache: BltCache, rules
 
 
 def _continue_rows(
-    input_ids: Tensor | None,
-    num_bytes: Tensor | None,
-    shape: tuple[int, int],
-    device: torch.device,
+    input_ids: Tensor | None, num_bytes: Tensor | None, shape: tuple[int, int], device: torch.device,
     cache: BltCache | None,
-) -> ByteChunk:
+) -> ByteChunk:  # fmt: skip
     """Makes a chunk behind the bytes of `cache` (None: of empty rows), whose columns are text."""
     rows, columns = shape
     index = None if columns == 1 and cache is not None else kept_arange(0, columns, device)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from .attention_blt import AttentionSpan
 from .cache_blt import BltCache, SlotIndex, round_up_patches
 from .chunk_blt import ByteChunk, ClosingInputs, DocumentRules, HostPatchCounts, PatchAssignment, assign_patches
-from .layers_blt import LatentIndex, OutputCollector, last_ids, ngram_hashes, wants_weights
+from .layers_blt import LatentIndex, OutputCollector, ngram_hashes, wants_weights
 from .names_blt import kept_arange, take_rows
-from .patching_blt import PatchingRule, find_patch_ends, shift_right
+from .patching_blt import PatchingRule, find_patch_ends
 
 
 STEP_PATCHES = 4  # patches that a compiled or captured step closes, unless more end
@@ -114,8 +114,7 @@ class BytesRead:
 
 
 def read_bytes(
-    model: nn.Module, settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None,
-    inputs: ForwardInputs = PLAIN,
+    model: nn.Module, settings: ForwardSettings, chunk: ByteChunk, cache: BltCache | None, inputs: ForwardInputs = PLAIN
 ) -> BytesRead:  # fmt: skip
     """Runs entropy model, rule and encoder on a chunk. A small one that is no draft is written to the history, too."""
     entropies, patches = None, inputs.patches
@@ -151,7 +150,8 @@ def close_patches(
         states, segment = model.local_encoder.patch_bytes(chunk, read.patches, read.byte_states, cache)
     latents = model.local_encoder.make_latents(states, segment, inputs.new_patches.shape[0])
     if model.config.decoder_config.lexicon_reads:
-        inputs = inputs._replace(words=read_words(model, read, inputs.new_patches.shape[0], rows))
+        words = model.local_decoder.read_words(chunk, read.patches, inputs.new_patches.shape[0], rows)
+        inputs = inputs._replace(words=words)
     states = model.global_transformer(latents.flatten(2), chunk, read.patches, inputs, cache, collector)
     latents = model.local_decoder.project_latents(states, chunk.packed)
     if not chunk.is_small:
@@ -163,14 +163,9 @@ def close_patches(
 
 
 def predict_bytes(
-    model: nn.Module,
-    settings: ForwardSettings,
-    cache: BltCache | None,
-    read: BytesRead,
-    latents: Tensor | None,
-    head: nn.Module | None,
-    inputs: ForwardInputs = PLAIN,
-) -> Tensor:
+    model: nn.Module, settings: ForwardSettings, cache: BltCache | None, read: BytesRead, latents: Tensor | None,
+    head: nn.Module | None, inputs: ForwardInputs = PLAIN,
+) -> Tensor:  # fmt: skip
     """Runs the decoder; gives its states `(B, S, W)`, or with a `head` fp32 logits. The cache counts the bytes then.
 
     `latents`: `(B, P, L, 2, F)`, of the patches that a large chunk closed.
@@ -179,7 +174,10 @@ def predict_bytes(
     latents, latent_index = find_latents(settings, chunk, read.patches, cache, latents)
     states, span, positions = read.byte_states[-1], read.span, None
     if model.local_decoder.lexicon is not None:
-        states = states + read_lexicon(model, read, latents, latent_index, inputs.patches is not None).to(states)
+        is_draft = inputs.patches is not None
+        states = states + model.local_decoder.read_lexicon(chunk, read.patches, latents, latent_index, is_draft).to(
+            states
+        )
         latents = latents[:, :, :-1]
     collector = inputs.collectors[2]
     if read.blocks is not None:
@@ -209,43 +207,6 @@ def embed_bytes(model, settings: ForwardSettings, chunk: ByteChunk, embeds: Tens
         chunk.input_ids, chunk.history, positions, settings.hash_sizes, settings.hash_functions, settings.hash_rows
     )
     return embeds + model.encoder_hash_tok_embedding(hashes).to(embeds.device)
-
-
-def read_lexicon(model, read: BytesRead, latents: Tensor, latent_index: LatentIndex, is_draft: bool) -> Tensor:
-    """Embeds the lexicon's predictions of the byte after each byte, `(B, S, W)`."""
-    chunk, patches, count = read.chunk, read.patches, model.config.decoder_config.lexicon_length + 1
-    open_bytes = patches.field("open_bytes")
-    if is_draft:  # `patches` are those of the draft's first byte
-        open_bytes = open_bytes + chunk.row_positions - patches.field("num_bytes") + 1
-    if chunk.text_starts is not None:
-        # The last byte of a text closes a patch that it does not read.
-        longer = shift_right(open_bytes, chunk.previous.open_bytes) + 1
-        open_bytes = torch.where(patches.closes & ~patches.ends, longer, open_bytes)
-    ids = last_ids(chunk.input_ids, chunk.history, count)
-    return model.local_decoder.read_lexicon(latents, latent_index, ids, open_bytes)
-
-
-def read_words(model, read: BytesRead, num_patches: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Reads the patches that a chunk closed, up to `num_patches` of a row, through the lexicon; see [`BltLexicon.read`].
-
-    `rows`: int64 `(R,)`, rows to read; None: all.
-    """
-    chunk, patches, lexicon = read.chunk, read.patches, model.local_decoder.lexicon
-    count = 2 * model.config.decoder_config.lexicon_length + 1
-    ids, previous_open = last_ids(chunk.input_ids, chunk.history, count), chunk.previous.open_bytes
-    if not chunk.is_small or chunk.text_starts is not None:  # else the history holds zeros before the text
-        ids = ids * (chunk.text_positions[..., None] >= kept_arange(0, count, chunk.device).flip(0))
-    if chunk.text_starts is not None:
-        previous_open = torch.where(chunk.text_starts[:, 0], torch.zeros_like(previous_open), previous_open)
-    open_bytes, is_step = previous_open[:, None], chunk.num_columns == 1 and chunk.is_small
-    if not is_step:
-        open_bytes = shift_right(patches.field("open_bytes"), previous_open)
-    found = lexicon.index(ids, open_bytes + 1).to(chunk.device)
-    if not is_step:
-        number = patches.field("num_patches") - chunk.previous.num_patches[:, None] - 1
-        number = torch.where(patches.closes & (number < num_patches), number, num_patches)
-        found = found.new_full((found.shape[0], num_patches + 1), -1).scatter(1, number, found)[:, :num_patches]
-    return lexicon.read(take_rows(found, rows))
 
 
 def find_patches(
@@ -351,12 +312,9 @@ def run_chunk(
 
 
 def closing_inputs(
-    cache: BltCache | None,
-    read: BytesRead,
-    counts: HostPatchCounts,
-    all_rows: bool,
+    cache: BltCache | None, read: BytesRead, counts: HostPatchCounts, all_rows: bool,
     sizes: tuple[int, int] | None = None,
-) -> ClosingInputs:
+) -> ClosingInputs:  # fmt: skip
     """Makes the inputs of [`close_patches`], and room for its patches.
 
     Args:

@@ -105,12 +105,9 @@ class BltSelfAttention(nn.Module):
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        rotation: Tensor,
-        span: AttentionSpan,
+        self, hidden_states: Tensor, rotation: Tensor, span: AttentionSpan,
         past_key_values: CacheLayerMixin | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Attends `(B, S, W)` -> `(B, S, W)`, and weights `(B, H, S, T)` where the implementation gives them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = rotate_pairs(project(self.q_proj, hidden_states).view(shape), rotation).transpose(1, 2)
@@ -137,12 +134,9 @@ class BltTransformerLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = BltRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        rotation: Tensor,
-        span: AttentionSpan,
+        self, hidden_states: Tensor, rotation: Tensor, span: AttentionSpan,
         past_key_values: CacheLayerMixin | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Runs the layer; arguments and results as [`BltSelfAttention.forward`]."""
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), rotation, span, past_key_values)
         hidden_states = hidden_states + attended
@@ -409,13 +403,9 @@ class BltLexicon(nn.Module):
 
 
 def run_layers(
-    layers: nn.ModuleList,
-    hidden_states: Tensor,
-    rotation: Tensor,
-    span: AttentionSpan,
-    cache_layers: list | None,
+    layers: nn.ModuleList, hidden_states: Tensor, rotation: Tensor, span: AttentionSpan, cache_layers: list | None,
     collector: "OutputCollector | None" = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Runs [`BltTransformerLayer`]s on `(B, S, W)`; a `collector` gets their states and weights."""
     for layer, cache_layer in zip(layers, cache_layers or [None] * len(layers)):
         hidden_states, weights = layer(hidden_states, rotation, span, cache_layer)
@@ -519,13 +509,9 @@ def last_ids(input_ids: Tensor, history: Tensor | None, count: int) -> Tensor:
 
 
 def ngram_hashes(
-    input_ids: Tensor,
-    history: Tensor | None,
-    text_positions: Tensor | None,
-    sizes: list[int],
-    num_functions: int,
+    input_ids: Tensor, history: Tensor | None, text_positions: Tensor | None, sizes: list[int], num_functions: int,
     num_rows: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Computes the rows of the fused hash table for the n-grams that end at each byte.
 
     The hash of ids `x_0 .. x_{n-1}` (oldest first) is `sum x_j * prime^j` in wrapping int64, modulo `num_rows`; ids

@@ -16,7 +16,6 @@ from .generation_blt import BltGenerationMixin
 from .layers_blt import BltHashEmbedding, BltSelfAttention, BltTransformerLayer, OutputCollector
 from .modeling_base_blt import BltCausalLMOutput, BltKwargs, BltModelOutput, BltPreTrainedModel, keep_positions
 from .names_blt import CACHE_NAME, check_patcher, import_from_package, takes_cache
-from .packed_blt import PackedStacks
 from .patching_blt import VOCAB_SIZE, patch_ends_from_lengths, patch_lengths_from_ends
 from .stacks_blt import BltGlobalTransformer, BltLocalDecoder, BltLocalEncoder, BltPatcher
 from .step_blt import CompiledSteps, StepRunner, make_runner
@@ -255,15 +254,7 @@ class BltForCausalLM(_BltWithHead, BltGenerationMixin):
         )
         self.post_init()
 
-    def make_runner(
-        self, cache: BltCache, packs: bool = True, captures: bool = True, is_watched: bool = False
-    ) -> StepRunner:
-        """Makes the runner of steps on a cache that holds some text, with the weights that the model has now.
-
-        `packs`: on packed weights, where the modules allow it. Others: as `make_runner` of `step_blt.py`.
-        """
-        packed = PackedStacks(self.model, cache) if packs else None
-        return make_runner(self.model, cache, self.lm_head, packed, captures, is_watched)
+    make_runner = make_runner  # a method, defined beside the runner
 
     @takes_cache
     @can_return_tuple

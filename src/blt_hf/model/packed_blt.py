@@ -13,6 +13,7 @@ weights) are not packed; they run as they are.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,28 +72,23 @@ class PackedLayer(NamedTuple):
     mlp_norm: Tensor | None
 
 
-class HeadViews(NamedTuple):
-    """Holds views of the joined product of query, key and value.
+def _multiply(mm: Callable, states: Tensor, weights: tuple, memory: tuple | None, view: Callable) -> object:
+    """Multiplies by joined weights, into `memory` if there is some; see [`PackedStack._reserve`].
 
-    Attributes:
-        query: `(B, H, S, D)`.
-        keys_values: `(2 * H_kv, N, D)`.
-        rotated: queries and keys, complex `(N, H + H_kv, D/2)`, or real `(B, S, H + H_kv, D)`.
+    Returns:
+        result of `view` for the joined product `(N, out)`.
     """
+    if memory is None:
+        products = [mm(states, weight) for weight in weights]
+        return view(products[0] if len(products) == 1 else torch.cat(products, dim=-1))
+    parts, views = memory
+    for weight, part in zip(weights, parts):
+        mm(states, weight, out=part)
+    return views
 
-    query: Tensor
-    keys_values: Tensor
-    rotated: Tensor
 
-
-class StepMemory(NamedTuple):
-    """Holds memory that each layer overwrites with its products, a part for each weight, and views of it."""
-
-    query_key_value: tuple[Tensor, ...]
-    heads: HeadViews
-    gate_up: tuple[Tensor, ...]
-    gate: Tensor
-    up: Tensor
+def _view_gates(joined: Tensor) -> tuple[Tensor, Tensor]:
+    return joined.chunk(2, dim=-1)
 
 
 def _multiply_one_row(states: Tensor, weight: Tensor) -> Tensor:
@@ -135,7 +131,7 @@ class PackedStack:
         silu = _FORWARDS[SiLUActivation]  # calling the module takes six more calls of functions
         activations = [layer.mlp.act_fn for layer in layers]
         self.activations = [torch._C._nn.silu if type(act).forward is silu else act for act in activations]
-        self._memory: dict[tuple[int, int], StepMemory] = {}
+        self._memory: dict[tuple[int, ...], tuple] = {}
         packed, packed_cross = tuple(map(self._pack_layer, layers)), tuple(map(self._pack_cross, cross_layers))
         self.products = import_where_installed("products") if self.is_exact else None
         self.held_patch = keys_values = None  # a `blt_hf.products.HeldPatch`, for bytes that read the same patch
@@ -194,14 +190,9 @@ class PackedStack:
         return states if weight is None else states * weight
 
     def run(
-        self,
-        states: Tensor,
-        positions: Tensor,
-        span: AttentionSpan,
-        cache_layers: list[BltCacheLayer],
-        latents: Tensor | None = None,
-        latent_index: LatentIndex | None = None,
-    ) -> Tensor:
+        self, states: Tensor, positions: Tensor, span: AttentionSpan, cache_layers: list[BltCacheLayer],
+        latents: Tensor | None = None, latent_index: LatentIndex | None = None,
+    ) -> Tensor:  # fmt: skip
         """Runs the layers on `(B, S, W)`, as the stack's modules do.
 
         Args:
@@ -215,7 +206,8 @@ class PackedStack:
         rotation, mask = self._rotation(positions, states, span), span.mask(states)
         products, (layers, cross_layers, _) = self._choose_products(states.shape[0])
         mm, addmm = products
-        memory = self._reserve(states, shape)
+        of_heads, of_gates = self._reserve(states, shape)
+        view_heads = partial(self._view_heads, shape)
         held = self.held_patch.pairs if self.held_patch is not None and states.shape[0] == 1 else None
         kept = None if held or not cross_layers else self._gather(latents, latent_index, states)
         if held == [] and kept[1] is None:
@@ -227,23 +219,11 @@ class PackedStack:
                 else:
                     states = self._cross_attend(cross_layers[number], states, number, products, *kept)
             normed = self._normed(states, layer.attention_norm)
-            if memory is None:
-                parts = [mm(normed, weight) for weight in layer.query_key_value]
-                heads = self._view_heads(parts[0] if self.copies else torch.cat(parts, dim=-1), shape)
-            else:
-                heads = memory.heads
-                for weight, part in zip(layer.query_key_value, memory.query_key_value):
-                    mm(normed, weight, out=part)
+            heads = _multiply(mm, normed, layer.query_key_value, of_heads, view_heads)
             attended = self._attend(heads, rotation, mask, slot_index, cache_layer)
             states = addmm(states, attended.reshape(states.shape[0], -1), layer.output)
             normed = self._normed(states, layer.mlp_norm)
-            if memory is None:
-                parts = [mm(normed, weight) for weight in layer.gate_up]
-                gate, up = parts[0].chunk(2, dim=-1) if self.copies else parts
-            else:
-                gate, up = memory.gate, memory.up
-                for weight, part in zip(layer.gate_up, memory.gate_up):
-                    mm(normed, weight, out=part)
+            gate, up = _multiply(mm, normed, layer.gate_up, of_gates, _view_gates)
             states = addmm(states, activation(gate) * up, layer.down)
         if self.norm is not None:
             states = self._normed(states, self.norm)
@@ -257,41 +237,45 @@ class PackedStack:
             return (torch.mm, torch.addmm), self.weights
         return self.products.choose(num_rows), self.transposed
 
-    def _reserve(self, states: Tensor, shape: torch.Size) -> StepMemory | None:
-        """Makes memory for steps of one shape, once; None where the steps are not eager ones on a CPU."""
+    def _reserve(self, states: Tensor, shape: torch.Size) -> tuple:
+        """Makes memory for the joined products of a layer, which the next layer overwrites; once for each shape.
+
+        Returns:
+            for attention and feed-forward, parts for each weight and all views: a step makes none. None: each layer makes
+            its own, as compiled steps do, and those on a GPU.
+        """
         if torch.compiler.is_compiling() or states.device.type != "cpu":
-            return None
+            return None, None
         if shape not in self._memory:
             layer = self.weights[0][0]
-            joined, sizes = [], []
-            for weights in (layer.query_key_value, layer.gate_up):
-                sizes.append([weight.shape[1] for weight in weights])
-                joined.append(states.new_empty(states.shape[0], sum(sizes[-1])))
-            parts = [tensor.split(size, dim=-1) for tensor, size in zip(joined, sizes)]
-            heads = self._view_heads(joined[0], shape)
-            self._memory[shape] = StepMemory(parts[0], heads, parts[1], *joined[1].chunk(2, dim=-1))
+            made = []
+            for weights, view in (
+                (layer.query_key_value, partial(self._view_heads, shape)),
+                (layer.gate_up, _view_gates),
+            ):
+                sizes = [weight.shape[1] for weight in weights]
+                joined = states.new_empty(states.shape[0], sum(sizes))
+                made.append((joined.split(sizes, dim=-1), view(joined)))
+            self._memory[shape] = tuple(made)
         return self._memory[shape]
 
-    def _view_heads(self, joined: Tensor, shape: torch.Size) -> HeadViews:
-        """Views the joined query, key and value `(N, out)` of `(B, S)` bytes."""
-        rows, columns = shape[:2]
-        heads = joined.view(rows, columns, -1, self.head_dim)
+    def _view_heads(self, shape: torch.Size, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views the joined query, key and value `(N, out)` of bytes `(B, S)`.
+
+        Returns:
+            query `(B, H, S, D)`; keys and values `(2 * H_kv, N, D)`; the queries and keys to rotate, complex
+            `(N, H + H_kv, D/2)` or real `(B, S, H + H_kv, D)`.
+        """
+        heads = joined.view(*shape[:2], -1, self.head_dim)
+        rotated = heads
         if rotates_complex(joined):
-            rotated = torch.view_as_complex(joined.view(rows * columns, -1, self.head_dim // 2, 2))
-        else:
-            rotated = heads
+            rotated = torch.view_as_complex(joined.view(joined.shape[0], -1, self.head_dim // 2, 2))
         query, keys_values = heads.split_with_sizes([self.num_heads, 2 * self.num_kv_heads], 2)
-        return HeadViews(
-            query.transpose(1, 2), keys_values.flatten(0, 1).transpose(0, 1), rotated[..., : -self.num_kv_heads, :]
-        )
+        rotated = rotated[..., : -self.num_kv_heads, :]
+        return query.transpose(1, 2), keys_values.flatten(0, 1).transpose(0, 1), rotated
 
     def _attend(
-        self,
-        heads: HeadViews,
-        rotation: Tensor,
-        mask: Tensor | None,
-        slot_index: SlotIndex,
-        cache_layer: BltCacheLayer,
+        self, heads: tuple, rotation: Tensor, mask: Tensor | None, slot_index: SlotIndex, cache_layer: BltCacheLayer
     ) -> Tensor:
         """Rotates, writes keys and values, and attends; returns `(B, S, H, D)`."""
         query, keys_values, rotated = heads

@@ -217,14 +217,9 @@ def patch_ends_from_lengths(patch_lengths: Tensor, num_bytes: int) -> Tensor:
 
 
 def find_patch_ends(
-    rule: PatchingRule,
-    input_ids: Tensor | None,
-    entropies: Tensor | None,
-    positions: Tensor,
-    past_ids: Tensor | None = None,
-    past_entropies: Tensor | None = None,
-    open_bytes: Tensor | None = None,
-) -> Tensor:
+    rule: PatchingRule, input_ids: Tensor | None, entropies: Tensor | None, positions: Tensor,
+    past_ids: Tensor | None = None, past_entropies: Tensor | None = None, open_bytes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Applies `rule` to the next bytes of each row.
 
     Args:

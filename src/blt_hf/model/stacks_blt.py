@@ -33,14 +33,15 @@ from .layers_blt import (
     BltTransformerLayer,
     LatentIndex,
     OutputCollector,
+    last_ids,
     project,
     run_layers,
     wants_weights,
 )
 from .modeling_base_blt import BltCausalLMOutput, BltPreTrainedModel, keep_positions
-from .names_blt import CACHE_NAME, is_exporting, take_columns, take_rows, takes_cache
+from .names_blt import CACHE_NAME, is_exporting, kept_arange, take_columns, take_rows, takes_cache
 from .packed_blt import PackedStacks
-from .patching_blt import BOS_TOKEN_ID, entropy_from_logits
+from .patching_blt import BOS_TOKEN_ID, entropy_from_logits, shift_right
 
 
 NO_PATCH = -(2**31)  # index of the patch that holds a column without a byte
@@ -67,13 +68,9 @@ class BltLocalEncoder(BltPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        inputs_embeds: Tensor,
-        chunk: ByteChunk,
-        span: AttentionSpan,
-        cache: BltCache | None = None,
+        self, inputs_embeds: Tensor, chunk: ByteChunk, span: AttentionSpan, cache: BltCache | None = None,
         collector: OutputCollector | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tensor]:  # fmt: skip
         """Runs the layers over byte embeddings `(B, S, W)`, those of hashes included.
 
         Returns:
@@ -193,14 +190,9 @@ class BltGlobalTransformer(BltPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        inputs_embeds: Tensor,
-        chunk: ByteChunk,
-        patches: PatchAssignment,
-        inputs: ClosingInputs,
-        cache: BltCache | None = None,
-        collector: OutputCollector | None = None,
-    ) -> Tensor:
+        self, inputs_embeds: Tensor, chunk: ByteChunk, patches: PatchAssignment, inputs: ClosingInputs,
+        cache: BltCache | None = None, collector: OutputCollector | None = None,
+    ) -> Tensor:  # fmt: skip
         """Runs the patches that were closed: latents `(R, P, K*W_local)` to `(R, P, W)`.
 
         Columns past a row's own patches hold values that nothing reads.
@@ -267,16 +259,10 @@ class BltLocalDecoder(BltPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        byte_states: Tensor,
-        latents: Tensor | None,
-        chunk: ByteChunk,
-        latent_index: LatentIndex,
-        span: AttentionSpan,
-        cache: BltCache | None = None,
-        collector: OutputCollector | None = None,
+        self, byte_states: Tensor, latents: Tensor | None, chunk: ByteChunk, latent_index: LatentIndex,
+        span: AttentionSpan, cache: BltCache | None = None, collector: OutputCollector | None = None,
         positions: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Turns byte states `(B, S, W)` into those that predict the next bytes, `(B, S, W)`.
 
         Args:
@@ -325,11 +311,49 @@ class BltLocalDecoder(BltPreTrainedModel):
         ranked = nn.functional.pad(ranked, (0, size - ranked.shape[-1])).unflatten(-1, states.shape[3:])
         return torch.cat([states, ranked[:, :, None]], dim=2)
 
-    def read_lexicon(self, latents: Tensor, latent_index: LatentIndex, ids: Tensor, open_bytes: Tensor) -> Tensor:
-        """Embeds the next ids of the lexicon's entries, `(B, S, W)`; `latents` as `project_latents` gives them."""
+    def read_lexicon(
+        self, chunk: ByteChunk, patches: PatchAssignment, latents: Tensor, latent_index: LatentIndex, is_draft: bool
+    ) -> Tensor:
+        """Embeds the lexicon's predictions of the byte after each byte, `(B, S, W)`.
+
+        Args:
+            latents: as `project_latents` gives them.
+            is_draft: `patches` are those of the draft's first byte.
+        """
+        open_bytes = patches.field("open_bytes")
+        if is_draft:
+            open_bytes = open_bytes + chunk.row_positions - patches.field("num_bytes") + 1
+        if chunk.text_starts is not None:
+            # The last byte of a text closes a patch that it does not read.
+            longer = shift_right(open_bytes, chunk.previous.open_bytes) + 1
+            open_bytes = torch.where(patches.closes & ~patches.ends, longer, open_bytes)
+        ids = last_ids(chunk.input_ids, chunk.history, self.config.lexicon_length + 1)
         ranked = latents[:, :, -1].flatten(2)[..., : 4 * self.lexicon.top_k]
         index = latent_index.index[..., :1].to(ranked.device).expand(-1, -1, ranked.shape[-1])
         return self.lexicon(ranked.gather(1, index), ids.to(ranked.device), open_bytes.to(ranked.device))
+
+    def read_words(
+        self, chunk: ByteChunk, patches: PatchAssignment, num_patches: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Reads the patches that a chunk closed, up to `num_patches` of a row, through the lexicon.
+
+        `rows`: int64 `(R,)`, rows to read; None: all. Results as those of [`BltLexicon.read`].
+        """
+        count = 2 * self.config.lexicon_length + 1
+        ids, previous_open = last_ids(chunk.input_ids, chunk.history, count), chunk.previous.open_bytes
+        if not chunk.is_small or chunk.text_starts is not None:  # else the history holds zeros before the text
+            ids = ids * (chunk.text_positions[..., None] >= kept_arange(0, count, chunk.device).flip(0))
+        if chunk.text_starts is not None:
+            previous_open = torch.where(chunk.text_starts[:, 0], torch.zeros_like(previous_open), previous_open)
+        open_bytes, is_step = previous_open[:, None], chunk.num_columns == 1 and chunk.is_small
+        if not is_step:
+            open_bytes = shift_right(patches.field("open_bytes"), previous_open)
+        found = self.lexicon.index(ids, open_bytes + 1).to(chunk.device)
+        if not is_step:
+            number = patches.field("num_patches") - chunk.previous.num_patches[:, None] - 1
+            number = torch.where(patches.closes & (number < num_patches), number, num_patches)
+            found = found.new_full((found.shape[0], num_patches + 1), -1).scatter(1, number, found)[:, :num_patches]
+        return self.lexicon.read(take_rows(found, rows))
 
     def split_latents(self, global_states: Tensor) -> Tensor:
         """Projects patches `(B, P, W_global)` to `K` latents each, `(B, P, K, W)`."""

@@ -257,17 +257,18 @@ def captures_by_default(device: torch.device) -> bool:
 
 
 def make_runner(
-    model: nn.Module, cache: BltCache, head: nn.Module | None, packed: PackedStacks | None,
-    captures: bool, is_watched: bool,
-) -> StepRunner:  # fmt: skip
-    """Makes the runner of the steps of a model on a cache.
+    model: nn.Module, cache: BltCache, packs: bool = True, captures: bool = True, is_watched: bool = False
+) -> StepRunner:
+    """Makes the runner of steps of a causal model, with its weights of now, on a cache that holds some text.
 
     Args:
+        packs: run on packed weights, where the modules allow it.
         captures: capture CUDA graphs, if `cache.is_fixed` and the device has them. Steps run as they are where the package
             is not installed, and where accelerate has spread the model over devices.
         is_watched: code that may change the model runs between the steps, so look for changes before each.
     """
-    module = None
+    module, model, head = None, model.model, model.lm_head
+    packed = PackedStacks(model, cache) if packs else None
     if captures and cache.is_fixed and can_capture(cache.num_bytes.device) and not is_spread(model):
         module = import_where_installed("cuda_graphs")
     graphs = None if module is None else module.CudaGraphs.of(model, head, cache)

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..model.attention_blt import AttentionSpan
 from ..model.chunk_blt import ClosingInputs, HostPatchCounts, make_chunk
-from ..model.forward_blt import BytesRead, ForwardSettings, predict_bytes, read_bytes, read_words
+from ..model.forward_blt import BytesRead, ForwardSettings, predict_bytes, read_bytes
 from ..model.layers_blt import OutputCollector, run_layers
 from ..model.modeling_blt import BltForCausalLM
 from ..model.patching_blt import BYTE_OFFSET, IGNORED_LABEL
@@ -102,8 +102,8 @@ class Stage(nn.Module):
 
     def read_words(self, read: BytesRead, num_patches: int) -> tuple[Tensor, Tensor] | None:
         """Reads the patches through the lexicon, if there is one that reads."""
-        base = self.model.model
-        return read_words(base, read, num_patches) if base.config.decoder_config.lexicon_reads else None
+        decoder = self.model.model.local_decoder
+        return decoder.read_words(read.chunk, read.patches, num_patches) if decoder.config.lexicon_reads else None
 
     def make_states(self, read: BytesRead, inputs: Tensor, collector: OutputCollector | None = None) -> Tensor:
         """Runs the global transformer on the `inputs` of its layers; states `(B, P, W)` of patches."""
