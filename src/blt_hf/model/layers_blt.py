@@ -55,18 +55,15 @@ class BltMLP(nn.Module):
 class BltRotaryEmbedding(LlamaRotaryEmbedding):
     """Computes transformers' rotary embedding, laid out for pairs of neighbouring channels; see [`rotate_pairs`]."""
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
-        """Computes rotations for positions `(B or 1, S)`.
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes cosines and sines for positions `(B or 1, S)`, `(B or 1, S, 1, D)` each.
 
-        Returns:
-            `(B or 1, S, 1, D/2)`, complex; or cosines and sines `(2, B or 1, S, 1, D)` in the dtype of `hidden_states`.
+        Both are in the dtype of `hidden_states`; the sines carry the sign of the rotation.
         """
         cos, sin = super().forward(hidden_states, position_ids)
         half = cos.shape[-1] // 2
-        cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
-        if rotates_complex(cos):
-            return torch.complex(cos, sin)
-        return torch.stack([torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)]).flatten(-2)
+        cos, sin = cos[:, :, None, :half, None], sin[:, :, None, :half, None]
+        return torch.cat([cos, cos], dim=-1).flatten(-2), torch.cat([-sin, sin], dim=-1).flatten(-2)
 
 
 def rotates_complex(states: Tensor) -> bool:
@@ -74,11 +71,13 @@ def rotates_complex(states: Tensor) -> bool:
     return states.dtype == torch.float32 and states.device.type in ("cpu", "cuda") and not is_compiling()
 
 
-def rotate_pairs(states: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates the pairs `(2i, 2i + 1)` of `states` `(B, S, H, D)` (released checkpoints interleave; Llama halves).
+def make_rotation(cos: Tensor, sin: Tensor) -> Tensor:
+    """Joins cosines and sines of [`BltRotaryEmbedding`]: complex `(B or 1, S, 1, D/2)`, or real `(2, B or 1, S, 1, D)`."""
+    return torch.complex(cos[..., ::2], sin[..., 1::2]) if rotates_complex(cos) else torch.stack([cos, sin])
 
-    `rotation`: as [`BltRotaryEmbedding`] gives it; its sines carry the sign of the rotation.
-    """
+
+def rotate_pairs(states: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates the pairs `(2i, 2i + 1)` of `states` `(B, S, H, D)` (released checkpoints interleave; Llama halves)."""
     pairs = states.unflatten(-1, (-1, 2))
     if rotation.is_complex():  # under autocast the states may be of fewer bits
         return torch.view_as_real(torch.view_as_complex(pairs.float()) * rotation).flatten(-2)

@@ -34,6 +34,7 @@ from .layers_blt import (
     LatentIndex,
     OutputCollector,
     last_ids,
+    make_rotation,
     project,
     run_layers,
     wants_weights,
@@ -79,7 +80,7 @@ class BltLocalEncoder(BltPreTrainedModel):
         if chunk.packed is not None and chunk.packed.encoder is not None:
             return [chunk.packed.encoder.run(inputs_embeds, chunk.row_positions, span, cache.encoder)]
         hidden_states = self.dropout(inputs_embeds)
-        rotation = self.rotary_emb(hidden_states, chunk.row_positions)
+        rotation = make_rotation(*self.rotary_emb(hidden_states, chunk.row_positions))
         states = []
         for index, layer in enumerate(self.layers):
             kept = None if cache is None else cache.encoder[index]
@@ -224,7 +225,7 @@ class BltGlobalTransformer(BltPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         if collector is not None:
             collector.add(hidden_states)
-        rotation = self.rotary_emb(hidden_states, positions)
+        rotation = make_rotation(*self.rotary_emb(hidden_states, positions))
         layers = None if cache is None else cache.global_transformer
         return run_layers(self.layers, hidden_states, rotation, span, layers, collector)
 
@@ -276,7 +277,9 @@ class BltLocalDecoder(BltPreTrainedModel):
                 byte_states, chunk.row_positions, span, cache.decoder, latents, latent_index
             )
         hidden_states = self.dropout(byte_states)
-        rotation = self.rotary_emb(hidden_states, chunk.row_positions if positions is None else positions)
+        rotation = make_rotation(
+            *self.rotary_emb(hidden_states, chunk.row_positions if positions is None else positions)
+        )
         if collector is not None:
             collector.add(hidden_states if positions is None else hidden_states[:, : chunk.num_columns])
         # All views at once: the gradient of a view that is made by itself would be a tensor of the size of all.
@@ -406,7 +409,7 @@ class BltPatcher(BltPreTrainedModel, BltGenerationMixin):
         span = chunk.span(cache, self.config.sliding_window, attention, collector, of_patcher=True)
         if chunk.packed is not None and chunk.packed.patcher is not None:
             return chunk.packed.patcher.run(hidden_states, chunk.row_positions, span, cache.patcher)
-        rotation = self.rotary_emb(hidden_states, chunk.row_positions)
+        rotation = make_rotation(*self.rotary_emb(hidden_states, chunk.row_positions))
         layers = None if cache is None else cache.patcher
         return self.norm(run_layers(self.layers, hidden_states, rotation, span, layers, collector))
 

@@ -17,6 +17,7 @@ from ..model.layers_blt import (
     BltPatchCrossAttention,
     BltRotaryEmbedding,
     BltTransformerLayer,
+    make_rotation,
     rotate_pairs,
     rotates_complex,
 )
@@ -141,8 +142,7 @@ class RowStack:
         if self.angles is not None and rotates_complex(states):
             frequencies, scaling = self.angles
             return torch.polar(scaling, positions[:, None, None] * frequencies)
-        rotation = self.rotary(states, positions[None])
-        return rotation.squeeze(0 if rotation.is_complex() else 1)
+        return make_rotation(*(part[0] for part in self.rotary(states, positions[None])))
 
 
 class _RowCross:
