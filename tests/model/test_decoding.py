@@ -201,6 +201,31 @@ def test_few_graphs_serve_all_lengths_and_batches():
     assert len(compiled) == 3 + 1 + 3, len(compiled)
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (CompileConfig(), {"cpp_wrapper": True, "triton.cudagraphs": False}),
+        (CompileConfig(mode=None, options={"cpp_wrapper": False}), {"cpp_wrapper": False, "triton.cudagraphs": False}),
+        (CompileConfig(mode=None, backend="eager"), None),
+    ],
+)
+def test_options_of_the_compiler(config, expected, monkeypatch):
+    """C++ starts the kernels of compiled steps on a CPU, unless the caller says otherwise."""
+    model = make_model(tiny_config(patching_mode="space", patch_in_forward=False), seed=3)
+    seen = []
+
+    def compile_nothing(function, **settings):
+        seen.append(settings["options"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    ids = torch.tensor([rows_of("space", 12)[0]])
+    settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "compile_config": config}
+    assert model.generate(ids, **settings).equal(model.generate(ids, max_new_tokens=4, do_sample=False))
+    assert seen
+    assert all(options == expected if expected is None else expected.items() <= options.items() for options in seen)
+
+
 def test_compiled_code_belongs_to_the_model():
     model = make_model(tiny_config(patching_mode="space", patch_in_forward=False), seed=3)
     config = CompileConfig(backend="eager", mode=None)
@@ -339,9 +364,10 @@ def test_compiled_steps_notice_adapters():
 
 
 @pytest.mark.slow
-def test_inductor_gives_the_same_text():
-    model = model_for("entropy")
-    ids = torch.tensor([rows_of("entropy", 12)[0]])
+@pytest.mark.parametrize("rule", ["entropy", "documents", "lexicon"])
+def test_inductor_gives_the_same_text(rule):
+    model = model_for(rule)
+    ids = torch.tensor([rows_of(rule, 12)[0]])
     settings = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
     static = model.generate(ids, **settings, cache_implementation="static")
     assert static.equal(model.generate(ids, **settings))

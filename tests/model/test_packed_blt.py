@@ -118,6 +118,23 @@ def test_bytes_that_read_the_same_patch(rule):
     )
 
 
+@torch.no_grad()
+def test_results_are_not_in_the_memory_that_layers_share():
+    """Memory for products is made once for each shape, and what a step returns is not overwritten by the next."""
+    model = model_for("space")
+    cache = model(IDS[:, :10], use_cache=True).past_key_values
+    packed = PackedStacks(model.model, cache)
+    for head in (model.lm_head, None):  # logits, states
+        runner, results, stop = StepRunner(model.model, cache, head, packed), [], 10
+        for width in (1, 3, 1, 3):
+            results.append(runner.step(IDS[:, stop : stop + width]))
+            results.append(results[-1].clone())
+            stop += width
+        cache.crop_rows([stop - 10])
+        assert all(result.equal(as_it_was) for result, as_it_was in zip(results[::2], results[1::2]))
+    assert sorted(shape[:2] for shape in packed.decoder._memory) == [(1, 1), (1, 3)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(dtype):
     model = make_model(tiny_config(patching_mode="space", patch_in_forward=False)).to(dtype)

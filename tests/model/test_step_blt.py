@@ -51,11 +51,11 @@ def costs(threshold: float, rows: int, width: int) -> list[float]:
 @pytest.mark.parametrize(
     ("threshold", "rows", "width", "limits"),
     [
-        pytest.param(1e9, 1, 1, (370, 220, 690), id="a byte that ends no patch"),
-        pytest.param(-1.0, 1, 1, (790, 445, 1340), id="a byte that ends its patch"),
-        pytest.param(-1.0, 1, 8, (805, 455, 1380), id="a verification of 8 bytes"),
-        pytest.param(1e9, 16, 1, (415, 235, 780), id="a byte of 16 rows that end no patch"),
-        pytest.param(-1.0, 16, 1, (810, 465, 1405), id="a byte of 16 rows that end their patches"),
+        pytest.param(1e9, 1, 1, (295, 220, 645), id="a byte that ends no patch"),
+        pytest.param(-1.0, 1, 1, (650, 440, 1250), id="a byte that ends its patch"),
+        pytest.param(-1.0, 1, 8, (660, 455, 1280), id="a verification of 8 bytes"),
+        pytest.param(1e9, 16, 1, (340, 235, 735), id="a byte of 16 rows that end no patch"),
+        pytest.param(-1.0, 16, 1, (670, 465, 1310), id="a byte of 16 rows that end their patches"),
     ],
 )
 def test_a_step_costs_no_more(threshold, rows, width, limits):
@@ -71,4 +71,4 @@ def test_a_draft_costs_no_more():
     ids = torch.randint(4, 260, (1, 40), generator=torch.Generator().manual_seed(0))
     found = list(asdict(count_draft(model, ids)).values())
     scale = 1.0 if Version(torch.__version__).release[:2] == (2, 13) else 1.1
-    assert all(cost <= scale * limit for cost, limit in zip(found, (185, 118, 315))), found
+    assert all(cost <= scale * limit for cost, limit in zip(found, (150, 117, 308))), found
