@@ -87,6 +87,13 @@ def _multiply(mm: Callable, states: Tensor, weights: tuple, memory: tuple | None
     return views
 
 
+def _make_memory(states: Tensor, weights: tuple, view: Callable) -> tuple:
+    """Makes memory for the joined product of `states` `(N, in)`; returns its parts for each weight, and all views."""
+    sizes = [weight.shape[1] for weight in weights]
+    joined = states.new_empty(states.shape[0], sum(sizes))
+    return joined.split(sizes, dim=-1), view(joined)
+
+
 def _view_gates(joined: Tensor) -> tuple[Tensor, Tensor]:
     return joined.chunk(2, dim=-1)
 
@@ -248,15 +255,10 @@ class PackedStack:
             return None, None
         if shape not in self._memory:
             layer = self.weights[0][0]
-            made = []
-            for weights, view in (
-                (layer.query_key_value, partial(self._view_heads, shape)),
-                (layer.gate_up, _view_gates),
-            ):
-                sizes = [weight.shape[1] for weight in weights]
-                joined = states.new_empty(states.shape[0], sum(sizes))
-                made.append((joined.split(sizes, dim=-1), view(joined)))
-            self._memory[shape] = tuple(made)
+            joined = (layer.query_key_value, partial(self._view_heads, shape)), (layer.gate_up, _view_gates)
+            # Memory that is made in inference mode could not be written to by a later step outside of it.
+            with torch.inference_mode(False):
+                self._memory[shape] = tuple(_make_memory(states, *weights_and_view) for weights_and_view in joined)
         return self._memory[shape]
 
     def _view_heads(self, shape: torch.Size, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
