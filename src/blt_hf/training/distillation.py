@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..model.attention_blt import AttentionSpan
 from ..model.chunk_blt import ClosingInputs, HostPatchCounts, make_chunk
 from ..model.forward_blt import BytesRead, ForwardSettings, predict_bytes, read_bytes
-from ..model.layers_blt import OutputCollector, run_layers
+from ..model.layers_blt import OutputCollector, make_rotation, run_layers
 from ..model.modeling_blt import BltForCausalLM
 from ..model.patching_blt import BYTE_OFFSET, IGNORED_LABEL
 from . import learned
@@ -277,8 +277,8 @@ class EncoderStage(Stage):
         stack = self.model.model.global_transformer
         positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
         span = AttentionSpan(0, inputs.shape[1], None, None, stack.config._attn_implementation)
-        rotary = stack.rotary_emb(inputs, positions)
-        states = run_layers(stack.layers[: self.layers], inputs, rotary, span, None)
+        rotation = make_rotation(*stack.rotary_emb(inputs, positions))
+        states = run_layers(stack.layers[: self.layers], inputs, rotation, span, None)
         weights[:, 0] = 0  # the first patch draws attention to itself in ways that no other does
         return normalised_error(states.float(), targets, weights)
 
