@@ -107,12 +107,15 @@ def transpose(packed):
 
 
 def _multiply(states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    product = multiply(states, weight)
-    return product if out is None else out.copy_(product)
+    return _copy_to(out, multiply(states, weight))
 
 
 def _multiply_few(states: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    product = multiply_few(states, weight)
+    return _copy_to(out, multiply_few(states, weight))
+
+
+def _copy_to(out: Tensor | None, product: Tensor) -> Tensor:
+    """Does what `out=` of `torch.mm` does; oneDNN writes to memory of its own."""
     return product if out is None else out.copy_(product)
 
 

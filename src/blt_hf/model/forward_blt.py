@@ -175,9 +175,8 @@ def predict_bytes(
     states, span, positions = read.byte_states[-1], read.span, None
     if model.local_decoder.lexicon is not None:
         is_draft = inputs.patches is not None
-        states = states + model.local_decoder.read_lexicon(chunk, read.patches, latents, latent_index, is_draft).to(
-            states
-        )
+        next_ids = model.local_decoder.read_lexicon(chunk, read.patches, latents, latent_index, is_draft)
+        states = states + next_ids.to(states)
         latents = latents[:, :, :-1]
     collector = inputs.collectors[2]
     if read.blocks is not None:

@@ -213,8 +213,8 @@ class PackedStack:
         rotation, mask = self._rotation(positions, states, span), span.mask(states)
         products, (layers, cross_layers, _) = self._choose_products(states.shape[0])
         mm, addmm = products
-        of_heads, of_gates = self._reserve(states, shape)
         view_heads = partial(self._view_heads, shape)
+        of_heads, of_gates = self._reserve(states, shape, view_heads)
         held = self.held_patch.pairs if self.held_patch is not None and states.shape[0] == 1 else None
         kept = None if held or not cross_layers else self._gather(latents, latent_index, states)
         if held == [] and kept[1] is None:
@@ -244,7 +244,7 @@ class PackedStack:
             return (torch.mm, torch.addmm), self.weights
         return self.products.choose(num_rows), self.transposed
 
-    def _reserve(self, states: Tensor, shape: torch.Size) -> tuple:
+    def _reserve(self, states: Tensor, shape: torch.Size, view_heads: Callable) -> tuple:
         """Makes memory for the joined products of a layer, which the next layer overwrites; once for each shape.
 
         Returns:
@@ -255,10 +255,12 @@ class PackedStack:
             return None, None
         if shape not in self._memory:
             layer = self.weights[0][0]
-            joined = (layer.query_key_value, partial(self._view_heads, shape)), (layer.gate_up, _view_gates)
             # Memory that is made in inference mode could not be written to by a later step outside of it.
             with torch.inference_mode(False):
-                self._memory[shape] = tuple(_make_memory(states, *weights_and_view) for weights_and_view in joined)
+                self._memory[shape] = (
+                    _make_memory(states, layer.query_key_value, view_heads),
+                    _make_memory(states, layer.gate_up, _view_gates),
+                )
         return self._memory[shape]
 
     def _view_heads(self, shape: torch.Size, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:

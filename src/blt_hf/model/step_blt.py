@@ -233,9 +233,8 @@ def _compile(function: Callable, settings: dict, device: torch.device) -> Callab
         if (mode := settings.pop("mode", None)) is not None:  # torch takes a mode or options
             options = {**torch._inductor.list_mode_options(mode, settings.get("dynamic")), **options}
         options["triton.cudagraphs"] = False  # `CudaGraphs` captures the stages, compiled or not
-        if (
-            device.type == "cpu"
-        ):  # kernels are started by C++, without Python's lock, and compiled together: both faster
+        if device.type == "cpu":
+            # C++ starts the kernels, without Python's lock, and is compiled together with them: both are faster.
             options.setdefault("cpp_wrapper", True)
     # A copy with a code object of its own, to which torch attaches compiled code and the limit of recompilations.
     code, name = function.__code__.replace(), function.__name__
