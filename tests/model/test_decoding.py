@@ -1,6 +1,7 @@
 """Decoding byte by byte: small chunks in the slots of the cache, and the loop that `generate` runs on them."""
 
 import copy
+from dataclasses import replace
 
 import peft
 import pytest
@@ -11,6 +12,8 @@ from transformers import CompileConfig, GenerationMixin, StoppingCriteria
 from blt_hf.cuda_graphs import ModuleState
 from blt_hf.model import cache_blt
 from blt_hf.model.cache_blt import BltCache
+from blt_hf.model.forward_blt import ForwardSettings
+from blt_hf.model.step_blt import hooks_of, is_own_code
 from helpers.checks import Received, alone, assert_same
 from helpers.models import RULES, make_model, model_for, step_logits, tiny_config
 from helpers.texts import encode, pad, rows_of
@@ -226,6 +229,24 @@ def test_options_of_the_compiler(config, expected, monkeypatch):
     assert all(options == expected if expected is None else expected.items() <= options.items() for options in seen)
 
 
+@pytest.mark.parametrize("part", [None, "adapter", "hook", "quantized weight", "registered rule"])
+def test_python_starts_the_kernels_of_others(part):
+    """torch's C++ lacks some operations; that our own need none of these is known."""
+    model = make_model(tiny_config(patching_mode="space", patch_in_forward=False))
+    settings = ForwardSettings.of(model.config)
+    if part == "adapter":
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"])).base_model.model
+    elif part == "hook":
+        model.model.local_encoder.register_forward_hook(lambda module, inputs, output: None)
+    elif part == "quantized weight":
+        subclass = type("Weight", (torch.nn.Parameter,), {})
+        model.lm_head.weight = subclass(model.lm_head.weight.detach())
+    elif part == "registered rule":
+        settings = replace(settings, rule=replace(settings.rule, mode="of somebody else"))
+    roots = model.model, model.lm_head
+    assert is_own_code(settings, hooks_of(*roots), *roots) == (part is None)
+
+
 def test_compiled_code_belongs_to_the_model():
     model = make_model(tiny_config(patching_mode="space", patch_in_forward=False), seed=3)
     config = CompileConfig(backend="eager", mode=None)
@@ -364,7 +385,7 @@ def test_compiled_steps_notice_adapters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["entropy", "documents", "lexicon"])
+@pytest.mark.parametrize("rule", ["entropy", "documents", "lexicon", "wide_cross"])
 def test_inductor_gives_the_same_text(rule):
     model = model_for(rule)
     ids = torch.tensor([rows_of(rule, 12)[0]])

@@ -250,7 +250,7 @@ def fill_block(
     stages = [read_last, read_block]
     if rows == 1 and runner.compiles:
         key = block_size, runner.hooks
-        stages = [model.model.compiled_steps.find(stage, key, cache) for stage in stages]
+        stages = [model.model.compiled_steps.find(stage, key, cache, runner.starts_by_cpp) for stage in stages]
     read_first, read = stages
     cache.begin(rows, block_size, True, last.device)
     last_state = read_first(model, runner.settings, cache, last, runner.packed)

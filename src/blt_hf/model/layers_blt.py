@@ -353,7 +353,7 @@ class BltLexicon(nn.Module):
             scores = _products.multiply(states, self.keys.weight)
         best, index = scores.topk(self.top_k, dim=-1)
         log_probs = best - scores.logsumexp(dim=-1, keepdim=True)
-        digits = index[..., None, :] // 256 ** kept_arange(0, 3, index.device)[:, None] % 256
+        digits = torch.stack([index, index // 256, index // 65536], dim=-2) % 256
         return torch.cat([digits.flatten(-2).to(states.dtype), log_probs.to(states.dtype)], dim=-1)
 
     def read(self, found: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from .forward_blt import (
 )
 from .names_blt import import_where_installed
 from .packed_blt import PackedStacks
+from .patching_blt import PATCHING_MODES
 
 
 CAPTURES_BY_DEFAULT = False
@@ -55,6 +56,9 @@ class StepRunner:
         self.compiles = cache.compile_config is not None and attention in ("eager", "sdpa") and not is_spread(model)
         # Compiled code has no guards for hooks.
         self.hooks = hooks_of(model, head) if self.compiles else None
+        # Unless the caller's options say otherwise, C++ starts the kernels on a CPU.
+        is_on_cpu = self.compiles and cache.num_bytes.device.type == "cpu"
+        self.starts_by_cpp = is_on_cpu and is_own_code(self.settings, self.hooks, model, head)
         self.is_compiled = False  # whether the current step runs compiled; `compiles`: whether steps of one row do
         self._pending: tuple[BytesRead, HostPatchCounts] | None = None
 
@@ -169,7 +173,7 @@ class StepRunner:
         """Returns a stage as this step runs it: compiled, or as it is."""
         if not self.is_compiled:
             return function
-        return self.model.compiled_steps.find(function, (columns, self.hooks), self.cache)
+        return self.model.compiled_steps.find(function, (columns, self.hooks), self.cache, self.starts_by_cpp)
 
 
 def of_one_stride(tensor: Tensor) -> Tensor:
@@ -208,6 +212,19 @@ def hooks_of(*roots: nn.Module | None) -> tuple:
     return len(_global_forward_hooks), *(c for c in counts if c[1] or c[2] or c[3] != plain)
 
 
+def is_own_code(settings: ForwardSettings, hooks: tuple, *roots: nn.Module | None) -> bool:
+    """Tells whether steps run code of torch and of this package alone: no adapter, quantizer, hook or registered rule."""
+    modules = [module for root in roots if root is not None for module in root.modules()]
+    names = {type(module).__module__ for module in modules}
+    home = __name__.rpartition(".")[0]
+    return (
+        settings.rule.mode in PATCHING_MODES
+        and hooks == (0,)
+        and all(name.startswith(("torch.nn.", "transformers.activations", f"{home}.")) for name in names)
+        and all(type(weight) is nn.Parameter for module in modules for weight in module.parameters(recurse=False))
+    )
+
+
 class CompiledSteps(dict):
     """Holds the compiled stages of a model, by function and settings; a copy of the model starts anew.
 
@@ -219,23 +236,22 @@ class CompiledSteps(dict):
     def __reduce__(self) -> tuple:  # for copies and pickles
         return CompiledSteps, ()
 
-    def find(self, function: Callable, key: tuple, cache: BltCache) -> Callable:
+    def find(self, function: Callable, key: tuple, cache: BltCache, starts_by_cpp: bool) -> Callable:
         """Returns `function`, compiled as `cache` says; `key`: further settings that its compiled forms depend on."""
-        key = (function.__name__, cache.compile_key, *key)
+        key = (function.__name__, cache.compile_key, starts_by_cpp, *key)
         if key not in self:
-            self[key] = _compile(function, cache.compile_settings, cache.num_bytes.device)
+            self[key] = _compile(function, cache.compile_settings, starts_by_cpp)
         return self[key]
 
 
-def _compile(function: Callable, settings: dict, device: torch.device) -> Callable:
+def _compile(function: Callable, settings: dict, starts_by_cpp: bool) -> Callable:
     settings, options = {**settings}, dict(settings.get("options") or {})
     if settings.get("backend", "inductor") == "inductor":
         if (mode := settings.pop("mode", None)) is not None:  # torch takes a mode or options
             options = {**torch._inductor.list_mode_options(mode, settings.get("dynamic")), **options}
         options["triton.cudagraphs"] = False  # `CudaGraphs` captures the stages, compiled or not
-        if device.type == "cpu":
-            # C++ starts the kernels, without Python's lock, and is compiled together with them: both are faster.
-            options.setdefault("cpp_wrapper", True)
+        # Without Python's lock, and compiled together with the kernels: both faster. torch's C++ lacks some operations.
+        options.setdefault("cpp_wrapper", starts_by_cpp)
     # A copy with a code object of its own, to which torch attaches compiled code and the limit of recompilations.
     code, name = function.__code__.replace(), function.__name__
     copied = FunctionType(code, function.__globals__, name, function.__defaults__)
